@@ -1,0 +1,23 @@
+"""RepVGG in JAX: train three branches, deploy one 3x3 convolution, proven equal."""
+
+from repvgg_jax._version import __version__
+from repvgg_jax.block import RepVGGBlock
+from repvgg_jax.cost import Cost, cost
+from repvgg_jax.fuse import fuse_params, unfuse_params
+from repvgg_jax.model import RepVGG, create_model
+from repvgg_jax.variants import VARIANTS, SqueezeExcite, Variant, get_variant
+
+__all__ = [
+    "VARIANTS",
+    "Cost",
+    "RepVGG",
+    "RepVGGBlock",
+    "SqueezeExcite",
+    "Variant",
+    "__version__",
+    "cost",
+    "create_model",
+    "fuse_params",
+    "get_variant",
+    "unfuse_params",
+]

@@ -1,0 +1,234 @@
+"""RepVGG: a stem, stages of `RepVGGBlock`, global average pooling and one linear layer.
+
+Batch normalisation, in one place: `train=False` is the default and uses the running
+statistics; `train=True` uses those of the batch (of every `bn_group_size` images of it)
+and needs `mutable=["batch_stats"]`. Momentum and epsilon are PyTorch's 0.1 (the new
+value's share) and 1e-5; running variances are unbiased.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from repvgg_jax.block import RepVGGBlock, torch_bias_init, torch_kernel_init
+from repvgg_jax.norm import BatchNorm
+from repvgg_jax.variants import Layer, Variant, get_variant
+
+
+def create_model(
+    name: str | Variant,
+    *,
+    num_classes: int = 1000,
+    deploy: bool = False,
+    output_stride: int | None = None,
+    bn_group_size: int | None = None,
+    remat: bool = False,
+    dtype: jnp.dtype = jnp.float32,
+    param_dtype: jnp.dtype = jnp.float32,
+) -> "RepVGG":
+    """Builds a RepVGG.
+
+    Args:
+      name: `A0` … `B3g4`, `D2se`, `plus-L2pse`, also spelt `RepVGG-A0` or `repvgg_a0`,
+        or a `Variant` of your own.
+      num_classes: width of the classifier; 0 for none, the model then returns its pooled
+        features.
+      deploy: the fused form, whose variables come from `fuse_params`.
+      output_stride: 8 or 16 replace the last strides by dilation, for dense prediction;
+        parameters keep their shapes. None keeps the variant's own, 32 for the official ones.
+      bn_group_size: images that share batch statistics in training; None for the whole batch.
+      remat: recompute every block's activations in the backward pass instead of keeping them.
+      dtype: of the convolutions, float32 or bfloat16. Parameters, statistics, batch
+        normalisation and the classifier stay float32.
+      param_dtype: of the parameters; float64 is for proofs.
+
+    Raises:
+      ValueError: unknown variant, or an output stride it cannot have.
+    """
+    variant = get_variant(name)
+    variant.layers(output_stride)  # raises where the stride cannot be had
+    if num_classes < 0:
+        raise ValueError(f"num_classes={num_classes} must be 0 (pooled features) or more")
+    return RepVGG(
+        variant=variant,
+        num_classes=num_classes,
+        deploy=deploy,
+        output_stride=output_stride,
+        bn_group_size=bn_group_size,
+        remat=remat,
+        dtype=dtype,
+        param_dtype=param_dtype,
+    )
+
+
+class RepVGG(nn.Module):
+    """The network; `create_model` documents the attributes."""
+
+    variant: Variant
+    num_classes: int = 1000
+    deploy: bool = False
+    output_stride: int | None = None
+    bn_group_size: int | None = None
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Makes the blocks and heads."""
+        # Attributes become the names of the tree: stem, stage1_block0, …, head.
+        for layer in self.layers:
+            setattr(self, layer.name, self._block(layer))
+        if not self.deploy:
+            for block, head in self._auxiliary_heads().items():
+                features = next(layer.features for layer in self.layers if layer.name == block)
+                setattr(self, head, self._auxiliary_head(features))
+        if self.num_classes:
+            self.head = _classifier(self.num_classes, self.variant.features, self.param_dtype)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Class scores, or pooled features where `num_classes` is 0.
+
+        Args:
+          images: (images, height, width, channels), normalised floating point numbers.
+          train: use and update batch statistics; pass `mutable=["batch_stats"]`, and
+            `"auxiliary"` in it too to train the auxiliary heads of plus-L2pse: their logits
+            come back in that collection, by head.
+
+        Returns:
+          float32 logits (images, num_classes), or features (images, channels).
+
+        Raises:
+          ValueError: images of another rank, layout or type, or variables of the other form.
+        """
+        x = self.features(images, train)[self.layers[-1].stage]
+        x = _global_average(x)
+        return self.head(x) if self.num_classes else x
+
+    def features(self, images: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        """The last feature map of the stem and of every stage, for detectors and segmenters.
+
+        `model.apply(variables, images, method="features")` gives
+        `{"stem": …, "stage1": …, …}`, each (images, height, width, channels) in `dtype`.
+        """
+        self._check(images)
+        x = images.astype(self.dtype)
+        auxiliary = {} if self.deploy else self._auxiliary_heads()
+        wanted = train and self.is_mutable_collection("auxiliary")
+        maps = {}
+        for layer in self.layers:
+            x = getattr(self, layer.name)(x, train)
+            maps[layer.stage] = x
+            if (head := auxiliary.get(layer.name)) and (wanted or self.is_initializing()):
+                logits = getattr(self, head)(x, train)
+                if not self.is_initializing():
+                    self.put_variable("auxiliary", head, logits)
+        return maps
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Every block in order, with its name in the parameter tree."""
+        return self.variant.layers(self.output_stride)
+
+    def _block(self, layer: Layer) -> RepVGGBlock:
+        block = nn.remat(RepVGGBlock, static_argnums=(2,)) if self.remat else RepVGGBlock
+        return block(
+            features=layer.features,
+            stride=layer.stride,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            identity=layer.identity,
+            se=self.variant.se,
+            deploy=self.deploy,
+            bn_group_size=self.bn_group_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+
+    def _auxiliary_head(self, features: int) -> "AuxiliaryHead":
+        return AuxiliaryHead(
+            features, self.num_classes, self.bn_group_size, self.dtype, self.param_dtype
+        )
+
+    def _auxiliary_heads(self) -> dict[str, str]:
+        """Names of the auxiliary heads by the block they listen to."""
+        if not self.num_classes:
+            return {}
+        return {block: f"aux_{block}" for block in self.variant.auxiliary}
+
+    def _check(self, images: jax.Array) -> None:
+        shape = images.shape
+        if len(shape) != 4:
+            raise ValueError(
+                f"images have shape {shape}; expected 4 axes (images, height, width, channels)"
+            )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"images are {images.dtype}; expected normalised floating point numbers, "
+                "(pixels / 255 - mean) / std"
+            )
+        advice = "RepVGG takes (images, height, width, channels); images.transpose(0, 2, 3, 1)?"
+        if self.is_initializing():
+            if shape[1] in (1, 3, 4) and shape[2] == shape[3] and shape[2] > 4:
+                raise ValueError(f"images of shape {shape} look channels-first; {advice}")
+            return
+        # The stem's parameters know how many channels they take.
+        stem: dict[str, Any] = self.get_variable("params", "stem", {}) or {}
+        kernel = stem.get("reparam", stem.get("conv3x3", {})).get("kernel")
+        if kernel is not None and kernel.shape[-2] != shape[-1]:
+            raise ValueError(
+                f"images of shape {shape} have {shape[-1]} channels, "
+                f"but these parameters take {kernel.shape[-2]}; {advice}"
+            )
+
+
+class AuxiliaryHead(nn.Module):
+    """A classifier on an inner feature map, for training only (RepVGGplus).
+
+    3x3 convolution of stride 2, batch normalisation, ReLU, average pooling, linear layer.
+    `fuse_params` drops it.
+    """
+
+    features: int
+    num_classes: int
+    bn_group_size: int | None = None
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Logits (images, num_classes) of feature maps (images, height, width, features)."""
+        x = nn.Conv(
+            self.features,
+            (3, 3),
+            strides=2,
+            padding=((1, 1), (1, 1)),
+            use_bias=False,
+            kernel_init=torch_kernel_init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="conv",
+        )(x)
+        x = BatchNorm(group_size=self.bn_group_size, param_dtype=self.param_dtype, name="bn")(
+            x, train
+        )
+        x = _global_average(nn.relu(x))
+        return _classifier(self.num_classes, self.features, self.param_dtype, name="logits")(x)
+
+
+def _global_average(x: jax.Array) -> jax.Array:
+    return x.mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _classifier(
+    num_classes: int, fan_in: int, param_dtype: jnp.dtype, name: str | None = None
+) -> nn.Dense:
+    """A linear layer in at least float32: it costs nothing and decides everything."""
+    return nn.Dense(
+        num_classes,
+        kernel_init=torch_kernel_init,
+        bias_init=torch_bias_init(fan_in),
+        param_dtype=param_dtype,
+        name=name,
+    )

@@ -1,0 +1,124 @@
+"""The proof that two networks are the same function: their logits on the same images."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from repvgg_jax.fuse import fuse_params
+from repvgg_jax.model import RepVGG
+
+TOLERANCE = 1e-5
+"""Largest |Δlogit| allowed, relative to the largest |logit|, in float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """How far two networks' logits are apart.
+
+    Attributes:
+      images: how many images were compared.
+      max_abs_delta: largest |Δlogit|.
+      max_abs_logit: largest |logit| of the reference.
+      argmax_agreement: share of images on which both give the same class.
+      tolerance: what `relative` may be at most.
+    """
+
+    images: int
+    max_abs_delta: float
+    max_abs_logit: float
+    argmax_agreement: float
+    tolerance: float = TOLERANCE
+
+    @property
+    def relative(self) -> float:
+        """Largest |Δlogit| relative to the largest |logit|."""
+        return self.max_abs_delta / self.max_abs_logit if self.max_abs_logit else self.max_abs_delta
+
+    @property
+    def holds(self) -> bool:
+        """Whether the two are the same function up to the tolerance; never for NaN."""
+        return self.relative <= self.tolerance
+
+    def __str__(self) -> str:
+        sign = "<=" if self.holds else ">"
+        return (
+            f"max |Δlogit| {self.max_abs_delta:.2e}, {self.relative:.2e} of the largest logit "
+            f"({sign} {self.tolerance:g}), same class on {self.argmax_agreement:.2%} "
+            f"of {self.images} images"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**dataclasses.asdict(self), "relative": self.relative, "holds": self.holds}
+
+
+def compare(reference: np.ndarray, other: np.ndarray, *, tolerance: float = TOLERANCE) -> Proof:
+    """Compares two networks' logits (images, classes) on the same images.
+
+    Raises:
+      ValueError: different shapes, or no images.
+    """
+    reference, other = np.asarray(reference, np.float64), np.asarray(other, np.float64)
+    if reference.shape != other.shape or reference.ndim != 2 or not len(reference):
+        raise ValueError(
+            f"logits of shapes {reference.shape} and {other.shape}; "
+            "expected (images, classes) twice, and at least one image"
+        )
+    return Proof(
+        images=len(reference),
+        max_abs_delta=float(np.abs(reference - other).max()),
+        max_abs_logit=float(np.abs(reference).max()),
+        argmax_agreement=float((reference.argmax(-1) == other.argmax(-1)).mean()),
+        tolerance=tolerance,
+    )
+
+
+def prove(
+    model: RepVGG,
+    variables: Any,
+    images: np.ndarray,
+    *,
+    deployed: Any = None,
+    tolerance: float = TOLERANCE,
+    batch_size: int = 64,
+) -> Proof:
+    """Compares a training-form network with its fused form, in evaluation.
+
+    Args:
+      model: the network in training form.
+      variables: its variables.
+      images: normalised, (images, height, width, channels).
+      deployed: the fused variables; None fuses `variables` here.
+      tolerance: of `Proof.holds`.
+      batch_size: images at a time.
+    """
+    if deployed is None:
+        deployed = fuse_params(variables)
+    fused = model.clone(deploy=True)
+    return compare(
+        logits(model.apply, variables, images, batch_size=batch_size),
+        logits(fused.apply, deployed, images, batch_size=batch_size),
+        tolerance=tolerance,
+    )
+
+
+def logits(
+    apply: Callable[..., Any], variables: Any, images: np.ndarray, *, batch_size: int = 64
+) -> np.ndarray:
+    """A network's logits of many images, in batches and at full float32 precision.
+
+    Accelerators multiply float32 numbers with fewer bits unless told otherwise; a proof must
+    not depend on that.
+    """
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(apply)
+        parts = []
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            # The last batch is filled up: one shape, one compilation.
+            padding = [(0, min(batch_size, len(images)) - len(batch))] + [(0, 0)] * (batch.ndim - 1)
+            parts.append(np.asarray(run(variables, np.pad(batch, padding)))[: len(batch)])
+    return np.concatenate(parts)

@@ -1,0 +1,258 @@
+"""The table of architectures: what every RepVGG is made of, as pure data.
+
+A `Variant` says how deep, how wide and how grouped a network is; `Variant.layers`
+unrolls it into one `Layer` per block. The model, the cost model and the weight
+readers all walk that one list, so they cannot disagree about a shape.
+
+Source: RepVGG (Ding et al., CVPR 2021), Tables 2 and 3, and the authors' code for
+B*g2, D2se and plus-L2pse.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class SqueezeExcite:
+    """Squeeze-and-excite of every block of a variant.
+
+    Attributes:
+      reduction: the squeezed width is `channels // reduction`.
+      after_relu: False multiplies before the ReLU (D2se), True after it (plus-L2pse).
+    """
+
+    reduction: int = 16
+    after_relu: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One block and its place in the network; everything that fixes its shapes.
+
+    Attributes:
+      name: the block's name in the parameter tree, `stem` or `stage1_block0`.
+      in_channels: channels in; None for the stem, which follows the images.
+      features: channels out.
+      stride: spatial stride of the 3x3 and the 1x1 branch.
+      dilation: dilation of the 3x3 branch, which is padded by as much.
+      groups: channel groups of both convolutions.
+      identity: whether the block has the identity branch.
+    """
+
+    name: str
+    in_channels: int | None
+    features: int
+    stride: int
+    dilation: int
+    groups: int
+    identity: bool
+
+    @property
+    def stage(self) -> str:
+        """The stage it belongs to: `stem`, `stage1`, `stage2` and so on."""
+        return self.name.partition("_")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """An architecture. The official ones are in `VARIANTS`; any other works as well.
+
+    Attributes:
+      name: what messages and metadata call it.
+      depths: blocks of every stage after the stem.
+      channels: channels of every stage after the stem.
+      stem_channels: channels of the stem, a single block.
+      groups: an int gives the paper's rule, g groups in every second block after the
+        stem (the 2nd, 4th, …); a tuple gives every block after the stem its own.
+      se: squeeze-and-excite in every block, or None.
+      auxiliary: blocks whose output feeds an auxiliary classifier during training.
+      strides: stride of the first block of every stage; None means 2 everywhere.
+      stem_stride: stride of the stem.
+    """
+
+    name: str
+    depths: tuple[int, ...]
+    channels: tuple[int, ...]
+    stem_channels: int
+    groups: int | tuple[int, ...] = 1
+    se: SqueezeExcite | None = None
+    auxiliary: tuple[str, ...] = ()
+    strides: tuple[int, ...] | None = None
+    stem_stride: int = 2
+
+    def __post_init__(self) -> None:
+        # Lists (from a config file, say) become tuples: a Variant must be hashable.
+        for field in ("depths", "channels", "auxiliary", "strides", "groups"):
+            value = getattr(self, field)
+            if isinstance(value, list):
+                object.__setattr__(self, field, tuple(value))
+        if isinstance(self.se, Mapping):
+            object.__setattr__(self, "se", SqueezeExcite(**self.se))
+        self._check()
+
+    def _check(self) -> None:
+        where = f"variant {self.name!r}"
+        if len(self.depths) != len(self.channels) or not self.depths:
+            raise ValueError(
+                f"{where}: {len(self.depths)} depths {self.depths} but {len(self.channels)} "
+                f"channels {self.channels}; give one of each for every stage"
+            )
+        if len(self.stage_strides) != len(self.depths):
+            raise ValueError(
+                f"{where}: {len(self.stage_strides)} strides {self.strides} "
+                f"for {len(self.depths)} stages; give one for every stage"
+            )
+        numbers = (*self.depths, *self.channels, self.stem_channels, self.stem_stride)
+        if not all(isinstance(n, int) and n > 0 for n in (*numbers, *self.stage_strides)):
+            raise ValueError(f"{where}: depths, channels and strides must be positive integers")
+        if isinstance(self.groups, tuple) and len(self.groups) != sum(self.depths):
+            raise ValueError(
+                f"{where}: {len(self.groups)} groups for {sum(self.depths)} blocks after the stem; "
+                f"give one for every block, or one int for the paper's every second block"
+            )
+        for layer in self.layers():
+            for what, channels in (("in", layer.in_channels), ("out", layer.features)):
+                if channels is not None and channels % layer.groups:
+                    raise ValueError(
+                        f"{where}: {layer.name} has {channels} channels {what}, "
+                        f"which {layer.groups} groups do not divide"
+                    )
+        names = {layer.name for layer in self.layers()}
+        if unknown := [name for name in self.auxiliary if name not in names]:
+            raise ValueError(f"{where}: auxiliary names no block: {', '.join(unknown)}")
+
+    @property
+    def stage_strides(self) -> tuple[int, ...]:
+        """Stride of the first block of every stage."""
+        return self.strides if self.strides is not None else (2,) * len(self.depths)
+
+    @property
+    def total_stride(self) -> int:
+        """Images' pixels per pixel of the last feature map: 32 for the official ones."""
+        return self.stem_stride * math.prod(self.stage_strides)
+
+    @property
+    def features(self) -> int:
+        """Width of the pooled features that the classifier sees."""
+        return self.channels[-1]
+
+    def layers(self, output_stride: int | None = None) -> tuple[Layer, ...]:
+        """Every block in order.
+
+        Args:
+          output_stride: replaces the strides beyond it by dilation, as the paper's PSPNet
+            does: with 8, stage 3 runs at dilation 2 and stage 4 at dilation 4. None keeps
+            every stride. Names, parameter shapes and identity branches do not depend on it.
+
+        Raises:
+          ValueError: no stage ends at that stride.
+        """
+        limit = self.total_stride if output_stride is None else output_stride
+        layers = [Layer("stem", None, self.stem_channels, self.stem_stride, 1, 1, identity=False)]
+        in_channels, stride_so_far, dilation = self.stem_channels, self.stem_stride, 1
+        reached = {stride_so_far}
+        for stage, (depth, features) in enumerate(zip(self.depths, self.channels, strict=True)):
+            for index in range(depth):
+                stride = self.stage_strides[stage] if index == 0 else 1
+                # The identity branch is decided before dilation replaces a stride, so that
+                # one checkpoint serves every output stride.
+                identity = in_channels == features and stride == 1
+                if stride_so_far * stride > limit:
+                    dilation *= stride
+                    stride = 1
+                stride_so_far *= stride
+                layers.append(
+                    Layer(
+                        name=f"stage{stage + 1}_block{index}",
+                        in_channels=in_channels,
+                        features=features,
+                        stride=stride,
+                        dilation=dilation,
+                        groups=self._groups_of(len(layers)),
+                        identity=identity,
+                    )
+                )
+                in_channels = features
+            reached.add(stride_so_far * dilation)
+        if limit != stride_so_far:
+            valid = ", ".join(str(s) for s in sorted(reached))
+            raise ValueError(
+                f"variant {self.name!r} cannot have output_stride={output_stride}: "
+                f"its stages end at strides {valid}"
+            )
+        return tuple(layers)
+
+    def _groups_of(self, index: int) -> int:
+        """Groups of block `index`, where the stem is 0."""
+        if isinstance(self.groups, tuple):
+            return self.groups[index - 1]
+        return self.groups if index % 2 == 0 else 1
+
+
+def _official(
+    name: str, depths: tuple[int, ...], width: tuple[float, float, float, float], **options
+) -> Variant:
+    """An official variant from the paper's width multipliers (a, a, a, b)."""
+    channels = tuple(int(base * w) for base, w in zip((64, 128, 256, 512), width, strict=True))
+    return Variant(name, depths, channels, stem_channels=min(64, channels[0]), **options)
+
+
+_A = (2, 4, 14, 1)
+_B = (4, 6, 16, 1)
+_L = (8, 14, 24, 1)
+
+_OFFICIAL = (
+    _official("A0", _A, (0.75, 0.75, 0.75, 2.5)),
+    _official("A1", _A, (1, 1, 1, 2.5)),
+    _official("A2", _A, (1.5, 1.5, 1.5, 2.75)),
+    _official("B0", _B, (1, 1, 1, 2.5)),
+    _official("B1", _B, (2, 2, 2, 4)),
+    _official("B1g2", _B, (2, 2, 2, 4), groups=2),
+    _official("B1g4", _B, (2, 2, 2, 4), groups=4),
+    _official("B2", _B, (2.5, 2.5, 2.5, 5)),
+    _official("B2g2", _B, (2.5, 2.5, 2.5, 5), groups=2),
+    _official("B2g4", _B, (2.5, 2.5, 2.5, 5), groups=4),
+    _official("B3", _B, (3, 3, 3, 5)),
+    _official("B3g2", _B, (3, 3, 3, 5), groups=2),
+    _official("B3g4", _B, (3, 3, 3, 5), groups=4),
+    _official("D2se", _L, (2.5, 2.5, 2.5, 5), se=SqueezeExcite(reduction=16)),
+    _official(
+        "plus-L2pse",
+        _L,
+        (2.5, 2.5, 2.5, 5),
+        se=SqueezeExcite(reduction=4, after_relu=True),
+        # The third tap is half-way through stage 3, where the authors split it in two.
+        auxiliary=("stage1_block7", "stage2_block13", "stage3_block11"),
+    ),
+)
+
+VARIANTS: Mapping[str, Variant] = types.MappingProxyType({v.name: v for v in _OFFICIAL})
+"""The fifteen official variants by canonical name."""
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("repvgg")
+
+
+def get_variant(name: str | Variant) -> Variant:
+    """The official variant of that name; a `Variant` is returned as it is.
+
+    `B1g4`, `RepVGG-B1g4` and `repvgg_b1g4` all mean the same.
+
+    Raises:
+      ValueError: no such variant; the message names the nearest ones.
+    """
+    if isinstance(name, Variant):
+        return name
+    if not isinstance(name, str):
+        raise ValueError(f"a variant is a name or a Variant, not {type(name).__name__}: {name!r}")
+    names = {_key(canonical): canonical for canonical in VARIANTS}
+    if (key := _key(name)) in names:
+        return VARIANTS[names[key]]
+    near = [names[k] for k in difflib.get_close_matches(key, names, n=3, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"unknown variant {name!r}; {hint}The official ones: {', '.join(VARIANTS)}")
