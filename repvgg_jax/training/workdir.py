@@ -1,0 +1,102 @@
+"""A run's directory: its configuration, and the paths of what else is in it.
+
+config.json        the configuration, as the run began
+checkpoints/       one directory a checkpoint, named by its step
+metrics.jsonl      one JSON object a report
+tensorboard/       the same for TensorBoard
+curves.png         the same as a picture
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from repvgg_jax.training.config import differences
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """Paths in a run's directory, and the rule that it belongs to one configuration."""
+
+    path: pathlib.Path
+
+    @property
+    def config(self) -> pathlib.Path:
+        """The configuration, as the run began."""
+        return self.path / "config.json"
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """Checkpoints, by step."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        """One JSON object a report."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> pathlib.Path:
+        """TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def curves(self) -> pathlib.Path:
+        """A picture of the metrics."""
+        return self.path / "curves.png"
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Makes the directory this configuration's, or finds that it is already.
+
+        Raises:
+          ValueError: it is another configuration's, or holds other things.
+          OSError: it cannot be written.
+        """
+        if self.config.exists():
+            changed = differences(self.read_config(), config)
+            if changed:
+                raise ValueError(
+                    f"{self.path} holds a run with another configuration: {'; '.join(changed)}. "
+                    "Give another --workdir, or the configuration that the run began with"
+                )
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        if others := sorted(entry.name for entry in self.path.iterdir()):
+            raise ValueError(
+                f"{self.path} is no run's directory (it has no config.json) but holds "
+                f"{', '.join(others[:5])}{', …' if len(others) > 5 else ''}; give another --workdir"
+            )
+        write_atomically(self.config, json.dumps(config, indent=2) + "\n")
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration, as the run began.
+
+        Raises:
+          ValueError: there is none, or it cannot be read.
+        """
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path} does not exist; give the --workdir of a training run")
+        if not self.config.exists():
+            raise ValueError(
+                f"{self.path} is no run's directory: it has no config.json; "
+                "give the --workdir of a training run"
+            )
+        try:
+            return json.loads(self.config.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.config} cannot be read: {error}") from error
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file that is, whatever happens, either the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,36 @@
+"""Trains a RepVGG, or continues a run that was interrupted.
+
+python train.py --config configs/digits.py --workdir runs/digits --config.train.epochs=5
+"""
+
+import pathlib
+import signal
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from repvgg_jax import cli
+
+RECIPES = pathlib.Path(__file__).resolve().parent / "configs"
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", str(RECIPES / "digits.py"), "The recipe; --config.section.name=value overrides."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's directory; runs/RECIPE where none is given."
+)
+
+
+def main(_: Sequence[str]) -> int:
+    """Trains; returns the exit status."""
+    from repvgg_jax.training.loop import train
+
+    recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    outcome = train(CONFIG.value, WORKDIR.value or pathlib.Path("runs", recipe.stem))
+    # A preempted run has done what it was asked; for Ctrl-C shells expect 128 + its number.
+    return 128 + signal.SIGINT if outcome.stopped_by == signal.SIGINT else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
