@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from repvgg_jax.fuse import algebra, grammar
 from repvgg_jax.fuse.grammar import Path, Tree
@@ -47,7 +48,7 @@ class _Fusing:
         self.epsilon = epsilon
         self.blocks = 0
         self.stray: Path | None = None
-        self.variances: list[tuple[str, Any]] = []
+        self.unchecked: list[tuple[str, Any]] = []
 
     def outside_params(self, node: Tree, path: Path) -> Tree:
         """Finds the variables in a tree of any shape."""
@@ -91,7 +92,11 @@ class _Fusing:
         grammar.check_train_block(params, stats, path)
         chains = grammar.branches(params)
         for *_, norm in chains:
-            self.variances.append((grammar.name((*path, norm)), stats[norm]["var"]))
+            var, where = stats[norm]["var"], grammar.name((*path, norm))
+            if isinstance(var, np.ndarray):
+                _check_variance(where, var, _impossible(var))
+            elif not isinstance(var, jax.core.Tracer):
+                self.unchecked.append((where, var))
         dtype = params["conv3x3"]["kernel"].dtype
         pieces = {piece: params[piece] for chain in chains for piece in chain}
         wide, wide_stats = algebra.upcast((pieces, dict(stats)))
@@ -116,16 +121,19 @@ class _Fusing:
                 "there is no RepVGG block in this tree: expected {'params': …, 'batch_stats': …} "
                 "with mappings that hold conv3x3, bn3x3, conv1x1 and bn1x1"
             )
-        known = [(n, var) for n, var in self.variances if not isinstance(var, jax.core.Tracer)]
         # Fetched together: one transfer for the whole network, not one a block.
-        bad = jax.device_get([_impossible(var) for _, var in known])
-        for (where, var), is_bad in zip(known, bad, strict=True):
-            if is_bad:
-                raise ValueError(
-                    f"{where}/var: a running variance is finite and not negative, but here it "
-                    f"goes from {float(var.min()):g} to {float(var.max()):g}; the statistics "
-                    "are damaged or the training diverged"
-                )
+        bad = jax.device_get([_impossible(var) for _, var in self.unchecked])
+        for (where, var), is_bad in zip(self.unchecked, bad, strict=True):
+            _check_variance(where, var, is_bad)
+
+
+def _check_variance(where: str, var: Any, is_bad: bool) -> None:
+    if is_bad:
+        raise ValueError(
+            f"{where}/var: a running variance is finite and not negative, but here it goes from "
+            f"{float(var.min()):g} to {float(var.max()):g}; the statistics are damaged or the "
+            "training diverged"
+        )
 
 
 def _impossible(var: Any) -> Any:

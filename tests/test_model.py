@@ -1,0 +1,211 @@
+import json
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax import VARIANTS, RepVGGBlock, Variant, cost, create_model, fuse_params
+from tests.trees import TINY, TINY_AUXILIARY, paths, random_images, random_variables
+
+NAMES = pathlib.Path(__file__).with_name("tree_names.json")
+
+
+def shapes(model, size=64):
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_real_trees_have_the_parameters_that_cost_counts(name):
+    counted = cost(name)
+    for deploy, expected in (
+        (False, counted.params_train + counted.params_auxiliary),
+        (True, counted.params_deploy),
+    ):
+        tree = shapes(create_model(name, deploy=deploy))
+        assert sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) == expected
+        assert ("batch_stats" in tree) is not deploy
+
+
+@pytest.mark.parametrize("variant", [VARIANTS["A0"], TINY_AUXILIARY], ids=lambda v: v.name)
+@pytest.mark.parametrize("deploy", [False, True])
+def test_tree_names_never_change(variant, deploy):
+    """Checkpoints stay readable only as long as every name and shape stays as it is.
+
+    If a name must change, write how to read the old one, then update tests/tree_names.json.
+    """
+    tree = shapes(create_model(variant, deploy=deploy))
+    leaves = jax.tree.leaves(tree)
+    found = [f"{p} {list(leaf.shape)}" for p, leaf in zip(paths(tree), leaves, strict=True)]
+    pinned = json.loads(NAMES.read_text())
+    assert found == pinned[f"{variant.name} {'deploy' if deploy else 'train'}"]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_in_channels_follow_the_images(channels):
+    model = create_model(TINY, num_classes=5)
+    variables = random_variables(model, channels=channels)
+    images = random_images((2, 32, 32, channels))
+    assert model.apply(variables, images).shape == (2, 5)
+
+
+def test_no_classes_gives_pooled_features():
+    model = create_model(TINY, num_classes=0)
+    variables = random_variables(model)
+    images = random_images((2, 32, 32, 3))
+    maps = model.apply(variables, images, method="features")
+    pooled = model.apply(variables, images)
+    assert "head" not in variables["params"]
+    np.testing.assert_allclose(pooled, maps["stage2"].mean((1, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("stride", "sizes"), [(32, (7, 4)), (16, (7, 7)), (8, (14, 14))])
+@pytest.mark.parametrize("deploy", [False, True])
+def test_feature_maps_at_every_output_stride_in_both_forms(stride, sizes, deploy):
+    model = create_model("A0", output_stride=stride, deploy=deploy)
+    variables = shapes(model)
+    images = jax.ShapeDtypeStruct((2, 112, 112, 3), jnp.float32)
+    maps = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), variables, images)
+    assert maps.keys() == {"stem", "stage1", "stage2", "stage3", "stage4"}
+    assert maps["stage2"].shape == (2, 14, 14, 96)
+    assert maps["stage3"].shape == (2, sizes[0], sizes[0], 192)
+    assert maps["stage4"].shape == (2, sizes[1], sizes[1], 1280)
+    chex.assert_trees_all_equal_shapes(variables, shapes(create_model("A0", deploy=deploy)))
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_everything_else_in_float32():
+    model = create_model(TINY, num_classes=5, dtype=jnp.bfloat16)
+    images = random_images((4, 32, 32, 3))
+    variables = model.init(jax.random.key(0), images)
+    logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    maps = model.apply(variables, images, method="features")
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, updated, logits))} == {
+        jnp.dtype("float32")
+    }
+    assert {leaf.dtype for leaf in jax.tree.leaves(maps)} == {jnp.dtype("bfloat16")}
+    exact = create_model(TINY, num_classes=5).apply(variables, images)
+    np.testing.assert_allclose(model.apply(variables, images), exact, atol=0.05)
+
+
+def test_remat_changes_memory_not_values():
+    images = random_images((4, 32, 32, 3))
+    plain, remat = (create_model(TINY, num_classes=5, remat=remat) for remat in (False, True))
+    variables = random_variables(plain)
+
+    def loss(model, params):
+        logits, updated = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.square(logits).sum(), updated
+
+    results = [
+        jax.jit(jax.value_and_grad(lambda p, m=model: loss(m, p), has_aux=True))(
+            variables["params"]
+        )
+        for model in (plain, remat)
+    ]
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_is_the_default_and_leaves_statistics_alone():
+    model = create_model(TINY, num_classes=5)
+    variables = random_variables(model)
+    images = random_images((2, 32, 32, 3))
+    logits, after = model.apply(variables, images, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(after["batch_stats"], variables["batch_stats"])
+    np.testing.assert_array_equal(logits, model.apply(variables, images, train=False))
+
+
+def test_training_moves_every_statistic():
+    model = create_model(TINY, num_classes=5)
+    variables = random_variables(model)
+    _, after = model.apply(
+        variables, random_images((4, 32, 32, 3)), train=True, mutable=["batch_stats"]
+    )
+    before, moved = jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(after)
+    assert len(before) == len(moved)
+    assert all((a != b).all() for a, b in zip(before, moved, strict=True))
+
+
+def test_auxiliary_heads_speak_in_training_when_asked_and_are_gone_in_deploy():
+    model = create_model(TINY_AUXILIARY, num_classes=5)
+    variables = random_variables(model)
+    images = random_images((4, 32, 32, 3))
+    logits, updated = model.apply(
+        variables, images, train=True, mutable=["batch_stats", "auxiliary"]
+    )
+    assert logits.shape == (4, 5)
+    assert {name: aux.shape for name, aux in updated["auxiliary"].items()} == {
+        "aux_stage1_block1": (4, 5),
+        "aux_stage2_block0": (4, 5),
+    }
+    plain, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    np.testing.assert_array_equal(plain, logits)
+    assert not [p for p in paths(fuse_params(variables)) if "aux" in p]
+    assert not [p for p in paths(shapes(model.clone(deploy=True))) if "aux" in p]
+
+
+def test_a_block_alone_decides_its_identity_by_shape():
+    for features, stride, identity in ((8, 1, True), (8, 2, False), (16, 1, False)):
+        tree = RepVGGBlock(features, stride=stride).init(
+            jax.random.key(0), np.zeros((1, 4, 4, 8), np.float32)
+        )
+        assert ("bn_identity" in tree["params"]) is identity
+
+
+def test_initial_weights_are_pytorchs():
+    tree = create_model("A0").init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    kernel = np.asarray(tree["stage3_block3"]["conv3x3"]["kernel"])
+    bound = 1 / np.sqrt(9 * 192)
+    assert np.abs(kernel).max() <= bound
+    assert kernel.std() == pytest.approx(bound / np.sqrt(3), rel=0.01)
+    head = tree["head"]
+    assert np.abs(head["bias"]).max() <= 1 / np.sqrt(1280)
+    assert np.asarray(head["bias"]).std() == pytest.approx(1 / np.sqrt(3 * 1280), rel=0.1)
+
+
+class TestBadInput:
+    images = random_images((2, 32, 32, 3))
+
+    @pytest.fixture
+    def variables(self):
+        return random_variables(create_model(TINY, num_classes=5))
+
+    def test_rank(self, variables):
+        with pytest.raises(ValueError, match=r"shape \(32, 32, 3\); expected 4 axes"):
+            create_model(TINY, num_classes=5).apply(variables, self.images[0])
+
+    def test_channels_first_on_init(self):
+        with pytest.raises(ValueError, match=r"\(2, 3, 32, 32\) look channels-first.*transpose"):
+            create_model(TINY).init(jax.random.key(0), self.images.transpose(0, 3, 1, 2))
+
+    def test_channels_first_on_apply(self, variables):
+        with pytest.raises(ValueError, match="32 channels, but these parameters take 3"):
+            create_model(TINY, num_classes=5).apply(variables, self.images.transpose(0, 3, 1, 2))
+
+    def test_raw_pixels(self, variables):
+        with pytest.raises(ValueError, match="images are uint8; expected normalised"):
+            create_model(TINY, num_classes=5).apply(variables, self.images.astype(np.uint8))
+
+    def test_training_variables_for_a_deploy_model(self, variables):
+        with pytest.raises(ValueError, match=r"stem: .*deploy form.*through fuse_params"):
+            create_model(TINY, num_classes=5, deploy=True).apply(variables, self.images)
+
+    def test_deploy_variables_for_a_training_model(self, variables):
+        with pytest.raises(ValueError, match=r"stem: .*training form.*deploy=True"):
+            create_model(TINY, num_classes=5).apply(fuse_params(variables), self.images)
+
+    def test_negative_classes(self):
+        with pytest.raises(ValueError, match="num_classes=-1"):
+            create_model(TINY, num_classes=-1)
+
+    def test_squeezing_to_nothing(self):
+        variant = Variant("thin", (1,), (8,), 8, se={"reduction": 16})
+        with pytest.raises(ValueError, match="reduction 16 leaves nothing of 8 channels"):
+            create_model(variant).init(jax.random.key(0), self.images)
+
+    def test_an_identity_that_cannot_be(self):
+        with pytest.raises(ValueError, match=r"equal channels and stride 1, got 3 -> 8"):
+            RepVGGBlock(8, identity=True).init(jax.random.key(0), self.images)
