@@ -7,6 +7,7 @@ those that are not are named.
 
 import logging
 import pathlib
+import shutil
 import types
 import zlib
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Checkpoints:
             item_names=("state", "checksums"),
         )
         self._path = path
+        self._unsound: list[int] = []
 
     def save(self, state: TrainState) -> None:
         """Saves in the background; an earlier save that failed raises here."""
@@ -68,6 +70,7 @@ class Checkpoints:
             try:
                 return self._restore_step(step, like)
             except Exception as error:  # Orbax raises whatever its readers raise
+                self._unsound.append(step)
                 reason = str(error).strip().splitlines()
                 self._say(
                     f"checkpoint {self._path / str(step)} is not sound and is passed over: "
@@ -79,6 +82,16 @@ class Checkpoints:
                 f"(steps {', '.join(map(str, sorted(steps)))})"
             )
         return None
+
+    def set_aside_unsound(self) -> None:
+        """Moves what `restore` passed over to `unsound/`, so that its steps can be saved anew."""
+        for step in self._unsound:
+            aside = self._path.with_name("unsound") / str(step)
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._path / str(step)).replace(aside)
+        self._unsound.clear()
+        self._manager.reload()
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint, sound or not."""

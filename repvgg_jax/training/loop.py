@@ -72,6 +72,8 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
             Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, say=warnings.append)
         )
         restored = checkpoints.restore(run.abstract_state())
+        if jax.process_index() == 0:
+            checkpoints.set_aside_unsound()
         state = run.initial_state() if restored is None else restored
         report = Report(
             workdir,

@@ -2,6 +2,7 @@
 
 config.json        the configuration, as the run began
 checkpoints/       one directory a checkpoint, named by its step
+unsound/           those that were found damaged, if there ever were any
 metrics.jsonl      one JSON object a report
 tensorboard/       the same for TensorBoard
 curves.png         the same as a picture

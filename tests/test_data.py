@@ -1,0 +1,146 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax.data.arrays import ArraySource
+from repvgg_jax.data.augment import Normalise, RandomAffine, make_augment
+from repvgg_jax.data.batches import eval_batches, train_batches
+from repvgg_jax.data.dataset import load
+
+MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+SHARDING = jax.sharding.NamedSharding(MESH, jax.sharding.PartitionSpec("data"))
+
+
+def numbered(count: int) -> ArraySource:
+    """Images that tell which they are."""
+    return ArraySource(np.zeros((count, 2, 2, 1), np.uint8), np.arange(count))
+
+
+def labels(source, steps, *, seed=0, start=0, batch_size=8):
+    batches = train_batches(
+        source, batch_size=batch_size, seed=seed, start_step=start, sharding=SHARDING
+    )
+    return [np.asarray(batch["label"]).tolist() for batch in itertools.islice(batches, steps)]
+
+
+def test_every_epoch_is_another_permutation_of_all_images():
+    first, second = np.array(labels(numbered(40), 10)).reshape(2, 40)
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert (first != second).any()
+    assert (first != np.arange(40)).any()
+
+
+def test_order_is_a_function_of_the_seed():
+    assert labels(numbered(40), 5) == labels(numbered(40), 5)
+    assert labels(numbered(40), 5) != labels(numbered(40), 5, seed=1)
+
+
+@pytest.mark.parametrize("start", [1, 4, 7, 13])
+def test_starting_later_gives_the_same_batches(start):
+    assert labels(numbered(40), 3, start=start) == labels(numbered(40), start + 3)[start:]
+
+
+def test_batches_are_sharded_over_all_devices():
+    batches = train_batches(numbered(40), batch_size=16, seed=0, start_step=0, sharding=SHARDING)
+    batch = next(batches)
+    assert {shard.data.shape for shard in batch["image"].addressable_shards} == {(2, 2, 2, 1)}
+    assert batch["image"].dtype == jnp.uint8
+    assert batch["label"].dtype == jnp.int32
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 8), (4, 8)])
+def test_processes_read_their_pieces_of_the_same_batches(monkeypatch, processes, batch_size):
+    whole = labels(numbered(40), 6, batch_size=batch_size)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda _, values: values)
+    pieces = []
+    for process in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda p=process: p)
+        pieces.append(labels(numbered(40), 6, batch_size=batch_size))
+    assert [list(itertools.chain(*parts)) for parts in zip(*pieces, strict=True)] == whole
+
+
+@pytest.mark.parametrize("count", [16, 17, 23, 3])
+def test_evaluation_sees_every_image_once(count):
+    batches = list(eval_batches(numbered(count), batch_size=8, sharding=SHARDING))
+    assert all(batch["label"].shape == (8,) for batch in batches)
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    seen = np.concatenate([batch["label"] for batch in batches])[mask]
+    assert seen.tolist() == list(range(count))
+
+
+def test_digits_are_real_and_split_with_every_digit_in_proportion():
+    data = load("digits")
+    assert (len(data.train), len(data.evaluation)) == (1437, 360)
+    assert data.image_shape == (8, 8, 1)
+    assert data.classes == tuple("0123456789")
+    assert data.train.images.dtype == np.uint8
+    assert (data.train.images.min(), data.train.images.max()) == (0, 255)
+    share = np.bincount(data.evaluation.labels) / 360
+    np.testing.assert_allclose(share, np.bincount(data.train.labels) / 1437, atol=0.003)
+    rows = {image.tobytes() for image in data.train.images}
+    leaked = sum(image.tobytes() in rows for image in data.evaluation.images)
+    assert leaked == 0
+
+
+def test_the_recipes_mean_and_deviation_are_those_of_the_training_pixels():
+    from configs import digits
+
+    pixels = load("digits").train.images / 255
+    config = digits.get_config()
+    assert config.data.mean == pytest.approx([pixels.mean()], abs=1e-3)
+    assert config.data.std == pytest.approx([pixels.std()], abs=1e-3)
+
+
+def test_unknown_data_sets():
+    with pytest.raises(ValueError, match=r"unknown data set 'digit'.*did you mean 'digits'"):
+        load("digit")
+
+
+def test_normalise():
+    pixels = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1) * np.ones((1, 1, 1, 2), np.uint8)
+    out = Normalise((0.5, 0.0), (0.25, 2.0))(pixels)
+    np.testing.assert_allclose(out[:, 0, 0], [[-2, 0], [2, 0.5]])
+
+
+class TestRandomAffine:
+    images = np.random.default_rng(0).random((16, 9, 9, 2)).astype(np.float32)
+
+    def test_nothing_to_do_is_the_identity(self):
+        moved = RandomAffine()(jax.random.key(0), self.images)
+        np.testing.assert_allclose(moved, self.images, atol=1e-6)
+
+    def test_a_key_decides_and_every_image_has_its_own(self):
+        affine = RandomAffine(rotation=20, shift=0.2)
+        same = np.repeat(self.images[:1], 4, 0)
+        moved = affine(jax.random.key(0), same)
+        np.testing.assert_array_equal(moved, affine(jax.random.key(0), same))
+        assert np.abs(moved[0] - moved[1]).max() > 0.1
+        assert np.abs(moved - affine(jax.random.key(1), same)).max() > 0.1
+
+    def test_shifts_reach_exactly_as_far_as_asked(self):
+        dot = np.zeros((400, 9, 9, 1), np.float32)
+        dot[:, 4, 4] = 1
+        moved = np.asarray(RandomAffine(shift=2 / 9)(jax.random.key(0), dot))[..., 0]
+        rows = (moved.sum(2) * np.arange(9)).sum(1) - 4
+        np.testing.assert_allclose(moved.sum((1, 2)), 1, atol=1e-5)
+        assert 1.9 < rows.max() <= 2
+        assert -2 <= rows.min() < -1.9
+        assert abs(rows.mean()) < 0.2
+
+    def test_rotations_turn_about_the_centre(self):
+        bar = np.zeros((200, 9, 9, 1), np.float32)
+        bar[:, 4, 1:8] = 1
+        moved = np.asarray(RandomAffine(rotation=90)(jax.random.key(0), bar))[..., 0]
+        np.testing.assert_allclose(moved[:, 4, 4], 1, atol=1e-5)
+        upright = np.abs(moved[:, :, 4].sum(1) - 7) < 0.5
+        assert 0 < upright.sum() < 60
+
+    def test_names(self):
+        assert make_augment("none") is None
+        assert make_augment("affine", shift=0.1) == RandomAffine(shift=0.1)
+        with pytest.raises(ValueError, match="unknown augmentation 'afine'"):
+            make_augment("afine")

@@ -1,0 +1,290 @@
+"""Whole runs: what they leave, how they continue, and what stops them."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+
+import chex
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
+
+from repvgg_jax.training import config as configs
+from repvgg_jax.training import loop, report
+from repvgg_jax.training.checkpoint import Checkpoints, checksums
+from repvgg_jax.training.loop import train
+from repvgg_jax.training.run import Run
+from repvgg_jax.training.workdir import Workdir
+from tests.runs import small_config
+
+
+def rows(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(path: pathlib.Path) -> list[dict]:
+    """Rows without what the clock has a say in."""
+    return [
+        {k: v for k, v in row.items() if "per_second" not in k and k != "data_wait"}
+        for row in rows(path)
+    ]
+
+
+def final_state(path: pathlib.Path, config):
+    run = Run.from_config(config)
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        return jax.device_get(checkpoints.restore(run.abstract_state()))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nothing ever interrupted."""
+    path = tmp_path_factory.mktemp("straight") / "run"
+    outcome = train(small_config(), path)
+    return path, outcome
+
+
+def test_what_a_run_leaves(straight):
+    path, outcome = straight
+    assert {entry.name for entry in path.iterdir()} == {
+        "config.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "tensorboard",
+        "curves.png",
+    }
+    assert json.loads((path / "config.json").read_text()) == configs.plain(small_config())
+    assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    table = rows(path)
+    assert [row["step"] for row in table if "train/loss" in row] == [4, 8, 11, 12, 16, 20, 22]
+    assert [row["step"] for row in table if "eval/accuracy" in row] == [11, 22]
+    last = table[-1]
+    assert last["step"] == outcome.step == 22
+    assert last["final/accuracy"] == outcome.accuracy
+    assert last["final/accuracy_fused"] == outcome.accuracy_fused == outcome.accuracy
+    assert 0 <= last["final/accuracy"] <= 1
+    assert last["final/accuracy"] * 360 == pytest.approx(round(last["final/accuracy"] * 360))
+    first, *_, end = (row["train/loss"] for row in table if "train/loss" in row)
+    assert end < 0.9 * first
+
+
+def test_tensorboard_events_hold_the_same_numbers(straight):
+    path, _ = straight
+    found = {}
+    for file in (path / "tensorboard").iterdir():
+        data = file.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            data = data[16 + length :]
+    assert RecordWriter  # the format that was read above is tensorboardX's
+    for row in rows(path):
+        for name, value in row.items():
+            if "/" in name:
+                assert found[name, row["step"]] == pytest.approx(value, rel=1e-6)
+
+
+class Killed(BaseException):
+    """As abrupt as it gets inside one process."""
+
+
+@pytest.mark.parametrize("at", [1, 11, 12, 17])
+def test_a_killed_run_continues_and_ends_with_the_same_bits(straight, tmp_path, monkeypatch, at):
+    path = tmp_path / "run"
+    real = report.Report.step
+
+    def dies(self, step, row):
+        real(self, step, row)
+        if step == at:
+            raise Killed
+
+    monkeypatch.setattr(report.Report, "step", dies)
+    with pytest.raises(Killed):
+        train(small_config(), path)
+    monkeypatch.setattr(report.Report, "step", real)
+    train(small_config(), path)
+    config = small_config()
+    chex.assert_trees_all_equal(final_state(path, config), final_state(straight[0], config))
+    assert numbers(path) == numbers(straight[0])
+
+
+def test_sigterm_saves_stops_and_continues_with_the_same_bits(
+    straight, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "run"
+    real = report.Report.step
+
+    def signals(self, step, row):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(report.Report, "step", signals)
+    outcome = train(small_config(), path)
+    assert (outcome.step, outcome.stopped_by, outcome.accuracy) == (7, signal.SIGTERM, None)
+    assert "SIGTERM at step 7: saved; the same command continues" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setattr(report.Report, "step", real)
+    outcome = train(small_config(), path)
+    assert "continuing from step 7 of 22" in capsys.readouterr().out
+    config = small_config()
+    chex.assert_trees_all_equal(final_state(path, config), final_state(straight[0], config))
+    assert outcome.accuracy == straight[1].accuracy
+
+
+def test_a_finished_run_only_reports_again(straight, tmp_path, capsys):
+    path = tmp_path / "run"
+    shutil.copytree(straight[0], path)
+    assert train(small_config(), path) == straight[1]
+    assert "compiled" not in capsys.readouterr().out
+    assert numbers(path) == numbers(straight[0])
+
+
+def test_another_configuration_is_refused_with_the_difference(straight):
+    before = rows(straight[0])
+    other = small_config(optimizer__momentum=0.5, seed=9)
+    with pytest.raises(ValueError, match=r"momentum: 0.9 -> 0.5; config.seed: 0 -> 9.*--workdir"):
+        train(other, straight[0])
+    assert rows(straight[0]) == before
+
+
+def test_a_directory_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"no run's directory .* holds thesis\.tex"):
+        train(small_config(), tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_nan_stops_the_run_after_it_was_written_down(tmp_path):
+    config = small_config(optimizer__learning_rate=1e30, checkpoint__every_epochs=1)
+    with pytest.raises(FloatingPointError) as caught:
+        train(config, tmp_path / "run")
+    message = str(caught.value)
+    assert "the last good checkpoint is none" in message
+    assert "learning_rate (now 1e+30)" in message
+    bad = rows(tmp_path / "run")[-1]
+    assert message.startswith(f"step {bad['step']}: ")
+    assert None in bad.values()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_a_person_sees(tmp_path, capsys):
+    train(small_config(train__epochs=1), tmp_path / "run")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("RepVGG small (float32) on 8 cpu devices: digits, 1,437 images")
+    assert "1 epochs of 11 steps, batch 128 (16 a device" in lines[0]
+    assert lines[1].startswith("compiled in ")
+    assert all(w in lines[2] for w in ("step 4/11", "loss", "accuracy", "images/s", "data-wait"))
+    assert "as trained" in lines[-3]
+    assert "fused (360 images)" in lines[-3]
+    assert lines[-1] == f"next: python convert.py --workdir {tmp_path / 'run'} --output deploy"
+
+
+class TestCheckpoints:
+    """The newest sound one is used; what is not sound is named."""
+
+    @pytest.fixture
+    def path(self, straight, tmp_path):
+        shutil.copytree(straight[0] / "checkpoints", tmp_path / "checkpoints")
+        return tmp_path / "checkpoints"
+
+    def restore(self, path):
+        said = []
+        like = Run.from_config(small_config()).abstract_state()
+        with Checkpoints(path, say=said.append) as checkpoints:
+            return checkpoints.restore(like), said
+
+    @staticmethod
+    def data_files(path):
+        return sorted(
+            (f for f in (path / "22" / "state").rglob("*") if f.is_file()),
+            key=lambda f: f.stat().st_size,
+        )
+
+    def test_untouched(self, path):
+        state, said = self.restore(path)
+        assert (int(state.step), said) == (22, [])
+
+    def test_flipped_bytes(self, path):
+        file = self.data_files(path)[-1]
+        data = bytearray(file.read_bytes())
+        middle = len(data) // 2
+        for i in range(middle, middle + 64):
+            data[i] ^= 0xFF
+        file.write_bytes(data)
+        state, said = self.restore(path)
+        assert int(state.step) == 11
+        assert len(said) == 1
+        assert "22 is not sound and is passed over" in said[0]
+
+    def test_a_truncated_file(self, path):
+        file = self.data_files(path)[-1]
+        file.write_bytes(file.read_bytes()[:100])
+        state, said = self.restore(path)
+        assert int(state.step) == 11
+        assert "22 is not sound" in said[0]
+
+    def test_an_empty_step(self, path):
+        (path / "30").mkdir()
+        state, said = self.restore(path)
+        assert int(state.step) == 22
+        assert "30 is not sound" in said[0]
+
+    def test_missing_checksums(self, path):
+        shutil.rmtree(path / "22" / "checksums")
+        state, said = self.restore(path)
+        assert int(state.step) == 11
+        assert "22 is not sound" in said[0]
+
+    def test_a_save_that_never_finished(self, path):
+        shutil.copytree(path / "22", path / "33.orbax-checkpoint-tmp-1")
+        state, said = self.restore(path)
+        assert (int(state.step), said) == (22, [])
+
+    def test_none_is_sound(self, path):
+        for step in ("11", "22"):
+            shutil.rmtree(path / step / "state")
+        with pytest.raises(ValueError, match=r"none of the 2 checkpoints .* \(steps 11, 22\)"):
+            self.restore(path)
+
+    def test_none_at_all(self, tmp_path):
+        assert self.restore(tmp_path / "nothing") == (None, [])
+
+    def test_training_walks_back_and_says_so(self, path, straight, capsys):
+        workdir = path.parent / "run"
+        shutil.copytree(straight[0], workdir)
+        file = self.data_files(workdir / "checkpoints")[-1]
+        file.write_bytes(file.read_bytes()[:-9])
+        train(small_config(), workdir)
+        out = capsys.readouterr().out
+        assert "22 is not sound and is passed over" in out
+        assert "continuing from step 11 of 22" in out
+        config = small_config()
+        chex.assert_trees_all_equal(final_state(workdir, config), final_state(straight[0], config))
+
+    def test_checksums_see_every_bit(self):
+        tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.int32(3)}
+        sums = checksums(tree)
+        assert sums.keys() == {"a", "b"}
+        tree["a"].view(np.uint32)[1, 2] ^= 1
+        assert checksums(tree)["a"] != sums["a"]
+        assert checksums(tree)["b"] == sums["b"]
+
+
+def test_workdir_of_a_damaged_configuration(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        Workdir(tmp_path).read_config()
+
+
+def test_the_loop_has_no_word_for_a_block():
+    """Training knows networks and tasks, not RepVGG's insides."""
+    folder = pathlib.Path(loop.__file__).parent
+    for file in folder.glob("*.py"):
+        code = file.read_text()
+        assert "conv3x3" not in code
+        assert "reparam" not in code
