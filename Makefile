@@ -1,0 +1,39 @@
+# Each target does all its own set-up in a virtual environment, .venv, on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test slow lint clean
+
+demo: .venv/runtime
+	$(BIN)/python train.py --config configs/digits.py
+	$(BIN)/python convert.py --workdir runs/digits --output deploy
+
+test: .venv/develop
+	$(BIN)/python -m pytest
+
+slow: .venv/develop
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/develop
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/created:
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(None if ok \
+	else "error: Python 3.11 to 3.13 is needed, $(PYTHON) is " + sys.version.split()[0] + \
+	"; make PYTHON=python3.12 names another")'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/runtime: .venv/created requirements.txt
+	$(BIN)/python -m pip install -q -r requirements.txt
+	@touch $@
+
+.venv/develop: .venv/runtime requirements-dev.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv

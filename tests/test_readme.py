@@ -1,0 +1,171 @@
+"""Every command and code block of the README and of docs/ is true."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from repvgg_jax import VARIANTS, cost
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+# Top-1 in %, as the authors publish it: paper, tables 4 and 5 (the better of two recipes), and
+# their repository for D2se and plus-L2pse, which test at 320 pixels.
+TOP1 = {
+    "A0": "72.41", "A1": "74.46", "A2": "76.48", "B0": "75.14", "B1": "78.37", "B1g2": "77.78",
+    "B1g4": "77.58", "B2": "78.78", "B2g4": "79.38", "B3": "80.52", "B3g4": "80.21",
+    "D2se": "83.55 at 320", "plus-L2pse": "84.06 at 320",
+}  # fmt: skip
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "".join(blocks("bash")).splitlines()
+    return [line.partition("#")[0].strip() for line in lines if line.strip()]
+
+
+def variants_table() -> str:
+    rows = ["| | blocks | params trained | params deployed | MACs | Winograd | top-1 % |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for name, variant in VARIANTS.items():
+        c = cost(name)
+        trained = f"{(c.params_train + c.params_auxiliary) / 1e6:.2f} M"
+        deployed = f"{c.params_deploy / 1e6:.2f} M"
+        depths = ", ".join(map(str, variant.depths))
+        macs, winograd = (f"{n / 1e9:.2f} G" for n in (c.macs_deploy, c.winograd_muls))
+        top1 = TOP1.get(name, "–")
+        rows.append(
+            f"| {name} | {depths} | {trained} | {deployed} | {macs} | {winograd} | {top1} |"
+        )
+    return "\n".join(rows)
+
+
+def test_the_variants_table():
+    assert variants_table() in README
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A copy of what a user checks out, where nothing has run yet."""
+    cwd = tmp_path_factory.mktemp("checkout") / "repvgg_jax"
+    ignored = shutil.ignore_patterns(".*", "runs", "deploy", "__pycache__", "*.egg-info", "build")
+    shutil.copytree(ROOT, cwd, ignore=ignored)
+    return cwd
+
+
+def shell(command: str, cwd: pathlib.Path, timeout: int = 300) -> str:
+    """Runs a command of the README with this environment's python."""
+    bin_ = pathlib.Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_commands_are_these():
+    """Whatever else is written there must be run by a test below."""
+    assert set(commands()) == {
+        "make demo",
+        "make test",
+        "python train.py --config configs/digits.py",
+        "python convert.py --workdir runs/digits --output deploy",
+        "python -m pytest",
+        "pip install -r requirements.txt",
+        "pip install -r requirements.txt -r requirements-dev.txt",
+        "pip install -r requirements.txt -r requirements-cuda.txt",
+        "pip install -r requirements.txt -r requirements-tpu.txt",
+    }
+
+
+def test_the_scripts_then_the_python_blocks(place):
+    """In the order in which a reader would type them."""
+    out = shell("python train.py --config configs/digits.py", place)
+    accuracy = float(re.search(r"held-out accuracy: ([\d.]+)% as trained", out)[1])
+    assert accuracy >= 98.5
+    out = shell("python convert.py --workdir runs/digits --output deploy", place)
+    told = next(block for block in blocks("text") if "as trained" in block)
+    for line, found in zip(told.splitlines()[:3], out.splitlines()[:3], strict=True):
+        assert line.split() == found.split()
+    assert told.splitlines()[-1] == out.splitlines()[-1]
+    program = "\n".join(blocks("python"))
+    (place / "readme.py").write_text(program)
+    assert "'0', '1'" in shell("python readme.py", place)
+
+
+@pytest.mark.parametrize(
+    ("target", "lines"),
+    [
+        (
+            "demo",
+            [
+                "pip install -q -r requirements.txt",
+                "python train.py --config configs/digits.py",
+                "python convert.py --workdir runs/digits --output deploy",
+            ],
+        ),
+        (
+            "test",
+            [
+                "pip install -q -r requirements.txt",
+                "pip install -q -r requirements-dev.txt",
+                "python -m pytest",
+            ],
+        ),
+    ],
+)
+def test_make_runs_what_the_readme_says_it_stands_for(place, target, lines):
+    """`make demo` and `make test` themselves are run by .ci/run."""
+    planned = shell(f"make --dry-run {target}", place)
+    assert "-m venv .venv" in planned
+    found = [
+        line.replace(".venv/bin/python -m pip", "pip").replace(".venv/bin/", "")
+        for line in planned.splitlines()
+        if line.startswith(".venv/bin/")
+    ]
+    assert found == lines
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert f"make {target}" in ci
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("pip")])
+def test_requirements_resolve(place, command):
+    shell(command.replace("install", "install --dry-run --quiet"), place, timeout=600)
+
+
+def test_links_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_a_python_that_is_too_old_is_named(place):
+    """A stand-in that runs the Makefile's own check as Python 3.9.1 would."""
+    stand_in = place / "old-python"
+    disguise = "import sys; sys.version_info, sys.version = (3, 9, 1), '3.9.1 (main)'"
+    stand_in.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "{disguise}; exec(sys.argv[1])" "$2"\n'
+    )
+    stand_in.chmod(0o755)
+    with pytest.raises(AssertionError) as caught:
+        shell("make demo PYTHON=./old-python", place)
+    told = "error: Python 3.11 to 3.13 is needed, ./old-python is 3.9.1; make PYTHON=python3.12"
+    assert told in str(caught.value)
+    assert not (place / ".venv").exists()
