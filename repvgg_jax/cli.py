@@ -1,5 +1,7 @@
 """What the command lines share: a user's mistake is one line and a non-zero exit status."""
 
+import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -13,6 +15,24 @@ _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 # What absl and ml_collections raise for flags and for overrides of a configuration.
 _FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
+
+
+def _keep_compiled_programs() -> None:
+    """Lets jax keep compiled programs on disk: a second start of the same run skips compiling.
+
+    `JAX_COMPILATION_CACHE_DIR`, which jax reads by itself, names another place.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    place = base / "repvgg_jax" / "xla"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written costs compile time, nothing else
+    jax.config.update("jax_compilation_cache_dir", str(place))
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -32,8 +52,14 @@ def _parse(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    _keep_compiled_programs()
     try:
         return main(argv)
+    except KeyboardInterrupt:
+        if flags.FLAGS.traceback:
+            raise
+        sys.stderr.write("error: interrupted\n")
+        sys.exit(130)
     except _USER_ERRORS as error:
         if flags.FLAGS.traceback:
             raise

@@ -11,6 +11,7 @@ import sys
 import time
 
 import chex
+import jax
 import numpy as np
 import pytest
 
@@ -121,8 +122,6 @@ def test_what_convert_wrote_loads_and_classifies(place, tmp_path):
 
 
 def jax_abstract(tree):
-    import jax
-
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree

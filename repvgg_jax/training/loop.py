@@ -5,26 +5,26 @@ It reads from top to bottom in the order in which things happen.
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from repvgg_jax.data.batches import Batch, eval_batches, train_batches
+from repvgg_jax.data.batches import Batch, train_batches
 from repvgg_jax.fuse import fuse_params
-from repvgg_jax.model import RepVGG
 from repvgg_jax.training import config as configs
 from repvgg_jax.training.checkpoint import Checkpoints
-from repvgg_jax.training.report import Report, as_floats
+from repvgg_jax.training.evaluation import Evaluation
+from repvgg_jax.training.meter import Meter
+from repvgg_jax.training.report import Report
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.signals import StopRequest
 from repvgg_jax.training.state import TrainState
-from repvgg_jax.training.step import make_eval_step, make_train_step
+from repvgg_jax.training.step import make_train_step
 from repvgg_jax.training.workdir import Workdir
 
 
@@ -89,8 +89,9 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
         if restored is not None:
             report.say(f"continuing from step {int(state.step)} of {run.total_steps}")
 
-        evaluate = _Evaluation(run)
-        state = _train_steps(run, state, checkpoints, report, evaluate, stop)
+        evaluate = Evaluation(run)
+        if int(state.step) < run.total_steps:
+            state = _train_steps(run, state, checkpoints, report, evaluate, stop)
         if stop.signal is not None:
             return Outcome(int(state.step), stopped_by=stop.signal)
         return _finish(run, state, report, evaluate, workdir)
@@ -101,62 +102,67 @@ def _train_steps(
     state: TrainState,
     checkpoints: Checkpoints,
     report: Report,
-    evaluate: "_Evaluation",
+    evaluate: Evaluation,
     stop: StopRequest,
 ) -> TrainState:
-    start_step = int(state.step)
-    if start_step == run.total_steps:
-        return state
+    config, start_step = run.config, int(state.step)
+
+    def every(epochs: int, step: int) -> bool:
+        return step == run.total_steps or step % (epochs * run.steps_per_epoch) == 0
+
+    def test(step: int) -> None:
+        report.record({"step": step, **evaluate(run.model, state.variables, "eval")})
+        report.draw()
+
     began = time.monotonic()
-    train_step = (
-        jax.jit(
-            make_train_step(
-                run.model, run.task, run.optimizer, run.normalise, run.augment, run.config.seed
-            ),
-            out_shardings=run.replicated,
-            donate_argnums=0,
-        )
-        .lower(run.abstract_state(), run.abstract_batch())
-        .compile()
-    )
+    train_step = _compile(run)
     report.say(f"compiled in {time.monotonic() - began:.1f} s")
+    if start_step and every(config.eval.every_epochs, start_step) and not report.tested(start_step):
+        test(start_step)  # the run was stopped before it could
     batches = train_batches(
         run.dataset.train,
-        batch_size=run.config.train.batch_size,
-        seed=run.config.seed,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
         start_step=start_step,
         sharding=run.over_batch,
     )
-    meter = _Meter(run, report, checkpoints, start_step)
+    meter = Meter(run, report, checkpoints)
     for step in range(start_step + 1, run.total_steps + 1):
         batch = meter.wait_for(batches)
         state, metrics = train_step(state, batch)
         # The device is busy with this step now, so the numbers of the one before cost nothing.
         meter.take(step, metrics)
 
-        epoch, rest = divmod(step, run.steps_per_epoch)
-        last = step == run.total_steps
-        save = stop or last or (not rest and epoch % run.config.checkpoint.every_epochs == 0)
-        test = not rest and (last or epoch % run.config.eval.every_epochs == 0)
-        if save or test:
+        test_now = every(config.eval.every_epochs, step) and not stop
+        save_now = every(config.checkpoint.every_epochs, step) or stop
+        if test_now or save_now:
             meter.flush()  # raises before a state that is not finite could be saved
-            if save:
-                checkpoints.save(state)
-            if test and not stop:
-                report.record({"step": step, **evaluate(run.model, state.variables, "eval")})
-                report.draw()
-            meter.restart()
-        if stop:
+        # A row is on disk before the checkpoint that would keep it from being written again.
+        if test_now:
+            test(step)
+        if save_now:
+            checkpoints.save(state)
+        if stop.signal is not None:
             report.say(
-                f"{stop.signal.name if stop.signal else 'stop'} at step {step}: saved; "
-                "the same command continues from here"
+                f"{stop.signal.name} at step {step}: saved; the same command continues from here"
             )
             break
+        if test_now or save_now:
+            meter.restart()
     return state
 
 
+def _compile(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
+    """The train step as a program; unlike a jitted function it cannot compile again."""
+    train_step = make_train_step(
+        run.model, run.task, run.optimizer, run.normalise, run.augment, run.config.seed
+    )
+    jitted = jax.jit(train_step, out_shardings=run.replicated, donate_argnums=0)
+    return jitted.lower(run.abstract_state(), run.abstract_batch()).compile()
+
+
 def _finish(
-    run: Run, state: TrainState, report: Report, evaluate: "_Evaluation", workdir: Workdir
+    run: Run, state: TrainState, report: Report, evaluate: Evaluation, workdir: Workdir
 ) -> Outcome:
     fused_model, fused = run.model.clone(deploy=True), fuse_params(state.variables)
     trained = evaluate(run.model, state.variables, "final")
@@ -171,107 +177,3 @@ def _finish(
     report.say(f"curves: {workdir.curves}")
     report.say(f"next: python convert.py --workdir {workdir.path} --output deploy")
     return Outcome(int(state.step), row["final/accuracy"], row["final/accuracy_fused"])
-
-
-class _Evaluation:
-    """Loss and accuracy over all held-out images, each once."""
-
-    def __init__(self, run: Run):
-        self._run = run
-        self._steps: dict[RepVGG, Callable[..., Any]] = {}
-
-    def __call__(self, model: RepVGG, variables: Any, prefix: str) -> dict[str, float]:
-        """`{"eval/loss": …, "eval/accuracy": …}` of a network and its variables."""
-        run = self._run
-        if model not in self._steps:
-            self._steps[model] = jax.jit(make_eval_step(model, run.task, run.normalise))
-        batches = eval_batches(
-            run.dataset.evaluation,
-            batch_size=run.config.eval.batch_size,
-            sharding=run.over_batch,
-        )
-        parts = [self._steps[model](variables, batch) for batch in batches]
-        sums = as_floats(jax.tree.map(lambda *values: sum(values), *parts))
-        count = sums.pop("count")
-        return {f"{prefix}/{name}": value / count for name, value in sums.items()}
-
-
-class _Meter:
-    """Means over the steps between two rows, the clock, and the watch for NaN."""
-
-    def __init__(self, run: Run, report: Report, checkpoints: Checkpoints, step: int):
-        self._run, self._report, self._checkpoints = run, report, checkpoints
-        self._pending: tuple[int, Any] | None = None
-        self._row: dict[str, float] = {}
-        self._begin(step)
-
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; the time it takes is the data-wait."""
-        began = time.monotonic()
-        batch = next(batches)
-        self._waited += time.monotonic() - began
-        return batch
-
-    def take(self, step: int, metrics: Any) -> None:
-        """Keeps a step's metrics, and reads those of the step before."""
-        self.read()
-        self._pending = (step, metrics)
-
-    def read(self) -> None:
-        """Waits for the newest step's metrics."""
-        if self._pending is None:
-            return
-        (step, metrics), self._pending = self._pending, None
-        values = as_floats(metrics)
-        bad_leaf = int(values.pop("first_bad_gradient"))
-        self._count += 1
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        seconds = time.monotonic() - self._began
-        images = self._count * self._run.config.train.batch_size
-        self._row = {
-            "step": step,
-            "epoch": step / self._run.steps_per_epoch,
-            **{f"train/{name}": total / self._count for name, total in self._sums.items()},
-            "images_per_second_per_device": images / seconds / jax.device_count(),
-            "data_wait": self._waited / seconds,
-        }
-        self._report.step(step, self._row)
-        if bad_leaf >= 0 or not math.isfinite(values["loss"]):
-            self._record()
-            raise FloatingPointError(self._diagnosis(step, values, bad_leaf))
-        if step % self._run.config.report.every_steps == 0:
-            self._record()
-            self._begin(step)
-
-    def flush(self) -> None:
-        """Reads what is pending and ends the row."""
-        self.read()
-        self._record()
-
-    def restart(self) -> None:
-        """Starts the next row here; what happened since the last is not training."""
-        self._begin(0)
-
-    def _record(self) -> None:
-        if self._count:
-            self._report.record(self._row)
-
-    def _begin(self, step: int) -> None:
-        self._count, self._waited, self._sums = 0, 0.0, dict[str, float]()
-        self._began = time.monotonic()
-
-    def _diagnosis(self, step: int, values: dict[str, float], bad_leaf: int) -> str:
-        if not math.isfinite(values["loss"]):
-            what = f"the loss is {values['loss']}"
-        else:
-            leaves, _ = jax.tree_util.tree_flatten_with_path(self._run.abstract_state().params)
-            name = jax.tree_util.keystr(leaves[bad_leaf][0], simple=True, separator="/")
-            what = f"the gradient of {name} is not finite (the loss is {values['loss']:g})"
-        saved = self._checkpoints.newest()
-        return (
-            f"step {step}: {what}; the last good checkpoint is "
-            f"{'none' if saved is None else f'that of step {saved}'}; a smaller "
-            f"config.optimizer.learning_rate (now {self._run.config.optimizer.learning_rate:g}) "
-            "or a longer config.optimizer.warmup_epochs usually helps"
-        )

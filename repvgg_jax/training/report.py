@@ -36,10 +36,9 @@ class Report:
         self._clock: tuple[int, float] | None = None
         self._console = rich.console.Console(highlight=False, soft_wrap=True)
         self._live: rich.live.Live | None = None
-        self._rows: list[Row] = []
+        self._rows = _rows_until(start_step, workdir)
         if not self._active:
             return
-        self._rows = _rows_until(start_step, workdir)
         text = "".join(json.dumps(row) + "\n" for row in self._rows)
         write_atomically(workdir.metrics, text)
         self._board = SummaryWriter(
@@ -79,6 +78,10 @@ class Report:
                 f"step {int(row['step'])}: held-out accuracy {row['eval/accuracy']:.2%}, "
                 f"loss {row['eval/loss']:.4f}"
             )
+
+    def tested(self, step: int) -> bool:
+        """Whether there is a row of an evaluation at that step."""
+        return any(row["step"] == step and "eval/loss" in row for row in self._rows)
 
     def draw(self) -> None:
         """Draws the curves of all rows so far."""
