@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from repvgg_jax import deployment
 from repvgg_jax.fuse import fuse_params
@@ -102,7 +101,7 @@ def convert_run(
         raise ValueError(f"tolerance {tolerance} must be positive")
     workdir, output = Workdir(pathlib.Path(path)), pathlib.Path(output)
     deployment.check_free(output)
-    run = Run.from_config(ConfigDict(workdir.read_config()))
+    run = Run.from_config(workdir.read_config())
     with Checkpoints(workdir.checkpoints, say=say) as checkpoints:
         state = checkpoints.restore(run.abstract_state())
     if state is None:

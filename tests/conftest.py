@@ -1,6 +1,8 @@
 """Every test runs on eight CPU devices, and implicit rank promotion is an error."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 # Before jax is imported: the number of devices is fixed when its backend starts.
@@ -8,17 +10,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 # Many tests, and the scripts that they start, run the same small program; compiling it once a
 # session keeps them short.
-_CACHE = tempfile.TemporaryDirectory(prefix="repvgg_jax_xla_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="repvgg_jax_xla_")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
-import numpy as np
-import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

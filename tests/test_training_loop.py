@@ -19,7 +19,7 @@ from repvgg_jax.training.checkpoint import Checkpoints, checksums
 from repvgg_jax.training.loop import train
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.workdir import Workdir
-from tests.runs import small_config
+from tests.runs import SMALL, small_config
 
 
 def rows(path: pathlib.Path) -> list[dict]:
@@ -275,10 +275,25 @@ class TestCheckpoints:
         assert checksums(tree)["b"] == sums["b"]
 
 
-def test_workdir_of_a_damaged_configuration(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"config\.json cannot be read: Expecting"),
+        ("[]", r"cannot be read: .*missing \[config\.bn\.group_size, .*unknown \[config\]"),
+        ('{"seed": 3}', r"cannot be read: .*missing \[config\.bn\.group_size, "),
+    ],
+)
+def test_workdir_of_a_damaged_configuration(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
         Workdir(tmp_path).read_config()
+
+
+def test_a_configuration_survives_the_way_through_its_file(tmp_path):
+    Workdir(tmp_path / "run").claim(small_config())
+    again = Workdir(tmp_path / "run").read_config()
+    assert configs.plain(again) == configs.plain(small_config())
+    assert configs.variant_of(again) == SMALL
 
 
 def test_the_loop_has_no_word_for_a_block():

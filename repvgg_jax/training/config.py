@@ -82,6 +82,28 @@ def plain(config: ConfigDict) -> dict[str, Any]:
     return convert(config.to_dict())
 
 
+def from_plain(content: Any) -> ConfigDict:
+    """The configuration that `plain` wrote down.
+
+    Raises:
+      ValueError: settings are missing or unknown.
+    """
+    known, found = _settings(plain(default_config())), _settings(content)
+    if known != found:
+        raise ValueError(
+            f"not a configuration of this version: missing [{', '.join(sorted(known - found))}], "
+            f"unknown [{', '.join(sorted(found - known))}]"
+        )
+    return ConfigDict(content)
+
+
+def _settings(content: Any, path: str = "config") -> set[str]:
+    """Names of all settings; a variant that is spelt out is one."""
+    if not isinstance(content, dict) or path == "config.model.variant":
+        return {path}
+    return {name for key, item in content.items() for name in _settings(item, f"{path}.{key}")}
+
+
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:
     """What differs between two plain configurations, a line each."""
     if isinstance(old, dict) and isinstance(new, dict):

@@ -64,7 +64,7 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
     configs.check(config, devices=jax.device_count(), train_images=len(run.dataset.train))
     workdir = Workdir(pathlib.Path(path))
     if jax.process_index() == 0:
-        workdir.claim(configs.plain(config))
+        workdir.claim(config)
 
     with contextlib.ExitStack() as stack:
         warnings: list[str] = []

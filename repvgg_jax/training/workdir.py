@@ -12,9 +12,10 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
 
-from repvgg_jax.training.config import differences
+from ml_collections import ConfigDict
+
+from repvgg_jax.training.config import differences, from_plain, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Workdir:
         """A picture of the metrics."""
         return self.path / "curves.png"
 
-    def claim(self, config: dict[str, Any]) -> None:
+    def claim(self, config: ConfigDict) -> None:
         """Makes the directory this configuration's, or finds that it is already.
 
         Raises:
@@ -56,7 +57,7 @@ class Workdir:
           OSError: it cannot be written.
         """
         if self.config.exists():
-            changed = differences(self.read_config(), config)
+            changed = differences(plain(self.read_config()), plain(config))
             if changed:
                 raise ValueError(
                     f"{self.path} holds a run with another configuration: {'; '.join(changed)}. "
@@ -69,9 +70,9 @@ class Workdir:
                 f"{self.path} is no run's directory (it has no config.json) but holds "
                 f"{', '.join(others[:5])}{', …' if len(others) > 5 else ''}; give another --workdir"
             )
-        write_atomically(self.config, json.dumps(config, indent=2) + "\n")
+        write_atomically(self.config, json.dumps(plain(config), indent=2) + "\n")
 
-    def read_config(self) -> dict[str, Any]:
+    def read_config(self) -> ConfigDict:
         """The configuration, as the run began.
 
         Raises:
@@ -85,7 +86,7 @@ class Workdir:
                 "give the --workdir of a training run"
             )
         try:
-            return json.loads(self.config.read_text())
+            return from_plain(json.loads(self.config.read_text()))
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.config} cannot be read: {error}") from error
 
