@@ -15,7 +15,7 @@ from repvgg_jax import cli
 RECIPES = pathlib.Path(__file__).resolve().parent / "configs"
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", str(RECIPES / "digits.py"), "The recipe; --config.section.name=value overrides."
+    "config", None, "The recipe; --config.section.name=value overrides. By default digits.py."
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's directory; runs/RECIPE where none is given."
@@ -27,10 +27,13 @@ def main(_: Sequence[str]) -> int:
     from repvgg_jax.training.loop import train
 
     recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    if not recipe.is_file():
+        found = ", ".join(sorted(path.name for path in RECIPES.glob("*.py")))
+        raise ValueError(f"--config={recipe}: no such file; there are in {RECIPES}: {found}")
     outcome = train(CONFIG.value, WORKDIR.value or pathlib.Path("runs", recipe.stem))
     # A preempted run has done what it was asked; for Ctrl-C shells expect 128 + its number.
     return 128 + signal.SIGINT if outcome.stopped_by == signal.SIGINT else 0
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, defaults={"config": str(RECIPES / "digits.py")})

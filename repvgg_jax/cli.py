@@ -3,7 +3,9 @@
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -35,13 +37,25 @@ def _keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(place))
 
 
-def run(main: Callable[[Sequence[str]], int]) -> None:
-    """Parses the flags, runs `main` and exits with its status, 1 for an error, 2 for a flag."""
+def run(
+    main: Callable[[Sequence[str]], int],
+    defaults: Mapping[str, str] = types.MappingProxyType({}),
+) -> None:
+    """Parses the flags, runs `main` and exits with its status, 1 for an error, 2 for a flag.
+
+    Args:
+      main: takes what is no flag, returns the exit status.
+      defaults: flags to add where they are not given. The recipe is one: as its flag's own
+        default it would be read, and fail, before anyone is there to say so in one line.
+    """
     logging.set_verbosity(logging.WARNING)  # jax tells of every backend it does not find
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+    app.run(lambda argv: _guarded(main, argv), flags_parser=lambda argv: _parse(argv, defaults))
 
 
-def _parse(arguments: Sequence[str]) -> Sequence[str]:
+def _parse(arguments: Sequence[str], defaults: Mapping[str, str]) -> Sequence[str]:
+    given = {argument.lstrip("-").partition("=")[0] for argument in arguments[1:]}
+    added = [f"--{name}={value}" for name, value in defaults.items() if name not in given]
+    arguments = [*arguments[:1], *added, *arguments[1:]]
     try:
         rest = flags.FLAGS(arguments)
     except _FLAG_ERRORS as error:
@@ -64,12 +78,16 @@ def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         if flags.FLAGS.traceback:
             raise
         _fail(error, status=1)
-        raise AssertionError("unreachable") from error
 
 
-def _fail(error: BaseException, status: int) -> None:
-    # KeyError and its like print the repr of their message; what they were given reads better.
-    text = str(error.args[0]) if isinstance(error, (KeyError, AttributeError)) else str(error)
-    line = " ".join(text.split()).replace("\\'", "'")
+def _fail(error: BaseException, status: int) -> NoReturn:
+    line = " ".join(_text(error).split())
     sys.stderr.write(f"error: {line or type(error).__name__}\n")
     sys.exit(status)
+
+
+def _text(error: object) -> str:
+    # ml_collections raises an AttributeError with a KeyError in it, whose text is a repr.
+    if isinstance(error, (AttributeError, KeyError)) and error.args:
+        return f"unknown setting {_text(error.args[0]).removeprefix('unknown setting ')}"
+    return str(error)

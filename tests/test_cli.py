@@ -162,7 +162,11 @@ def test_an_interrupted_run_continues_with_the_same_command(tmp_path, number):
         (["--config.train.bath_size=3"], 2, '.*bath_size.* Did you mean "batch_size"'),
         (["--config.trian.epochs=3"], 2, '.*trian.* Did you mean "train"'),
         (["--config.train.batch_size=many"], 2, r".*batch_size=many: invalid literal for int"),
-        (["--config=configs/nothing.py"], 2, ".*configs/nothing.py.*"),
+        (
+            ["--config=configs/nothing.py"],
+            1,
+            "--config=configs/nothing.py: no such file; .*digits.py",
+        ),
         (["--wrokdir=x"], 2, ".*[Uu]nknown command line flag 'wrokdir'.*"),
         (["digits"], 2, "unexpected argument 'digits'; see --help"),
         (["--config.train.batch_size=0"], 1, r"config.train.batch_size=0 .* 1"),
@@ -202,7 +206,7 @@ def test_a_proof_that_fails_writes_nothing(place, tmp_path):
     check_one_line(
         tmp_path,
         1,
-        r"the fused network is not the one that was trained: max .* > 1e-12\).*; wrote nothing",
+        r"the fused network is not the one that was trained: max .*\(> 1e-12\).*; wrote nothing",
         "convert.py",
         f"--workdir={place / 'runs' / 'digits'}",
         "--output=deploy",

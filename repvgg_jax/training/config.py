@@ -150,7 +150,7 @@ def model_of(config: ConfigDict, num_classes: int) -> RepVGG:
     )
 
 
-def check(config: ConfigDict, *, devices: int, train_images: int) -> None:
+def check(config: ConfigDict, *, devices: int) -> None:
     """Checks the numbers of a configuration against each other and the machine.
 
     Raises:
@@ -174,10 +174,6 @@ def check(config: ConfigDict, *, devices: int, train_images: int) -> None:
         raise ValueError(
             f"config.bn.group_size={group} does not divide config.train.batch_size={batch}; "
             f"the nearest that do: {' or '.join(map(str, closest))}"
-        )
-    if batch > train_images:
-        raise ValueError(
-            f"config.train.batch_size={batch} is more than the {train_images} training images"
         )
     least = {
         "train.epochs": (config.train.epochs, 1),

@@ -60,8 +60,8 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
       FloatingPointError: the loss or a gradient is not finite any more.
       OSError: the directory cannot be written.
     """
+    configs.check(config, devices=jax.device_count())
     run = Run.from_config(config)
-    configs.check(config, devices=jax.device_count(), train_images=len(run.dataset.train))
     workdir = Workdir(pathlib.Path(path))
     if jax.process_index() == 0:
         workdir.claim(config)

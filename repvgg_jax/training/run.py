@@ -62,6 +62,11 @@ class Run:
                     f"values, but images of {dataset.name} have {channels} channels"
                 )
         batch_size = config.train.batch_size
+        if batch_size > len(dataset.train):
+            raise ValueError(
+                f"config.train.batch_size={batch_size} is more than the {len(dataset.train):,} "
+                f"training images of {dataset.name}"
+            )
         steps_per_epoch = len(dataset.train) // batch_size
         total_steps = config.train.epochs * steps_per_epoch
         settings = config.optimizer
