@@ -98,11 +98,12 @@ class Report:
     def _line(self, step: int, row: Row) -> str:
         first, began = self._clock or (step, time.monotonic())
         left = (time.monotonic() - began) / max(1, step - first) * (self._total_steps - step)
+        # The end of a line is what a narrow terminal cuts off, so the least urgent comes last.
         return (
-            f"step {step}/{self._total_steps}  loss {row['train/loss']:.4f}  "
-            f"accuracy {row['train/accuracy']:.2%}  "
-            f"{row['images_per_second_per_device']:,.0f} images/s per device  "
-            f"data-wait {row['data_wait']:.0%}  {_duration(left)} left"
+            f"step {step}/{self._total_steps}, {_duration(left)} left  "
+            f"loss {row['train/loss']:.4f}  accuracy {row['train/accuracy']:.2%}  "
+            f"{row['images_per_second_per_device']:,.0f} images/s a device  "
+            f"data-wait {row['data_wait']:.0%}"
         )
 
 
