@@ -38,6 +38,11 @@ class Leaf(NamedTuple):
         """The child of the network that it belongs to: a block, `head` or an `aux_…` head."""
         return self.path[1]
 
+    @property
+    def in_head(self) -> bool:
+        """Whether it depends on the task: part of the classifier or of an auxiliary one."""
+        return self.owner == "head" or self.owner.startswith("aux_")
+
 
 def leaves(
     variant: Variant, *, deploy: bool, num_classes: int, in_channels: int = 3
