@@ -123,6 +123,7 @@ class Block(nn.Module):
             self.gate = lambda x: torch.sigmoid(up(F.relu(down(F.adaptive_avg_pool2d(x, 1)))))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature maps of feature maps."""
         y = sum(branch(x) for branch in self.branches)
         if self.gate is None:
             return F.relu(y)

@@ -35,7 +35,9 @@ class Merged:
     source: str
 
     def __str__(self) -> str:
-        fresh = f"freshly initialised: {', '.join(self.replaced)}" if self.replaced else "all of it"
+        fresh = "nothing is fresh"
+        if self.replaced:
+            fresh = f"freshly initialised: {', '.join(self.replaced)}"
         branches = "; deploy form split into three branches" if self.unfused else ""
         return f"starting from {self.source}{branches}; {fresh}"
 

@@ -269,8 +269,8 @@ def naming_for(family: str, variant: Variant) -> Naming:
         if naming.family == family and naming.covers(variant):
             return naming
     raise ValueError(
-        f"{family} has no names for {variant.name}, whose squeeze-and-excite comes after the "
-        "ReLU or which has auxiliary heads; use the family official or flax"
+        f"{family} has no names for {variant.name}, for its squeeze-and-excite after the ReLU or "
+        "its auxiliary heads; use the family official or flax"
     )
 
 
