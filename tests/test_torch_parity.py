@@ -18,18 +18,18 @@ PLUS_TAPS = {(1, 1): "stage1_aux", (2, 0): "stage2_aux", (3, 0): "stage3_first_a
 
 NETWORKS = {
     "plain": (
-        rv.Variant("plain", (2, 2), (8, 16), stem_channels=8),
-        {"depths": (2, 2), "channels": (8, 16)},
+        rv.Variant("plain", (1, 2), (8, 16), stem_channels=8),
+        {"depths": (1, 2), "channels": (8, 16)},
         None,
     ),
     "grouped": (
-        rv.Variant("grouped", (2, 2), (8, 16), stem_channels=8, groups=4),
-        {"depths": (2, 2), "channels": (8, 16), "groups": 4},
+        rv.Variant("grouped", (2, 1), (8, 16), stem_channels=8, groups=4),
+        {"depths": (2, 1), "channels": (8, 16), "groups": 4},
         None,
     ),
     "se-before": (
-        rv.Variant("se", (2, 2), (8, 16), stem_channels=8, se=rv.SqueezeExcite(4)),
-        {"depths": (2, 2), "channels": (8, 16), "reduction": 4},
+        rv.Variant("se", (1, 2), (8, 16), stem_channels=8, se=rv.SqueezeExcite(4)),
+        {"depths": (1, 2), "channels": (8, 16), "reduction": 4},
         None,
     ),
     "se-after": (
@@ -52,8 +52,8 @@ NETWORKS = {
         None,
     ),
     "dilated": (
-        rv.Variant("dilated", (2, 2, 2), (8, 16, 16), stem_channels=8),
-        {"depths": (2, 2, 2), "channels": (8, 16, 16), "dilated_from": 2},
+        rv.Variant("dilated", (1, 1, 2), (8, 16, 16), stem_channels=8),
+        {"depths": (1, 1, 2), "channels": (8, 16, 16), "dilated_from": 2},
         4,
     ),
 }

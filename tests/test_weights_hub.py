@@ -22,8 +22,9 @@ def put_into_cache(cache, name, variables):
 
 @pytest.fixture
 def offline(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub", reason="not installed (extra: hub)")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    reason = "huggingface_hub is not installed (extra: hub)"
+    constants = pytest.importorskip("huggingface_hub.constants", reason=reason)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def test_the_eleven_names_are_timms():
@@ -49,7 +50,7 @@ def test_a_cached_model_loads_by_any_of_its_names(tmp_path):
 def test_a_file_that_is_another_variant_is_refused(tmp_path):
     variables = random_variables(rv.VARIANTS["A0"], deploy=True)
     put_into_cache(tmp_path, "repvgg_a1.rvgg_in1k", variables)
-    with pytest.raises(ValueError, match="nearest to A1 .* misshaped"):
+    with pytest.raises(ValueError, match=r"nearest to A1 .* misshaped"):
         rv.load_pretrained("repvgg_a1", cache_dir=tmp_path)
 
 
@@ -62,7 +63,7 @@ def test_offline_is_one_clear_line(tmp_path):
 
 
 def test_unknown_names_get_the_nearest():
-    with pytest.raises(ValueError, match=r"'repvgg_b1g2'; did you mean repvgg_b1g4\.rvgg_in1k"):
+    with pytest.raises(ValueError, match=r"'repvgg_b1g2'; did you mean .*repvgg_b1g4\.rvgg_in1k\?"):
         rv.load_pretrained("repvgg_b1g2")
     with pytest.raises(ValueError, match="no pretrained weights named 'resnet50'; There are"):
         rv.load_pretrained("resnet50")

@@ -177,7 +177,7 @@ class RepVGG(nn.Module):
                 inputs = outputs
         for place, name in (taps or {}).items():
             self._add_head(place, name, channels[place[0] - 1], num_classes)
-        self.head = [_attach(self, names.head, nn.Linear(inputs, num_classes))]
+        self.classify = [_attach(self, names.head, nn.Linear(inputs, num_classes))]
 
     def _add(self, names: Dialect, place: tuple[int, int], block: Block) -> None:
         self.blocks.append((place, _attach(self, names.block(*place), block)))
@@ -196,7 +196,7 @@ class RepVGG(nn.Module):
             x = block(x)
             if place in self.heads:
                 auxiliary.append(self.heads[place](x))
-        return self.head[0](x.mean((2, 3))), auxiliary
+        return self.classify[0](x.mean((2, 3))), auxiliary
 
     def randomise(self, seed: int = 0) -> "RepVGG":
         """Random weights, affines and statistics; the last far from where training starts."""
