@@ -1,5 +1,6 @@
 """Damaged and hostile files by the thousand: each loads or is refused with the one error."""
 
+import codecs
 import os
 import pathlib
 import random
@@ -77,12 +78,14 @@ def run(count, seed):
     sys.addaudithook(lambda event, _: events.append(event) if event in FORBIDDEN else None)
     rng = random.Random(seed)
     loaded = refused = 0
-    with tempfile.TemporaryDirectory() as name:
-        sound = seeds(pathlib.Path(name))
-        path = pathlib.Path(name) / "damaged"
+    with tempfile.TemporaryDirectory() as directory:
+        sound = seeds(pathlib.Path(directory))
+        path = pathlib.Path(directory) / "damaged"
         for content in sound:  # everything that imports has imported after this
             path.write_bytes(content)
             rv.load_weights(path, variant=VARIANT)
+        for name in ("cp437", "raw_unicode_escape"):  # of zipfile and pickletools
+            codecs.lookup(name)
         del events[:]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for index in range(count):
