@@ -12,13 +12,19 @@ import numpy as np
 STORAGES = {"float32": "FloatStorage", "int64": "LongStorage"}
 
 
-def write_zip(path: pathlib.Path, state: Mapping[str, np.ndarray], wrapper: str = "") -> None:
+def write_zip(
+    path: pathlib.Path,
+    state: Mapping[str, np.ndarray],
+    wrapper: str = "",
+    byteorder: str = "little",
+) -> None:
     """The container of PyTorch 1.6 and later."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", state_pickle(state, wrapper))
-        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/byteorder", byteorder)
         for index, array in enumerate(state.values()):
-            archive.writestr(f"archive/data/{index}", np.ascontiguousarray(array).tobytes())
+            stored = array.astype(array.dtype.newbyteorder({"little": "<", "big": ">"}[byteorder]))
+            archive.writestr(f"archive/data/{index}", stored.tobytes())
         archive.writestr("archive/version", "3\n")
 
 

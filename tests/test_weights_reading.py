@@ -107,6 +107,12 @@ def test_wrappers_in_files(kind, tmp_path, state, variables):
     assert_identical(rv.load_weights(path, variant=TINY).variables, variables)
 
 
+def test_files_of_big_endian_machines(tmp_path, state, variables):
+    path = tmp_path / "big.pth"
+    pth_writer.write_zip(path, state, byteorder="big")
+    assert_identical(rv.load_weights(path, variant=TINY).variables, variables)
+
+
 def test_several_state_dicts_in_one_file_are_a_question(state, variables):
     other = {key: array + 1 for key, array in state.items()}
     both = {"model": other, "ema": state}
@@ -308,7 +314,7 @@ def test_a_zip_that_is_no_checkpoint(tmp_path):
     path = tmp_path / "weights.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("holiday.jpg", b"...")
-    assert "a zip archive but no checkpoint: it holds holiday.jpg" in refusal(path)
+    assert "a zip archive but no checkpoint: it holds [holiday.jpg]" in refusal(path)
 
 
 def test_a_compressed_pth_is_none_of_pytorchs(tmp_path, state):
@@ -411,6 +417,10 @@ def test_tensors_that_lie_about_their_storage(numel, offset, shape, strides, rea
         archive.writestr("archive/data.pkl", b"\x80\x02" + tensor + b".")
         archive.writestr("archive/data/0", np.ones(4, np.float32).tobytes())
     assert reason in refusal(path)
+
+
+def test_keys_with_line_feeds_stay_on_one_line():
+    assert "[a b, c]" in refusal({"a\nb": np.zeros(3), "c": np.zeros(3)})
 
 
 def test_npz_records_that_lie_about_their_size(tmp_path):

@@ -1,9 +1,9 @@
 """What separates the arrays that are there from those that should be."""
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
-_LISTED = 5
+from repvgg_jax.weights.wording import some
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,9 +42,3 @@ def differences(
             if key in found and found[key] != shape
         ),
     )
-
-
-def some(names: Iterable[Any]) -> str:
-    """The first few of many names, for messages."""
-    short = [str(name)[:120] for name in names]
-    return f"[{', '.join(short[:_LISTED])}{', …' if len(short) > _LISTED else ''}]"

@@ -12,7 +12,7 @@ import numpy as np
 
 from repvgg_jax.weights import pth
 from repvgg_jax.weights.tensor import Tensor
-from repvgg_jax.weights.unpickling import brief
+from repvgg_jax.weights.wording import brief, some
 
 _MAX_DEFLATE = 1032  # no deflated byte stands for more bytes than this
 
@@ -55,7 +55,7 @@ def _reader(path: pathlib.Path) -> Callable[[pathlib.Path], Any]:
             return pth.read_zip
         if names and all(name.endswith(".npy") for name in names):
             return _read_npz
-        raise ValueError(f"a zip archive but no checkpoint: it holds {brief(', '.join(names[:4]))}")
+        raise ValueError(f"a zip archive but no checkpoint: it holds {some(names)}")
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return _read_safetensors
     if head[0] == 0x80 and len(head) > 2:

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from repvgg_jax.fuse import unfuse_params
 from repvgg_jax.weights.differences import differences
 from repvgg_jax.weights.loading import Weights
+from repvgg_jax.weights.tree import in_head
 
 Path = tuple[str, ...]
 
@@ -66,7 +67,7 @@ def merge_weights(loaded: Weights, fresh: Mapping[str, Any]) -> Merged:
         # Heads that the fresh model does not have are left behind.
         path: leaf
         for path, leaf in source.items()
-        if path not in replaced and (path in target or not _in_head(path))
+        if path not in replaced and (path in target or not in_head(path))
     }
     kept = {path: leaf for path, leaf in target.items() if path in replaced}
     if loaded.deploy:
@@ -84,14 +85,10 @@ def merge_weights(loaded: Weights, fresh: Mapping[str, Any]) -> Merged:
     return Merged(unflatten_dict(variables), tuple(names), loaded.deploy, str(loaded))
 
 
-def _in_head(path: Path) -> bool:
-    return path[1] == "head" or path[1].startswith("aux_")
-
-
 def _replaced(source: Mapping[Path, Any], target: Mapping[Path, Any]) -> set[Path]:
     """The fresh arrays of heads that the source lacks or has for another number of classes."""
     fits = {p: p in source and source[p].shape == leaf.shape for p, leaf in target.items()}
-    misfits = {path[1:-1] for path, fit in fits.items() if not fit and _in_head(path)}
+    misfits = {path[1:-1] for path, fit in fits.items() if not fit and in_head(path)}
     return {path for path in target if path[1:-1] in misfits}
 
 

@@ -71,13 +71,9 @@ def read_zip(path: str | os.PathLike) -> Any:
             raise ValueError(
                 f"storage {key!r} has {info.file_size} bytes, not {numel} elements of {dtype}"
             )
-        if key not in storages:
-            storages[key] = _Storage(
-                dtype.newbyteorder(">") if big_endian else dtype,
-                numel,
-                lambda: _record(buffer, info),
-            )
-        return storages[key]
+        stored = dtype.newbyteorder(">") if big_endian else dtype
+        found = storages.setdefault(key, _Storage(stored, numel, lambda: _record(buffer, info)))
+        return found.described_as(stored, numel, key)
 
     return unpickle(io.BytesIO(_record(buffer, records[pickles[0]])), _CALLS, _resolver(storage))
 
@@ -92,8 +88,8 @@ def read_legacy(path: str | os.PathLike) -> Any:
     stream = cast(IO[bytes], buffer)
     if unpickle(stream, {}) != LEGACY_MAGIC:
         raise ValueError("a pickle, but no PyTorch checkpoint")
-    if (protocol := unpickle(stream, {})) != _LEGACY_PROTOCOL:
-        raise ValueError(f"PyTorch container version {protocol!r:.40}, expected {_LEGACY_PROTOCOL}")
+    if unpickle(stream, {}) != _LEGACY_PROTOCOL:
+        raise ValueError(f"a PyTorch container of a version other than {_LEGACY_PROTOCOL}")
     system = unpickle(stream, {})
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError("a checkpoint of a big-endian machine in the older container")
@@ -102,9 +98,7 @@ def read_legacy(path: str | os.PathLike) -> Any:
 
     def storage(dtype: np.dtype, key: str, numel: int) -> _Storage:
         found = storages.setdefault(key, _Storage(dtype, numel, _absent))
-        if (found.dtype, found.numel) != (dtype, numel):
-            raise ValueError(f"storage {key!r} is described in two ways")
-        return found
+        return found.described_as(dtype, numel, key)
 
     saved = unpickle(stream, _CALLS, _resolver(storage))
     order = unpickle(stream, {})
@@ -137,6 +131,12 @@ class _Storage:
     def data(self) -> memoryview:
         """Its bytes, fetched and checked once."""
         return self.fetch()
+
+    def described_as(self, dtype: np.dtype, numel: int, key: str) -> "_Storage":
+        """Itself, where every tensor of it says the same about it."""
+        if (self.dtype, self.numel) != (dtype, numel):
+            raise ValueError(f"storage {key!r} is described in two ways")
+        return self
 
     def view(self, offset: Any, shape: Any, strides: Any) -> Tensor:
         """The tensor that starts at `offset` and steps by `strides`, all in elements."""

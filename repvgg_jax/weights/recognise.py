@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from repvgg_jax.variants import VARIANTS, Variant
-from repvgg_jax.weights.differences import Differences, Shapes, differences, some
+from repvgg_jax.weights.differences import Differences, Shapes, differences
 from repvgg_jax.weights.names import NAMINGS, Entry, Naming
 from repvgg_jax.weights.tensor import Tensor, describe
+from repvgg_jax.weights.wording import some
 
 WRAPPERS = ("state_dict", "model", "ema")
 """Keys under which training programs put the state dict."""
@@ -142,13 +143,14 @@ _OTHERS = (
 
 
 def _arrays(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
-    found, others = {}, []
+    found: dict[str, Tensor] = {}
+    others: list[Any] = []
     for key, value in mapping.items():
         tensor = describe(value)
         if tensor is not None and isinstance(key, str):
             found[key] = tensor
         else:
-            others.append(str(key)[:40])
+            others.append(key)
     if not found:
         raise ValueError(f"holds no arrays; its keys are {some(others)}")
     if others:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from repvgg_jax.weights.wording import brief
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 READABLE = ("float16", "bfloat16", "float32", "float64")
@@ -62,7 +64,7 @@ def load(tensor: Tensor, where: str) -> np.ndarray:
     try:
         stored = tensor.read()
     except Exception as error:  # of whichever library reads this format
-        raise ValueError(f"{where} cannot be read: {error}") from error
+        raise ValueError(f"{where} cannot be read: {brief(error)}") from error
     with np.errstate(over="ignore"):  # beyond float32's range: an infinity, reported below
         array = stored.astype(np.float32, copy=False)
     if not np.isfinite(array).all():

@@ -41,7 +41,12 @@ class Leaf(NamedTuple):
     @property
     def in_head(self) -> bool:
         """Whether it depends on the task: part of the classifier or of an auxiliary one."""
-        return self.owner == "head" or self.owner.startswith("aux_")
+        return in_head(self.path)
+
+
+def in_head(path: tuple[str, ...]) -> bool:
+    """Whether the array at that path depends on the task."""
+    return path[1] == "head" or path[1].startswith("aux_")
 
 
 def leaves(

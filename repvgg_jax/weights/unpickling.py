@@ -11,6 +11,8 @@ import pickletools
 from collections.abc import Callable, Mapping
 from typing import IO, Any, NamedTuple
 
+from repvgg_jax.weights.wording import brief
+
 
 class Global(NamedTuple):
     """A class or function that a pickle names."""
@@ -154,12 +156,6 @@ class _Machine:
         if self.persistent is None:
             raise ValueError("a persistent identifier where there should be none")
         self.stack.append(self.persistent(self.pop()))
-
-
-def brief(text: object, length: int = 160) -> str:
-    """Text from a file as one line of bounded length."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= length else f"{line[:length]} …"
 
 
 def _dictionary(items: list[Any]) -> dict[Any, Any]:
