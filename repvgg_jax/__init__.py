@@ -2,10 +2,19 @@
 
 from repvgg_jax._version import __version__
 from repvgg_jax.block import RepVGGBlock
+from repvgg_jax.bridge import to_nnx
 from repvgg_jax.cost import Cost, cost
 from repvgg_jax.fuse import fuse_params, unfuse_params
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.variants import VARIANTS, SqueezeExcite, Variant, get_variant
+from repvgg_jax.weights import (
+    Weights,
+    load_pretrained,
+    load_weights,
+    merge_weights,
+    save_weights,
+    to_state_dict,
+)
 
 __all__ = [
     "VARIANTS",
@@ -14,10 +23,17 @@ __all__ = [
     "RepVGGBlock",
     "SqueezeExcite",
     "Variant",
+    "Weights",
     "__version__",
     "cost",
     "create_model",
     "fuse_params",
     "get_variant",
+    "load_pretrained",
+    "load_weights",
+    "merge_weights",
+    "save_weights",
+    "to_nnx",
+    "to_state_dict",
     "unfuse_params",
 ]

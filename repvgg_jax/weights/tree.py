@@ -1,0 +1,112 @@
+"""Every array of a RepVGG in this project's own tree: its path, its shape, what it is.
+
+Derived by walking `Variant.layers()`, without building the model. The naming families of
+other projects (`repvgg_jax.weights.names`) are translations of this one list.
+"""
+
+import enum
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from repvgg_jax.variants import Layer, Variant
+
+
+class Kind(enum.Enum):
+    """What an array is, which decides how PyTorch lays it out."""
+
+    CONVOLUTION = "convolution"  # HWIO here, OIHW there
+    LINEAR = "linear"  # (in, out) here, (out, in) there
+    GATE = "gate"  # a linear layer of squeeze-and-excite: a 1x1 convolution there
+    VECTOR = "vector"
+
+
+class Leaf(NamedTuple):
+    """One array.
+
+    Attributes:
+      path: where it is, from the collection down: `("params", "stem", "bn3x3", "scale")`.
+      shape: its shape.
+      kind: what it is.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    kind: Kind
+
+    @property
+    def owner(self) -> str:
+        """The child of the network that it belongs to: a block, `head` or an `aux_…` head."""
+        return self.path[1]
+
+    @property
+    def in_head(self) -> bool:
+        """Whether it depends on the task: part of the classifier or of an auxiliary one."""
+        return in_head(self.path)
+
+
+def in_head(path: tuple[str, ...]) -> bool:
+    """Whether the array at that path depends on the task."""
+    return path[1] == "head" or path[1].startswith("aux_")
+
+
+def leaves(
+    variant: Variant, *, deploy: bool, num_classes: int, in_channels: int = 3
+) -> tuple[Leaf, ...]:
+    """All arrays of a variant's variables.
+
+    Args:
+      variant: the architecture.
+      deploy: the fused form instead of the training form.
+      num_classes: width of the classifiers; 0 for none.
+      in_channels: channels of the images.
+    """
+    found: list[Leaf] = []
+    for layer in variant.layers():
+        found += _block(variant, layer, deploy, in_channels)
+    if num_classes:
+        found += _linear(("head",), variant.features, num_classes, Kind.LINEAR)
+        for layer in variant.layers():
+            if layer.name in variant.auxiliary and not deploy:
+                found += _auxiliary(f"aux_{layer.name}", layer.features, num_classes)
+    return tuple(found)
+
+
+def _block(variant: Variant, layer: Layer, deploy: bool, in_channels: int) -> Iterator[Leaf]:
+    inputs = (layer.in_channels or in_channels) // layer.groups
+    width = layer.features
+    if deploy:
+        yield _kernel((layer.name, "reparam"), (3, 3, inputs, width))
+        yield Leaf(("params", layer.name, "reparam", "bias"), (width,), Kind.VECTOR)
+    else:
+        yield _kernel((layer.name, "conv3x3"), (3, 3, inputs, width))
+        yield from _norm((layer.name, "bn3x3"), width)
+        yield _kernel((layer.name, "conv1x1"), (1, 1, inputs, width))
+        yield from _norm((layer.name, "bn1x1"), width)
+        if layer.identity:
+            yield from _norm((layer.name, "bn_identity"), width)
+    if variant.se is not None:
+        squeezed = width // variant.se.reduction
+        yield from _linear((layer.name, "se", "reduce"), width, squeezed, Kind.GATE)
+        yield from _linear((layer.name, "se", "expand"), squeezed, width, Kind.GATE)
+
+
+def _auxiliary(head: str, width: int, num_classes: int) -> Iterator[Leaf]:
+    yield _kernel((head, "conv"), (3, 3, width, width))
+    yield from _norm((head, "bn"), width)
+    yield from _linear((head, "logits"), width, num_classes, Kind.LINEAR)
+
+
+def _kernel(owner: tuple[str, ...], shape: tuple[int, ...]) -> Leaf:
+    return Leaf(("params", *owner, "kernel"), shape, Kind.CONVOLUTION)
+
+
+def _linear(owner: tuple[str, ...], inputs: int, outputs: int, kind: Kind) -> Iterator[Leaf]:
+    yield Leaf(("params", *owner, "kernel"), (inputs, outputs), kind)
+    yield Leaf(("params", *owner, "bias"), (outputs,), Kind.VECTOR)
+
+
+def _norm(owner: tuple[str, ...], width: int) -> Iterator[Leaf]:
+    yield Leaf(("params", *owner, "scale"), (width,), Kind.VECTOR)
+    yield Leaf(("params", *owner, "bias"), (width,), Kind.VECTOR)
+    yield Leaf(("batch_stats", *owner, "mean"), (width,), Kind.VECTOR)
+    yield Leaf(("batch_stats", *owner, "var"), (width,), Kind.VECTOR)

@@ -1,0 +1,203 @@
+"""The same network in PyTorch and here: forward, statistics, gradients, training."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.tree_util import keystr, tree_flatten_with_path
+
+import repvgg_jax as rv
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
+
+import torch_reference  # noqa: E402 (needs torch)
+
+CLASSES = 5
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 1e-2
+PLUS_TAPS = {(1, 1): "stage1_aux", (2, 0): "stage2_aux", (3, 0): "stage3_first_aux"}
+
+NETWORKS = {
+    "plain": (
+        rv.Variant("plain", (1, 2), (8, 16), stem_channels=8),
+        {"depths": (1, 2), "channels": (8, 16)},
+        None,
+    ),
+    "grouped": (
+        rv.Variant("grouped", (2, 1), (8, 16), stem_channels=8, groups=4),
+        {"depths": (2, 1), "channels": (8, 16), "groups": 4},
+        None,
+    ),
+    "se-before": (
+        rv.Variant("se", (1, 2), (8, 16), stem_channels=8, se=rv.SqueezeExcite(4)),
+        {"depths": (1, 2), "channels": (8, 16), "reduction": 4},
+        None,
+    ),
+    "se-after": (
+        rv.Variant(
+            "plus",
+            (2, 1, 3),
+            (8, 16, 16),
+            stem_channels=8,
+            se=rv.SqueezeExcite(2, after_relu=True),
+            auxiliary=("stage1_block1", "stage2_block0", "stage3_block0"),
+        ),
+        {
+            "depths": (2, 1, 3),
+            "channels": (8, 16, 16),
+            "reduction": 2,
+            "gate_last": True,
+            "dialect": "plus",
+            "taps": PLUS_TAPS,
+        },
+        None,
+    ),
+    "dilated": (
+        rv.Variant("dilated", (1, 1, 2), (8, 16, 16), stem_channels=8),
+        {"depths": (1, 1, 2), "channels": (8, 16, 16), "dilated_from": 2},
+        4,
+    ),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def networks(request):
+    """The PyTorch network, ours, and a function from its state dicts to our variables."""
+    variant, options, output_stride = NETWORKS[request.param]
+    reference = torch_reference.RepVGG(**options, num_classes=CLASSES).randomise()
+    model = rv.create_model(variant, num_classes=CLASSES, output_stride=output_stride)
+
+    def translate(state):
+        return rv.load_weights(state, variant=variant).variables
+
+    return reference, model, translate
+
+
+@pytest.fixture
+def batch(rng):
+    images = rng.normal(size=(8, 32, 32, 3)).astype(np.float32)
+    return images, rng.integers(0, CLASSES, 8)
+
+
+def nchw(images):
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def relative(ours, reference):
+    """The largest difference relative to the largest element."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    return np.abs(ours - reference).max() / np.abs(reference).max()
+
+
+def assert_close(ours, reference, tolerance):
+    ours, reference = tree_flatten_with_path(ours)[0], tree_flatten_with_path(reference)[0]
+    assert [path for path, _ in ours] == [path for path, _ in reference]
+    errors = {
+        keystr(path): relative(leaf, other)
+        for (path, leaf), (_, other) in zip(ours, reference, strict=True)
+    }
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.2e} > {tolerance}"
+
+
+def torch_loss(reference, images, labels):
+    logits, auxiliary = reference(nchw(images))
+    labels = torch.from_numpy(labels)
+    cross_entropy = torch.nn.functional.cross_entropy
+    return cross_entropy(logits, labels) + 0.1 * sum(cross_entropy(a, labels) for a in auxiliary)
+
+
+def our_loss(params, stats, model, images, labels):
+    logits, new = model.apply(
+        {"params": params, "batch_stats": stats},
+        images,
+        train=True,
+        mutable=["batch_stats", "auxiliary"],
+    )
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    loss = cross_entropy(logits, labels).mean()
+    for auxiliary in new.get("auxiliary", {}).values():
+        loss += 0.1 * cross_entropy(auxiliary, labels).mean()
+    return loss, new["batch_stats"]
+
+
+# One program for both tests of training, and compiled in haste: it runs eleven times.
+our_gradients = jax.jit(
+    jax.value_and_grad(our_loss, has_aux=True),
+    static_argnums=2,
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+
+
+def test_evaluation_is_pytorchs(networks, batch):
+    reference, model, translate = networks
+    images, _ = batch
+    with torch.no_grad():
+        expected = reference.eval()(nchw(images))[0].numpy()
+    logits = jax.jit(model.apply)(translate(reference.state_dict()), images)
+    assert relative(logits, expected) <= 1e-5
+
+
+def test_deploy_form_is_pytorchs(networks, batch):
+    reference, model, translate = networks
+    images, _ = batch
+    with torch.no_grad():
+        expected = reference.eval()(nchw(images))[0].numpy()
+    fused = rv.fuse_params(translate(reference.state_dict()))
+    logits = jax.jit(model.clone(deploy=True).apply)(fused, images)
+    assert relative(logits, expected) <= 1e-5
+
+
+def test_training_forward_gradients_and_statistics_are_pytorchs(networks, batch):
+    reference, model, translate = networks
+    images, labels = batch
+    variables = translate(reference.state_dict())
+    expected_loss = torch_loss(reference.train(), images, labels)
+    expected_loss.backward()
+
+    (loss, stats), gradients = our_gradients(
+        variables["params"], variables["batch_stats"], model, images, labels
+    )
+    assert relative(loss, expected_loss.item()) <= 1e-5
+    assert_close(stats, translate(reference.state_dict())["batch_stats"], 1e-5)
+    # Gradients travel under the names of their parameters.
+    state = reference.state_dict()
+    state |= {name: parameter.grad for name, parameter in reference.named_parameters()}
+    assert_close(gradients, translate(state)["params"], 1e-4)
+
+
+def test_ten_steps_of_sgd_end_where_pytorchs_do(networks, batch):
+    reference, model, translate = networks
+    images, labels = batch
+    variables = translate(reference.state_dict())
+    start = jax.tree.map(np.copy, variables)
+
+    theirs = torch.optim.SGD(
+        reference.train().parameters(),
+        lr=LEARNING_RATE,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+    )
+    for _ in range(10):
+        theirs.zero_grad()
+        torch_loss(reference, images, labels).backward()
+        theirs.step()
+
+    ours = optax.chain(
+        optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
+    )
+
+    @jax.jit
+    def update(gradients, state, params):
+        updates, state = ours.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, stats = variables["params"], variables["batch_stats"]
+    state = ours.init(params)
+    for _ in range(10):
+        (_, stats), gradients = our_gradients(params, stats, model, images, labels)
+        params, state = update(gradients, state, params)
+
+    expected = translate(reference.state_dict())
+    assert_close({"params": params, "batch_stats": stats}, expected, 1e-4)
+    moved = jax.tree.map(relative, expected, start)
+    assert min(jax.tree.leaves(moved)) > 1e-2, "the steps must move every array to mean anything"

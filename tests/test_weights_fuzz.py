@@ -1,0 +1,144 @@
+"""Damaged and hostile files by the thousand: each loads or is refused with the one error."""
+
+import codecs
+import os
+import pathlib
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pth_writer
+import pytest
+import safetensors.numpy
+from weights_samples import random_variables
+
+import repvgg_jax as rv
+
+VARIANT = rv.Variant("fuzzed", (1,), (4,), stem_channels=4)
+SECONDS = 2  # one file may take this long; the sound ones take milliseconds
+MEMORY = 256 << 20  # bytes that all of it together may add; the sound files have a few kilobytes
+
+FORBIDDEN = (
+    "os.system", "os.exec", "os.posix_spawn", "os.remove", "os.rename", "os.mkdir",
+    "subprocess.Popen", "socket.connect", "exec", "pickle.find_class", "ctypes.dlopen",
+)  # fmt: skip
+"""Audit events that reading weights never raises. ("compile" would be one too many: NumPy parses
+the headers of .npy records, as literals.)
+"""
+
+
+def seeds(directory):
+    """One sound file of every format."""
+    state = rv.to_state_dict(random_variables(VARIANT, num_classes=2), variant=VARIANT)
+    paths = [directory / name for name in ("pth", "legacy", "safetensors", "npz", "deflated")]
+    pth_writer.write_zip(paths[0], state, wrapper="state_dict")
+    pth_writer.write_legacy(paths[1], state)
+    safetensors.numpy.save_file(state, paths[2])
+    for path, save in zip(paths[3:], (np.savez, np.savez_compressed), strict=True):
+        with open(path, "wb") as file:
+            save(file, **state)
+    return [path.read_bytes() for path in paths]
+
+
+def damaged(rng, sound):
+    """A file with a few things wrong with it, mostly where its structure is."""
+    data = bytearray(rng.choice(sound))
+    for _ in range(rng.choice((1, 1, 2, 4, 16))):
+        at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(len(data)) // 8
+        kind = rng.randrange(7)
+        if kind == 0:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, *b"(.)RQtubcosiX\x93\x81"))
+        elif kind == 2:  # lengths, offsets, counts
+            size = rng.choice((2, 4, 8))
+            value = rng.choice((0, 1, 1 << 20, 1 << 31, 1 << 40, (1 << 63) - 1, (1 << 64) - 1))
+            data[at : at + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
+        elif kind == 3:
+            del data[at : at + rng.choice((1, 4, 64, 4096))]
+        elif kind == 4:
+            data[at:at] = rng.randbytes(rng.choice((1, 4, 64)))
+        elif kind == 5:
+            other = rng.choice(sound)
+            start = rng.randrange(len(other))
+            data[at:at] = other[start : start + 128]
+        else:
+            data[at:] = data[at : at + 256] * 2
+        if not data:
+            return b"\x00"
+    return bytes(data)
+
+
+def run(count, seed):
+    """Reads `count` damaged files; returns how many loaded and how many were refused."""
+    events = []
+    sys.addaudithook(lambda event, _: events.append(event) if event in FORBIDDEN else None)
+    rng = random.Random(seed)
+    loaded = refused = 0
+    with tempfile.TemporaryDirectory() as directory:
+        sound = seeds(pathlib.Path(directory))
+        path = pathlib.Path(directory) / "damaged"
+        for content in sound:  # everything that imports has imported after this
+            path.write_bytes(content)
+            rv.load_weights(path, variant=VARIANT)
+        for name in ("cp437", "raw_unicode_escape"):  # of zipfile and pickletools
+            codecs.lookup(name)
+        del events[:]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for index in range(count):
+            path.write_bytes(damaged(rng, sound))
+            start = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+            try:
+                rv.load_weights(path, variant=VARIANT)
+                loaded += 1
+            except ValueError as error:
+                refused += 1
+                message = str(error)
+                if "\n" in message or len(message) > 2000:
+                    raise AssertionError(f"file {index}: {message}") from error
+            took = resource.getrusage(resource.RUSAGE_SELF).ru_utime - start
+            assert took < SECONDS, (index, took)
+            assert not events, (index, events)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown * 1024 < MEMORY, f"{grown} KiB"
+    return loaded, refused
+
+
+def fuzz(count, seed):
+    """In a process of its own, whose address space ends shortly above what it has."""
+    program = (
+        "import resource, test_weights_fuzz as t\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "room = pages * resource.getpagesize() + (1 << 30)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (room, room))\n"
+        f"print(*t.run({count}, {seed}))\n"
+    )
+    here = pathlib.Path(__file__).parent
+    paths = os.pathsep.join([str(here.parent), str(here), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    loaded, refused = map(int, done.stdout.split())
+    assert loaded + refused == count
+    return loaded, refused
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory the way of Linux")
+def test_a_few_hundred_damaged_files():
+    loaded, refused = fuzz(300, seed=0)
+    assert refused > 100
+    assert loaded > 0  # bits flipped in the numbers of formats without checksums
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory the way of Linux")
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_thousands_of_damaged_files(seed):
+    fuzz(5000, seed)
