@@ -40,19 +40,17 @@ class Artefact:
 
     @property
     def proven(self) -> bool:
-        """Whether any runtime read it back and agreed. None ever disagreed: that raises."""
+        """Whether a runtime has read it back and agreed; where one disagrees, `export` raises."""
         return bool(self.proofs)
 
     def __str__(self) -> str:
+        head = f"{self.format}: {self.path.name} ({self.dtype}, {self.size / 1e6:.1f} MB)"
         lines = [
-            f"{self.format}: {self.path} ({self.dtype}, {self.size / 1e6:.1f} MB, "
-            f"{self.seconds:.1f} s)" + ("" if self.proven else " UNPROVEN")
+            f"proven with {runtime} {self.versions[runtime]}: {proof}"
+            for runtime, proof in self.proofs.items()
         ]
-        for runtime, proof in self.proofs.items():
-            version = self.versions.get(runtime, "")
-            lines.append(f"  proven with {runtime} {version}: {proof}")
-        lines += [f"  NOT PROVEN with {name}: {reason}" for name, reason in self.unproven.items()]
-        return "\n".join(lines)
+        lines += [f"NOT PROVEN with {name}: {reason}" for name, reason in self.unproven.items()]
+        return "\n  ".join([head if self.proven else f"{head} UNPROVEN", *lines])
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for `proof.json`."""

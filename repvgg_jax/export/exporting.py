@@ -46,7 +46,7 @@ def export(name: str, network: Network, path: str | Path, *, dtype: str | None =
         try:
             form.write(network, temporary, dtype)
         except ImportError as error:
-            raise ValueError(f"format {form.name} needs {error.name}: {form.remedy}") from error
+            raise ValueError(f"format {form.name}: {error}; {form.remedy}") from error
         proofs, unproven = _prove(form, network, temporary, dtype)
         artefact = Artefact(
             format=form.name,
@@ -108,7 +108,7 @@ def _prove(
         try:
             run = runtime.open(path, network)
         except ImportError as error:
-            unproven[runtime.name] = f"{error.name} is not installed; {form.remedy}"
+            unproven[runtime.name] = f"{error}; {form.remedy}"
             continue
         proof = compare(
             network.comparable(network.reference),

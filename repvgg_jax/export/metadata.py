@@ -14,8 +14,8 @@ class Metadata:
     the size that the network was trained for.
 
     Attributes:
-      mean: of every channel, of pixels scaled to 0 … 1.
-      std: of every channel, likewise.
+      mean: of every channel, or one for all, of pixels scaled to 0 … 1.
+      std: likewise.
       labels: name of every class in the order of the logits; empty where nobody knows them.
     """
 
@@ -40,12 +40,12 @@ class Metadata:
 
     @property
     def scale(self) -> np.ndarray:
-        """What a pixel of 0 … 255 is multiplied by, float32 (channels,)."""
+        """What a pixel of 0 … 255 is multiplied by, float32 (channels,) or (1,)."""
         return (1 / (255 * np.asarray(self.std, np.float64))).astype(np.float32)
 
     @property
     def shift(self) -> np.ndarray:
-        """What is added after that, float32 (channels,)."""
+        """What is added after that, float32 (channels,) or (1,)."""
         return (-np.asarray(self.mean, np.float64) / np.asarray(self.std)).astype(np.float32)
 
     def normalise(self, images: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -142,13 +143,20 @@ class Network:
             "labels": list(self.metadata.labels),
         }
 
+    def header(self, layout: str) -> dict[str, str]:
+        """The description for formats that store text by key; what is no text becomes JSON."""
+        return {
+            key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for key, value in self.description(layout).items()
+        }
+
     def _checked_images(self, images: np.ndarray) -> np.ndarray:
         if images.ndim != 4 or not images.size:
             raise ValueError(
                 f"images have shape {images.shape}; a proof needs at least one real image, "
                 "(images, height, width, channels)"
             )
-        if len(self.metadata.mean) != images.shape[-1]:
+        if len(self.metadata.mean) not in (1, images.shape[-1]):
             raise ValueError(
                 f"metadata has means of {len(self.metadata.mean)} channels, but images of shape "
                 f"{images.shape} have {images.shape[-1]}"

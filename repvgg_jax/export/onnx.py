@@ -8,7 +8,6 @@ In float16 the convolutions and squeeze-and-excite compute in float16 and the po
 and the classifier in float32, as in the JAX model; the artefact's input and output stay float32.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,8 +135,7 @@ class _Graph:
                 network.output_name, types.FLOAT, ("batch", network.outputs)
             )
         )
-        for key, value in network.description(layout).items():
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, text in network.header(layout).items():
             self.model.metadata_props.add(key=key, value=text)
 
     def _node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:

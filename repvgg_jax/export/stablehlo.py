@@ -38,8 +38,8 @@ def write(network: Network, path: Path, dtype: str) -> None:
 
 
 def _open(path: Path, network: Network) -> Run:
-    exported = export.deserialize(bytearray(path.read_bytes()))
-    return lambda images: np.asarray(jax.jit(exported.call)(images))
+    call = jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
+    return lambda images: np.asarray(call(images))
 
 
 FORMAT = Format(
