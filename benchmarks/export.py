@@ -24,6 +24,7 @@ import numpy as np
 import repvgg_jax as rv
 from repvgg_jax.export import FORMATS, Metadata, Network, export
 
+COLUMNS = ("variant", "format", "dtype", "params M", "MB", "seconds", "peak MiB", "relative")
 PACKAGES = ("jax", "onnx", "onnxruntime", "openvino", "tensorflow-cpu", "ai-edge-litert", "numpy")
 
 
@@ -44,14 +45,13 @@ def main() -> None:
     print(", ".join(f"{name} {version}" for name in PACKAGES if (version := installed(name))))
     print(f"images ({options.images}, {options.image_size}, {options.image_size}, 3), 1000 classes")
     formats = list(FORMATS) if options.formats == "all" else options.formats.split(",")
-    columns = ("variant", "format", "dtype", "params M", "MB", "s", "peak MiB", "max rel delta")
-    print(("{:>13}" * len(columns)).format(*columns))
+    print("".join(f"{column:>13}" for column in COLUMNS))
     for variant in options.variants.split(","):
         for name in formats:
             for dtype in options.dtypes.split(","):
                 if dtype in FORMATS[name].dtypes:
                     row = run_alone(f"{variant},{name},{dtype}", options)
-                    print(("{:>13}" * len(columns)).format(*row), flush=True)
+                    print("".join(f"{row[column]:>13}" for column in COLUMNS), flush=True)
 
 
 def installed(package: str) -> str | None:
@@ -62,7 +62,7 @@ def installed(package: str) -> str | None:
         return None
 
 
-def run_alone(one: str, options: argparse.Namespace) -> list[str]:
+def run_alone(one: str, options: argparse.Namespace) -> dict[str, str | float]:
     """Measures one row in a fresh process."""
     command = [sys.executable, __file__, "--one", one]
     command += ["--image-size", str(options.image_size), "--images", str(options.images)]
@@ -70,8 +70,10 @@ def run_alone(one: str, options: argparse.Namespace) -> list[str]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure(variant: str, name: str, dtype: str, image_size: int, count: int) -> list[str]:
-    """Exports one network; returns a row of the table."""
+def measure(
+    variant: str, name: str, dtype: str, image_size: int, count: int
+) -> dict[str, str | float]:
+    """Exports one network; returns a row of the table, values by column."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, image_size, image_size, 3), np.uint8)
     model = rv.create_model(variant, deploy=True)
@@ -90,10 +92,11 @@ def measure(variant: str, name: str, dtype: str, image_size: int, count: int) ->
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
     million = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
     worst = max((proof.relative for proof in artefact.proofs.values()), default=float("nan"))
-    return [
-        *(variant, name, dtype, f"{million:.2f}", f"{artefact.size / 1e6:.1f}"),
-        *(f"{seconds:.1f}", f"{peak:.0f}", f"{worst:.1e}"),
-    ]
+    values = (
+        *(variant, name, dtype, round(million, 2), round(artefact.size / 1e6, 1)),
+        *(round(seconds, 1), round(peak), float(f"{worst:.1e}")),
+    )
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def random_params(model: rv.RepVGG, rng: np.random.Generator) -> dict:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ import sys, repvgg_jax.export
 heavy = {"onnx", "onnxruntime", "openvino", "tensorflow", "ai_edge_litert"}
 sys.exit(", ".join(sorted(heavy & sys.modules.keys())) or 0)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
 
 
 @pytest.mark.parametrize("kind", nets.KINDS)

@@ -1,7 +1,10 @@
 """ONNX: the graph says what it should and no more, and two runtimes agree with the JAX model."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,3 +139,23 @@ def test_another_network_is_never_written(runtime, tmp_path, monkeypatch):
         export("onnx", network, tmp_path / "model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_text() == "an older artefact"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["B3", "D2se"])
+def test_the_largest_fit_in_4_gib_and_a_minute(variant):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "benchmarks/export.py", "--one", f"{variant},onnx,float32"]
+    result = subprocess.run(
+        [*command, "--images", "4"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    row = json.loads(result.stdout.splitlines()[-1])
+    assert row["params M"] > 110
+    assert row["relative"] <= 1e-5
+    assert row["peak MiB"] < 4096
+    assert row["seconds"] < 60
