@@ -1,8 +1,10 @@
 """LiteRT and SavedModel: NHWC all the way, any batch size, the same answers."""
 
+import itertools
 import json
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,20 +56,25 @@ def test_float32_is_the_train_form_at_every_batch_size(name, kind, tmp_path):
 @pytest.mark.parametrize("kind", nets.KINDS)
 def test_tflite_moves_nothing_about(kind, tmp_path):
     found = operators(export("tflite", nets.network(kind), tmp_path / "model.tflite").path)
-    assert "TRANSPOSE" not in found
     # Convolutions stay whole, grouped and dilated ones too; only stride 2 pads by hand.
-    assert found.count("CONV_2D") == 6
-    assert found.count("PAD") == (2 if kind == "dilated" else 3) - (kind == "dilated")
+    gate = ["MEAN", "CONV_2D", "CONV_2D", "LOGISTIC", "MUL"] if kind.startswith("se") else []
+    strides = (2, 1, 1, 1, 1, 1) if kind == "dilated" else (2, 2, 1, 2, 1, 1)
+    trunk = [[*(["PAD"] if stride == 2 else []), "CONV_2D", *gate] for stride in strides]
+    head = ["MEAN"] if kind == "features" else ["MEAN", "FULLY_CONNECTED"]
+    # (A ReLU is part of the operator before it.)
+    assert found == [*itertools.chain(*trunk), *head]
 
 
 @pytest.mark.parametrize("kind", ["plain", "se-before"])
-def test_tflite_float16_is_close_and_half_the_size(kind, tmp_path):
+def test_tflite_float16_is_close_and_smaller(kind, tmp_path):
     network = nets.network(kind)
     full = export("tflite", network, tmp_path / "full.tflite")
     half = export("tflite", network, tmp_path / "half.tflite", dtype="float16")
     found = lite(half.path)(images=network.images)["logits"]
     assert 0 < nets.relative(nets.expected(kind), found) <= 5e-3
-    assert half.size < 0.75 * full.size  # the graph itself is a good part of so small a network
+    # Two bytes a parameter less, but for the graph, which is a good part of so small a network.
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(network.params))
+    assert 1.2 * parameters < full.size - half.size <= 2 * parameters
 
 
 @pytest.mark.parametrize("name", RUNTIMES)

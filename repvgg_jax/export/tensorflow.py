@@ -66,19 +66,20 @@ class _Operators:
         return self.tf.nn.relu(x)
 
     def gate(self, x: Any, layer: Layer, params: Mapping[str, Any]) -> Any:
-        gate = self.tf.reduce_mean(x, (1, 2))
-        gate = self.tf.nn.relu(self._linear(gate, params["reduce"]))
-        gate = self.tf.sigmoid(self._linear(gate, params["expand"]))
-        return x * gate[:, None, None, :]
+        # Linear layers on one pixel: as convolutions they need no reshaping.
+        gate = self.tf.reduce_mean(x, (1, 2), keepdims=True)
+        gate = self.tf.nn.relu(self._pointwise(gate, params["reduce"]))
+        return x * self.tf.sigmoid(self._pointwise(gate, params["expand"]))
 
     def pool(self, x: Any) -> Any:
         return self.tf.reduce_mean(x, (1, 2))
 
     def classify(self, x: Any, params: Mapping[str, Any]) -> Any:
-        return self._linear(x, params)
+        return self.tf.nn.bias_add(self.tf.matmul(x, params["kernel"]), params["bias"])
 
     def softmax(self, x: Any) -> Any:
         return self.tf.nn.softmax(x)
 
-    def _linear(self, x: Any, params: Mapping[str, Any]) -> Any:
-        return self.tf.nn.bias_add(self.tf.matmul(x, params["kernel"]), params["bias"])
+    def _pointwise(self, x: Any, params: Mapping[str, Any]) -> Any:
+        kernel = params["kernel"][None, None]
+        return self.tf.nn.bias_add(self.tf.nn.conv2d(x, kernel, 1, "VALID"), params["bias"])
