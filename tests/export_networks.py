@@ -1,6 +1,7 @@
 """Small networks of every kind, fused from random statistics, for the tests of exports."""
 
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -9,6 +10,9 @@ import numpy as np
 from repvgg_jax import RepVGG, SqueezeExcite, Variant, create_model, fuse_params
 from repvgg_jax.export import Metadata, Network
 from tests.trees import random_variables
+
+# As in repvgg_jax.export.onnx, for tests that import openvino before it does.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 KINDS = ("plain", "grouped", "se-before", "se-after", "dilated", "features")
 PIXELS = 24
