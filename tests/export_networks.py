@@ -1,14 +1,18 @@
 """Small networks of every kind, fused from random statistics, for the tests of exports."""
 
+import atexit
 import functools
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from repvgg_jax import RepVGG, SqueezeExcite, Variant, create_model, fuse_params
-from repvgg_jax.export import Metadata, Network
+from repvgg_jax.export import FORMATS, Artefact, Metadata, Network, export
 from tests.trees import random_variables
 
 # As in repvgg_jax.export.onnx, for tests that import openvino before it does.
@@ -66,6 +70,17 @@ def fresh(kind: str, with_preprocessing: bool = False) -> Network:
 
 network = functools.cache(fresh)
 """The same, shared between tests with its answers."""
+
+
+@functools.cache
+def artefact(
+    name: str, kind: str, dtype: str | None = None, with_preprocessing: bool = False
+) -> Artefact:
+    """An artefact that tests only read, written once."""
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory)
+    form = FORMATS[name]
+    return export(name, network(kind, with_preprocessing), directory / form.filename, dtype=dtype)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from repvgg_jax import create_model, fuse_params
-from repvgg_jax.export import FORMATS, Metadata, Network, export, exporting
+from repvgg_jax.export import FORMATS, Metadata, Network, export, exporting, parse_format
 from repvgg_jax.fuse import unfuse_params
 from tests import export_networks as nets
 
@@ -27,9 +27,8 @@ sys.exit(", ".join(sorted(heavy & sys.modules.keys())) or 0)
 
 
 @pytest.mark.parametrize("kind", nets.KINDS)
-def test_stablehlo_is_the_train_form_at_every_batch_size(kind, tmp_path):
-    network = nets.network(kind)
-    artefact = export("stablehlo", network, tmp_path / "model.stablehlo")
+def test_stablehlo_is_the_train_form_at_every_batch_size(kind):
+    network, artefact = nets.network(kind), nets.artefact("stablehlo", kind)
     assert artefact.proofs["jax"].relative <= 1e-5
     exported = jax.export.deserialize(bytearray(artefact.path.read_bytes()))
     assert exported.platforms == ("cpu", "cuda", "tpu")
@@ -38,10 +37,10 @@ def test_stablehlo_is_the_train_form_at_every_batch_size(kind, tmp_path):
         assert nets.relative(nets.expected(kind)[:count], found) <= 1e-5
 
 
-def test_stablehlo_in_bfloat16_is_the_bfloat16_model(tmp_path):
+def test_stablehlo_in_bfloat16_is_the_bfloat16_model():
     network = nets.network("se-after")
-    full = export("stablehlo", network, tmp_path / "full")
-    half = export("stablehlo", network, tmp_path / "half", dtype="bfloat16")
+    full = nets.artefact("stablehlo", "se-after")
+    half = nets.artefact("stablehlo", "se-after", "bfloat16")
     exported = jax.export.deserialize(bytearray(half.path.read_bytes()))
     found = np.asarray(exported.call(network.images))
     # One rounding is 4e-3; six layers of them stay within a few times that.
@@ -49,9 +48,8 @@ def test_stablehlo_in_bfloat16_is_the_bfloat16_model(tmp_path):
     assert half.size < 0.8 * full.size
 
 
-def test_stablehlo_with_preprocessing(tmp_path):
-    network = nets.network("plain", with_preprocessing=True)
-    path = export("stablehlo", network, tmp_path / "model.stablehlo").path
+def test_stablehlo_with_preprocessing():
+    path = nets.artefact("stablehlo", "plain", with_preprocessing=True).path
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     found = np.asarray(exported.call(nets.images()))
     wanted = nets.softmax(nets.expected("plain"))
@@ -150,6 +148,25 @@ def test_an_unknown_type_lists_the_known_ones(tmp_path):
     wrong = "format onnx cannot compute in 'bfloat16'; it has float32, float16"
     with pytest.raises(ValueError, match=wrong):
         export("onnx", nets.network("plain"), tmp_path / "model.onnx", dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("text", "filename", "dtype"),
+    [
+        ("onnx", "model.onnx", "float32"),
+        ("onnx:float16", "model.float16.onnx", "float16"),
+        ("stablehlo:bfloat16", "model.bfloat16.stablehlo", "bfloat16"),
+        ("savedmodel", "savedmodel", "float32"),
+    ],
+)
+def test_formats_are_asked_for_with_their_type(text, filename, dtype):
+    form, found = parse_format(text)
+    assert (form.filename_in(found), found) == (filename, dtype)
+
+
+def test_a_format_asked_for_in_a_type_that_it_lacks():
+    with pytest.raises(ValueError, match="tflite cannot compute in 'int8'; it has float32, float"):
+        parse_format("tflite:int8")
 
 
 def test_weights_alone_cannot_hold_preprocessing(tmp_path):

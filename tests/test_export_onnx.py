@@ -31,9 +31,8 @@ def operators(path):
 
 
 @pytest.mark.parametrize("kind", nets.KINDS)
-def test_float32_is_the_train_form_at_every_batch_size(kind, tmp_path):
-    network = nets.network(kind)
-    artefact = export("onnx", network, tmp_path / "model.onnx")
+def test_float32_is_the_train_form_at_every_batch_size(kind):
+    artefact = nets.artefact("onnx", kind)
     assert artefact.proofs.keys() == {"onnxruntime", "openvino"}
     assert not artefact.unproven
     assert all(proof.relative <= 1e-5 for proof in artefact.proofs.values())
@@ -46,16 +45,14 @@ def test_float32_is_the_train_form_at_every_batch_size(kind, tmp_path):
     assert given.name == ("features" if kind == "features" else "logits")
     assert given.shape == ["batch", 16 if kind == "features" else 5]
     for count in (1, 7):
-        (found,) = opened.run(None, {"images": nchw(network.images[:count])})
+        (found,) = opened.run(None, {"images": nchw(nets.network(kind).images[:count])})
         assert nets.relative(nets.expected(kind)[:count], found) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", nets.KINDS)
-def test_float16_is_close_and_half_the_size(kind, tmp_path):
-    network = nets.network(kind)
-    full = export("onnx", network, tmp_path / "full.onnx")
-    half = export("onnx", network, tmp_path / "half.onnx", dtype="float16")
-    (found,) = session(half.path).run(None, {"images": nchw(network.images)})
+def test_float16_is_close_and_half_the_size(kind):
+    full, half = nets.artefact("onnx", kind), nets.artefact("onnx", kind, "float16")
+    (found,) = session(half.path).run(None, {"images": nchw(nets.network(kind).images)})
     assert found.dtype == np.float32
     # One rounding is 5e-4; six layers of them stay within a few times that.
     assert 0 < nets.relative(nets.expected(kind), found) <= 5e-3
@@ -71,24 +68,23 @@ def weights_size(path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_plain_graph_has_nothing_but_the_network(dtype, tmp_path):
-    path = export("onnx", nets.network("plain"), tmp_path / "model.onnx", dtype=dtype).path
+def test_plain_graph_has_nothing_but_the_network(dtype):
+    path = nets.artefact("onnx", "plain", dtype).path
     casts = ["Cast"] if dtype == "float16" else []
     trunk, head = ["Conv", "Relu"] * 6, ["GlobalAveragePool", "Flatten", "Gemm"]
     assert operators(path) == [*casts, *trunk, *casts, *head]
 
 
 @pytest.mark.parametrize("kind", nets.KINDS)
-def test_nothing_is_moved_about(kind, tmp_path):
-    path = export("onnx", nets.network(kind), tmp_path / "model.onnx").path
+def test_nothing_is_moved_about(kind):
+    path = nets.artefact("onnx", kind).path
     assert not {"Transpose", "Reshape", "Pad", "Squeeze", "Unsqueeze"} & set(operators(path))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("kind", ["plain", "se-after"])
-def test_preprocessing_travels_inside(kind, dtype, tmp_path):
-    network = nets.network(kind, with_preprocessing=True)
-    path = export("onnx", network, tmp_path / "model.onnx", dtype=dtype).path
+def test_preprocessing_travels_inside(kind, dtype):
+    path = nets.artefact("onnx", kind, dtype, with_preprocessing=True).path
     (taken,) = session(path).get_inputs()
     assert (taken.type, taken.shape) == (
         "tensor(uint8)",
@@ -104,8 +100,8 @@ def test_preprocessing_travels_inside(kind, dtype, tmp_path):
     assert operators(path).count("Transpose") == 1
 
 
-def test_description_travels_along(tmp_path):
-    path = export("onnx", nets.network("se-before"), tmp_path / "model.onnx").path
+def test_description_travels_along():
+    path = nets.artefact("onnx", "se-before").path
     model = onnx.load(path)
     assert (model.producer_name, model.ir_version) == ("repvgg-jax", 8)
     props = {prop.key: prop.value for prop in model.metadata_props}

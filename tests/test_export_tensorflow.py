@@ -34,18 +34,16 @@ def saved(path):
     return lambda images: {k: v.numpy() for k, v in signature(images=tf.constant(images)).items()}
 
 
-RUNTIMES = {"tflite": ("model.tflite", lite), "savedmodel": ("saved", saved)}
+RUNTIMES = {"tflite": lite, "savedmodel": saved}
 
 
 @pytest.mark.parametrize("kind", nets.KINDS)
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_float32_is_the_train_form_at_every_batch_size(name, kind, tmp_path):
-    filename, opened = RUNTIMES[name]
-    network = nets.network(kind)
-    artefact = export(name, network, tmp_path / filename)
+def test_float32_is_the_train_form_at_every_batch_size(name, kind):
+    network, artefact = nets.network(kind), nets.artefact(name, kind)
     assert artefact.proven
     assert all(proof.relative <= 1e-5 for proof in artefact.proofs.values())
-    run = opened(artefact.path)
+    run = RUNTIMES[name](artefact.path)
     for count in (1, 7):
         found = run(images=network.images[:count])
         assert found.keys() == {"features" if kind == "features" else "logits"}
@@ -54,8 +52,8 @@ def test_float32_is_the_train_form_at_every_batch_size(name, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", nets.KINDS)
-def test_tflite_moves_nothing_about(kind, tmp_path):
-    found = operators(export("tflite", nets.network(kind), tmp_path / "model.tflite").path)
+def test_tflite_moves_nothing_about(kind):
+    found = operators(nets.artefact("tflite", kind).path)
     # Convolutions stay whole, grouped and dilated ones too; only stride 2 pads by hand.
     gate = ["MEAN", "CONV_2D", "CONV_2D", "LOGISTIC", "MUL"] if kind.startswith("se") else []
     strides = (2, 1, 1, 1, 1, 1) if kind == "dilated" else (2, 2, 1, 2, 1, 1)
@@ -66,10 +64,9 @@ def test_tflite_moves_nothing_about(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["plain", "se-before"])
-def test_tflite_float16_is_close_and_smaller(kind, tmp_path):
+def test_tflite_float16_is_close_and_smaller(kind):
     network = nets.network(kind)
-    full = export("tflite", network, tmp_path / "full.tflite")
-    half = export("tflite", network, tmp_path / "half.tflite", dtype="float16")
+    full, half = nets.artefact("tflite", kind), nets.artefact("tflite", kind, "float16")
     found = lite(half.path)(images=network.images)["logits"]
     assert 0 < nets.relative(nets.expected(kind), found) <= 5e-3
     # Two bytes a parameter less, but for the graph, which is a good part of so small a network.
@@ -78,22 +75,19 @@ def test_tflite_float16_is_close_and_smaller(kind, tmp_path):
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_preprocessing_travels_inside(name, tmp_path):
-    filename, opened = RUNTIMES[name]
-    network = nets.network("plain", with_preprocessing=True)
-    path = export(name, network, tmp_path / filename).path
-    found = opened(path)(images=nets.images())["probabilities"]
+def test_preprocessing_travels_inside(name):
+    path = nets.artefact(name, "plain", with_preprocessing=True).path
+    found = RUNTIMES[name](path)(images=nets.images())["probabilities"]
     np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
     wanted = nets.softmax(nets.expected("plain"))
     assert nets.relative(nets.log(wanted), nets.log(found)) <= 1e-5
 
 
-def test_descriptions_travel_along(tmp_path):
-    network = nets.network("plain")
-    with zipfile.ZipFile(export("tflite", network, tmp_path / "model.tflite").path) as archive:
+def test_descriptions_travel_along():
+    with zipfile.ZipFile(nets.artefact("tflite", "plain").path) as archive:
         inside = json.loads(archive.read("metadata.json"))
         assert archive.read("labels.txt").decode().split() == list(nets.LABELS)
-    path = export("savedmodel", network, tmp_path / "saved").path
+    path = nets.artefact("savedmodel", "plain").path
     assert json.loads((path / "assets.extra/metadata.json").read_text()) == inside
     assert tuple(inside["mean"]) == nets.MEAN
     assert inside["input_layout"] == "NHWC"

@@ -11,7 +11,7 @@ Nothing here imports ONNX, TensorFlow or a runtime before it is needed.
 from repvgg_jax.export.artefact import Artefact
 from repvgg_jax.export.exporting import export
 from repvgg_jax.export.format import Format, Runtime
-from repvgg_jax.export.formats import FORMATS, get_format
+from repvgg_jax.export.formats import FORMATS, get_format, parse_format
 from repvgg_jax.export.metadata import Metadata
 from repvgg_jax.export.network import Network
 
@@ -24,4 +24,5 @@ __all__ = [
     "Runtime",
     "export",
     "get_format",
+    "parse_format",
 ]

@@ -38,8 +38,8 @@ def export(name: str, network: Network, path: str | Path, *, dtype: str | None =
     """
     form = get_format(name)
     path = Path(path)
-    dtype = form.dtypes[0] if dtype is None else dtype
-    _check(form, network, path, dtype)
+    dtype = form.dtype(dtype)
+    _check(form, network, path)
     start = time.perf_counter()
     network.reference  # noqa: B018  computed once for all formats, before anything is written
     with _beside(path) as temporary:
@@ -52,7 +52,7 @@ def export(name: str, network: Network, path: str | Path, *, dtype: str | None =
             format=form.name,
             path=path,
             dtype=dtype,
-            description=network.description(_layout(form, network)),
+            description=network.description(form.input_layout(network)),
             proofs=proofs,
             unproven=unproven,
             versions=_versions(*form.packages, *proofs),
@@ -66,11 +66,7 @@ def export(name: str, network: Network, path: str | Path, *, dtype: str | None =
     return artefact
 
 
-def _check(form: Format, network: Network, path: Path, dtype: str) -> None:
-    if dtype not in form.dtypes:
-        raise ValueError(
-            f"format {form.name} cannot compute in {dtype!r}; it has {', '.join(form.dtypes)}"
-        )
+def _check(form: Format, network: Network, path: Path) -> None:
     if network.with_preprocessing and not form.holds_graph:
         raise ValueError(
             f"format {form.name} holds weights and no graph in which preprocessing could travel; "
@@ -123,10 +119,6 @@ def _prove(
         proofs[runtime.name] = proof
         del run  # two runtimes' copies of a large network need not be alive together
     return proofs, unproven
-
-
-def _layout(form: Format, network: Network) -> str:
-    return "NHWC" if network.with_preprocessing else form.layout
 
 
 def _versions(*modules: str) -> dict[str, str]:

@@ -31,9 +31,8 @@ class Format:
 
     Attributes:
       name: as in `--format`.
-      filename: what an artefact is called unless somebody says otherwise.
-      layout: axes of the images that an artefact takes. (With preprocessing inside it is NHWC
-        everywhere, as decoders give images.)
+      filename: what an artefact in the default type is called unless somebody says otherwise.
+      layout: axes of the normalised images that an artefact takes.
       write: writes an artefact of a network to a path, computing in a type; raises
         ImportError where a package for it is not installed.
       packages: modules that writing needs, for messages and recorded versions.
@@ -61,6 +60,27 @@ class Format:
     def dtypes(self) -> tuple[str, ...]:
         """Types that it can compute in, the default first."""
         return tuple(self.tolerances)
+
+    def dtype(self, name: str | None) -> str:
+        """The type of that name, the default for None.
+
+        Raises:
+          ValueError: the format cannot compute in it.
+        """
+        if name is not None and name not in self.dtypes:
+            raise ValueError(
+                f"format {self.name} cannot compute in {name!r}; it has {', '.join(self.dtypes)}"
+            )
+        return self.dtypes[0] if name is None else name
+
+    def filename_in(self, dtype: str) -> str:
+        """What an artefact of a type is called: `model.onnx`, `model.float16.onnx`."""
+        stem, dot, suffix = self.filename.partition(".")
+        return self.filename if dtype == self.dtypes[0] else f"{stem}.{dtype}{dot}{suffix}"
+
+    def input_layout(self, network: Network) -> str:
+        """Axes of the images that an artefact takes; bytes come as decoders give them, NHWC."""
+        return "NHWC" if network.with_preprocessing else self.layout
 
     @property
     def remedy(self) -> str:

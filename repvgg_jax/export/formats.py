@@ -27,3 +27,14 @@ def get_format(name: str) -> Format:
     near = difflib.get_close_matches(name.lower(), FORMATS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ValueError(f"unknown format {name!r}; {hint}There are {', '.join(FORMATS)}")
+
+
+def parse_format(text: str) -> tuple[Format, str]:
+    """A format and what it computes in, as `--format` takes them: `onnx` or `onnx:float16`.
+
+    Raises:
+      ValueError: an unknown format, or a type that it does not have.
+    """
+    name, _, dtype = text.partition(":")
+    form = get_format(name)
+    return form, form.dtype(dtype or None)

@@ -55,7 +55,9 @@ class Network:
           ValueError: variables of the training form or of another network, weights that are
             not finite, images or metadata that do not fit.
         """
-        self.model = model.clone(deploy=True, dtype=jnp.float32, param_dtype=jnp.float32)
+        self.model = model.clone(
+            deploy=True, remat=False, dtype=jnp.float32, param_dtype=jnp.float32
+        )
         self.metadata = metadata
         self.with_preprocessing = with_preprocessing
         self.images = self._checked_images(np.asarray(images))

@@ -109,8 +109,9 @@ class _Graph:
         return self._node("Flatten", "pool/flatten", x, axis=1)
 
     def classify(self, x: str, params: Mapping[str, Any]) -> str:
-        weights = [self._weight(f"head/{leaf}", params[leaf], np.float32) for leaf in _KERNEL_BIAS]
-        return self._node("Gemm", "head", x, *weights)
+        kernel = self._weight("head/kernel", params["kernel"], np.float32)
+        bias = self._weight("head/bias", params["bias"], np.float32)
+        return self._node("Gemm", "head", x, kernel, bias)
 
     def softmax(self, x: str) -> str:
         return self._node("Softmax", "softmax", x, axis=1)
@@ -120,7 +121,6 @@ class _Graph:
         helper, types = self.onnx.helper, self.onnx.TensorProto
         network = self.network
         inside = network.with_preprocessing
-        layout = "NHWC" if inside else FORMAT.layout
         height, width, channels = network.image_shape
         shape = (height, width, channels) if inside else (channels, height, width)
         graph = self.model.graph
@@ -135,7 +135,7 @@ class _Graph:
                 network.output_name, types.FLOAT, ("batch", network.outputs)
             )
         )
-        for key, text in network.header(layout).items():
+        for key, text in network.header(FORMAT.input_layout(network)).items():
             self.model.metadata_props.add(key=key, value=text)
 
     def _node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
@@ -161,9 +161,6 @@ class _Graph:
         tensor.data_type = self.onnx.helper.np_dtype_to_tensor_dtype(dtype)
         tensor.raw_data = values.astype(dtype.newbyteorder("<"), copy=False).tobytes()
         return name
-
-
-_KERNEL_BIAS = ("kernel", "bias")
 
 
 def _nchw(images: np.ndarray, network: Network) -> np.ndarray:
