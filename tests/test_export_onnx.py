@@ -1,0 +1,157 @@
+"""ONNX: the graph says what it should and no more, and two runtimes agree with the JAX model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from repvgg_jax.export import export
+from tests import export_networks as nets
+
+EXTRA = 'needs pip install "repvgg-jax[onnx]"'
+onnx = pytest.importorskip("onnx", reason=EXTRA)
+onnxruntime = pytest.importorskip("onnxruntime", reason=EXTRA)
+pytest.importorskip("openvino", reason=EXTRA)
+
+
+def session(path):
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def nchw(images):
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
+def operators(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.mark.parametrize("kind", nets.KINDS)
+def test_float32_is_the_train_form_at_every_batch_size(kind):
+    artefact = nets.artefact("onnx", kind)
+    assert artefact.proofs.keys() == {"onnxruntime", "openvino"}
+    assert not artefact.unproven
+    assert all(proof.relative <= 1e-5 for proof in artefact.proofs.values())
+
+    # Beside the artefact's own proof: the network as it was before it was fused.
+    opened = session(artefact.path)
+    (taken,), (given,) = opened.get_inputs(), opened.get_outputs()
+    assert (taken.name, taken.type) == ("images", "tensor(float)")
+    assert taken.shape == ["batch", 3, nets.PIXELS, nets.PIXELS]
+    assert given.name == ("features" if kind == "features" else "logits")
+    assert given.shape == ["batch", 16 if kind == "features" else 5]
+    for count in (1, 7):
+        (found,) = opened.run(None, {"images": nchw(nets.network(kind).images[:count])})
+        assert nets.relative(nets.expected(kind)[:count], found) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", nets.KINDS)
+def test_float16_is_close_and_half_the_size(kind):
+    full, half = nets.artefact("onnx", kind), nets.artefact("onnx", kind, "float16")
+    (found,) = session(half.path).run(None, {"images": nchw(nets.network(kind).images)})
+    assert found.dtype == np.float32
+    # One rounding is 5e-4; six layers of them stay within a few times that.
+    assert 0 < nets.relative(nets.expected(kind), found) <= 5e-3
+    kernels = {t.name: t.data_type for t in onnx.load(half.path).graph.initializer}
+    assert kernels["stage1_block0/reparam/kernel"] == onnx.TensorProto.FLOAT16
+    assert weights_size(half.path) < 0.52 * weights_size(full.path)
+
+
+def weights_size(path):
+    """Bytes of all weights but the classifier's, which keep their type."""
+    weights = onnx.load(path).graph.initializer
+    return sum(len(t.raw_data) for t in weights if not t.name.startswith("head"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_plain_graph_has_nothing_but_the_network(dtype):
+    path = nets.artefact("onnx", "plain", dtype).path
+    casts = ["Cast"] if dtype == "float16" else []
+    trunk, head = ["Conv", "Relu"] * 6, ["GlobalAveragePool", "Flatten", "Gemm"]
+    assert operators(path) == [*casts, *trunk, *casts, *head]
+
+
+@pytest.mark.parametrize("kind", nets.KINDS)
+def test_nothing_is_moved_about(kind):
+    path = nets.artefact("onnx", kind).path
+    assert not {"Transpose", "Reshape", "Pad", "Squeeze", "Unsqueeze"} & set(operators(path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["plain", "se-after"])
+def test_preprocessing_travels_inside(kind, dtype):
+    path = nets.artefact("onnx", kind, dtype, with_preprocessing=True).path
+    (taken,) = session(path).get_inputs()
+    assert (taken.type, taken.shape) == (
+        "tensor(uint8)",
+        ["batch", nets.PIXELS, nets.PIXELS, 3],
+    )
+    (found,) = session(path).run(["probabilities"], {"images": nets.images()})
+    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
+    wanted = nets.softmax(nets.expected(kind))
+    bound = {"float32": 1e-5, "float16": 5e-3}[dtype]
+    assert nets.relative(nets.log(wanted), nets.log(found)) <= bound
+    # Decoders give NHWC: the one transpose, of three channels, behind a cast at the very input.
+    assert operators(path)[:4] == ["Cast", "Transpose", "Mul", "Add"]
+    assert operators(path).count("Transpose") == 1
+
+
+def test_description_travels_along():
+    path = nets.artefact("onnx", "se-before").path
+    model = onnx.load(path)
+    assert (model.producer_name, model.ir_version) == ("repvgg-jax", 8)
+    props = {prop.key: prop.value for prop in model.metadata_props}
+    assert (props["variant"], props["input_layout"]) == ("tiny", "NCHW")
+    assert json.loads(props["image_size"]) == [nets.PIXELS, nets.PIXELS]
+    assert tuple(json.loads(props["labels"])) == nets.LABELS
+    assert tuple(json.loads(props["mean"])) == nets.MEAN
+    assert tuple(json.loads(props["std"])) == nets.STD
+    # The runtime hands them out as well.
+    assert session(path).get_modelmeta().custom_metadata_map == props
+
+
+def test_weights_beyond_float16_are_named(tmp_path):
+    network = nets.fresh("plain")
+    network.params["stage2_block1"]["reparam"]["kernel"][0, 0, 0, 0] = 7e4
+    with pytest.raises(ValueError, match=r"stage2_block1/reparam/kernel holds 7e\+04.*float32"):
+        export("onnx", network, tmp_path / "model.onnx", dtype="float16")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_another_network_is_never_written(runtime, tmp_path, monkeypatch):
+    other = "openvino" if runtime == "onnxruntime" else "onnxruntime"
+    monkeypatch.setitem(sys.modules, other, None)
+    network = nets.fresh("plain")
+    assert network.reference.any()  # the JAX model has answered; only now do its weights change
+    kernel = network.params["stage1_block0"]["reparam"]["kernel"]
+    kernel[...] = kernel[::-1].copy()
+    (tmp_path / "model.onnx").write_text("an older artefact")
+    with pytest.raises(ValueError, match=f"{runtime} disagrees with the JAX model"):
+        export("onnx", network, tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_text() == "an older artefact"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["B3", "D2se"])
+def test_the_largest_fit_in_4_gib_and_a_minute(variant):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "benchmarks/export.py", "--one", f"{variant},onnx,float32"]
+    result = subprocess.run(
+        [*command, "--images", "4"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    row = json.loads(result.stdout.splitlines()[-1])
+    assert row["params M"] > 110
+    assert row["relative"] <= 1e-5
+    assert row["peak MiB"] < 4096
+    assert row["seconds"] < 60
