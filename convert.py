@@ -1,17 +1,30 @@
-"""Fuses a trained RepVGG, proves the fused network equal and writes it.
+"""Fuses a trained RepVGG, proves the fused network equal and writes it for its runtimes.
 
 python convert.py --workdir runs/digits --output deploy
+python convert.py --from RepVGG-A0-train.pth --output deploy --format onnx,safetensors
 """
 
+import pathlib
 from collections.abc import Sequence
 
 from absl import flags
 
 from repvgg_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The directory of a training run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Convert the newest checkpoint of this run.")
+FROM = flags.DEFINE_string(
+    "from", None, "Or this checkpoint: .safetensors, .npz, .pth, or a hub name of timm's."
+)
 OUTPUT = flags.DEFINE_string("output", None, "The directory to write.")
-FORMAT = flags.DEFINE_list("format", ["orbax", "safetensors"], "What to write, one or several.")
+FORMAT = flags.DEFINE_list(
+    "format", ["orbax", "safetensors"], "What to write, one or several; see docs/deploy.md."
+)
+PREPROCESSING = flags.DEFINE_bool(
+    "with-preprocessing", False, "Artefacts take uint8 images and give probabilities."
+)
+IMAGE_SIZE = flags.DEFINE_integer(
+    "image-size", 224, "With --from: height and width of the images, in pixels."
+)
 TOLERANCE = flags.DEFINE_float(
     "tolerance", 1e-5, "Largest |Δlogit| allowed, relative to the largest |logit|."
 )
@@ -19,13 +32,28 @@ TOLERANCE = flags.DEFINE_float(
 
 def main(_: Sequence[str]) -> int:
     """Converts; returns the exit status."""
-    if WORKDIR.value is None or OUTPUT.value is None:
+    if OUTPUT.value is None or (WORKDIR.value is None) == (FROM.value is None):
         raise ValueError(
-            "give --workdir, the directory of a training run, and --output, the one to write"
+            "give --workdir, the directory of a training run, or --from, a checkpoint file, "
+            "and --output, the directory to write"
         )
-    from repvgg_jax.conversion import convert_run
+    from repvgg_jax import deployment, origin
+    from repvgg_jax.conversion import convert
 
-    done = convert_run(WORKDIR.value, OUTPUT.value, formats=FORMAT.value, tolerance=TOLERANCE.value)
+    output = pathlib.Path(OUTPUT.value)
+    deployment.check_formats(FORMAT.value)
+    deployment.check_free(output)
+    if WORKDIR.value is not None:
+        network = origin.from_run(pathlib.Path(WORKDIR.value))
+    else:
+        network = origin.from_weights(FROM.value, image_size=IMAGE_SIZE.value)
+    done = convert(
+        network,
+        output,
+        formats=FORMAT.value,
+        tolerance=TOLERANCE.value,
+        with_preprocessing=PREPROCESSING.value,
+    )
     print(done.table())
     return 0
 

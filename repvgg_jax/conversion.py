@@ -1,26 +1,25 @@
-"""From a training run to a deployment: restore, fuse, prove, write."""
+"""From a trained network to a deployment: fuse, prove, write in every format asked for."""
 
 import dataclasses
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from repvgg_jax import deployment
+from repvgg_jax.export import Network
 from repvgg_jax.fuse import fuse_params
 from repvgg_jax.model import RepVGG
+from repvgg_jax.origin import Origin
 from repvgg_jax.proof import TOLERANCE, Proof, prove
-from repvgg_jax.training.checkpoint import Checkpoints
-from repvgg_jax.training.run import Run
-from repvgg_jax.training.workdir import Workdir
 
-PROOF_IMAGES = 1000  # held-out images that the proof looks at, at most
-TIMED_BATCH = 64
-TIMED_ROUNDS = 15
+ARTEFACT_IMAGES = 64  # that every runtime of every artefact answers, at most
+TIMED_BATCH = 32  # images
+TIMED_ROUNDS = 11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,30 +27,28 @@ class Conversion:
     """What a conversion did.
 
     Attributes:
-      variant: name of the architecture.
-      step: training step of the checkpoint it came from.
-      params: parameters as trained and fused.
-      images_per_second: of the two forms, batches of 64 on this machine; medians.
-      proof: that both are the same function.
+      title: what was converted.
+      params: parameters as trained and fused; the first is None for what came fused.
+      images_per_second: of the two forms, batches of 32 on this machine; medians.
+      proof: that both are the same function; None for what came fused.
       output: the directory written.
-      files: what is in it.
+      lines: what was written there, with its proof.
     """
 
-    variant: str
-    step: int
-    params: tuple[int, int]
-    images_per_second: tuple[float, float]
-    proof: Proof
+    title: str
+    params: tuple[int | None, int]
+    images_per_second: tuple[float | None, float]
+    proof: Proof | None
     output: pathlib.Path
-    files: tuple[str, ...]
+    lines: tuple[str, ...]
 
     def table(self) -> str:
         """What a person wants to know, as text."""
         (params, fused), (speed, fused_speed) = self.params, self.images_per_second
         rows = [
             ("", "as trained", "fused", ""),
-            ("parameters", f"{params:,}", f"{fused:,}", f"{fused / params:.1%}"),
-            ("images/s", f"{speed:,.0f}", f"{fused_speed:,.0f}", f"{fused_speed / speed:.2f}x"),
+            ("parameters", _number(params), _number(fused), _share(fused, params, ".1%")),
+            ("images/s", _number(speed), _number(fused_speed), _share(fused_speed, speed, ".2f")),
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
@@ -61,111 +58,115 @@ class Conversion:
             )
             for row in rows
         ]
+        proof = "none, it came in deploy form" if self.proof is None else str(self.proof)
         return "\n".join(
             [
-                f"RepVGG {self.variant}, step {self.step}",
+                self.title,
                 *(line.rstrip() for line in lines),
-                f"proof: {self.proof}",
-                f"written to {self.output}: {', '.join(self.files)}",
+                f"proof: {proof}",
+                f"written to {self.output}:",
+                *(f"  {line}" for text in self.lines for line in text.splitlines()),
             ]
         )
 
 
-def convert_run(
-    path: str | pathlib.Path,
-    output: str | pathlib.Path,
+def convert(
+    origin: Origin,
+    output: pathlib.Path,
     *,
     formats: Sequence[str] = ("orbax", "safetensors"),
     tolerance: float = TOLERANCE,
-    say: Callable[[str], None] = print,
+    with_preprocessing: bool = False,
 ) -> Conversion:
-    """Converts the newest sound checkpoint of a training run.
+    """Fuses a network, proves the fused one equal, and writes it.
 
     Args:
-      path: the run's directory.
+      origin: the network.
       output: the directory to make; an earlier conversion there is replaced.
-      formats: of `deployment.FORMATS`.
+      formats: of `deployment.formats()`; `onnx:float16` asks for another type.
       tolerance: largest |Δlogit| allowed, relative to the largest |logit|.
-      say: told of checkpoints that are passed over.
+      with_preprocessing: artefacts that hold a graph take uint8 images and give probabilities.
 
     Raises:
-      ValueError: no run or no sound checkpoint there, an output that holds something else, an
-        unknown format, or a proof that does not hold; nothing is written then.
+      ValueError: an output that holds something else, an unknown format, a proof that does not
+        hold, an artefact that its runtime reads differently; nothing is written then.
       OSError: the output cannot be written.
     """
-    if unknown := [name for name in formats if name not in deployment.FORMATS]:
-        raise ValueError(
-            f"unknown format {', '.join(unknown)}; there are: {', '.join(deployment.FORMATS)}"
-        )
     if not tolerance > 0:
         raise ValueError(f"tolerance {tolerance} must be positive")
-    workdir, output = Workdir(pathlib.Path(path)), pathlib.Path(output)
+    deployment.check_formats(formats)
     deployment.check_free(output)
-    run = Run.from_config(workdir.read_config())
-    with Checkpoints(workdir.checkpoints, say=say) as checkpoints:
-        state = checkpoints.restore(run.abstract_state())
-    if state is None:
-        raise ValueError(f"{workdir.path} holds no checkpoint yet; train further, then convert")
-
-    variables = jax.device_get(state.variables)
-    fused = fuse_params(variables)
-    images = _held_out_images(run)
-    model = run.model.clone(dtype=np.float32)  # the proof is about the function, not rounding
-    proof = prove(model, variables, images, deployed=fused, tolerance=tolerance)
-    if not proof.holds:
-        raise ValueError(
-            f"the fused network is not the one that was trained: {proof}; wrote nothing"
-        )
-    speed = _speed((model, variables), (model.clone(deploy=True), fused), images)
-
-    variant = run.model.variant
+    images = origin.metadata.normalise(origin.images)
+    proof, fused = None, origin.variables
+    if not origin.deploy:
+        fused = fuse_params(origin.variables)
+        proof = prove(origin.model, origin.variables, images, deployed=fused, tolerance=tolerance)
+        if not proof.holds:
+            raise ValueError(
+                f"the fused network is not the one that was trained: {proof}; wrote nothing"
+            )
+    network = Network(
+        origin.model,
+        fused,
+        images=origin.images[:ARTEFACT_IMAGES],
+        metadata=origin.metadata,
+        with_preprocessing=with_preprocessing,
+    )
     with deployment.writing(output) as directory:
-        for name in formats:
-            deployment.FORMATS[name](directory, fused, variant)
-        metadata = {
-            "classes": list(run.dataset.classes),
-            "image_shape": list(run.dataset.image_shape),
-            "mean": list(run.normalise.mean),
-            "std": list(run.normalise.std),
-            "formats": list(formats),
-            "source": {"workdir": str(workdir.path), "step": int(state.step)},
-        }
-        deployment.write_metadata(directory, variant, metadata)
-        deployment.write_proof(directory, {"fused": proof.as_dict()})
-        files = sorted(entry.name for entry in directory.iterdir())
+        written = [deployment.write(name, network, directory) for name in formats]
+        deployment.write_metadata(directory, network, origin.details)
+        deployment.write_proof(
+            directory,
+            {
+                "fused": None if proof is None else proof.as_dict(),
+                "artefacts": [artefact.as_dict() for artefact in written],
+            },
+        )
+    forms = {True: (origin.model.clone(deploy=True), fused)}
+    if not origin.deploy:
+        forms[False] = (origin.model, origin.variables)
+    speed = _images_per_second(forms, images)
     return Conversion(
-        variant=variant.name,
-        step=int(state.step),
-        params=(_size(variables["params"]), _size(fused["params"])),
-        images_per_second=speed,
+        title=origin.title,
+        params=(
+            None if origin.deploy else _size(origin.variables["params"]),
+            _size(fused["params"]),
+        ),
+        images_per_second=(speed.get(False), speed[True]),
         proof=proof,
         output=output,
-        files=tuple(files),
+        lines=(*(str(artefact) for artefact in written), "metadata.json, proof.json"),
     )
 
 
-def _held_out_images(run: Run) -> np.ndarray:
-    source = run.dataset.evaluation
-    count = min(len(source), PROOF_IMAGES)
-    return np.asarray(run.normalise(np.stack([source[i]["image"] for i in range(count)])))
-
-
-def _speed(
-    trained: tuple[RepVGG, Any], fused: tuple[RepVGG, Any], images: np.ndarray
-) -> tuple[float, float]:
-    """Images per second of both forms, measured in turn: medians of several rounds."""
+def _images_per_second(
+    forms: Mapping[bool, tuple[RepVGG, Any]], images: np.ndarray
+) -> dict[bool, float]:
+    """Medians of several rounds in which the forms take turns, by whether they are fused."""
     batch = np.resize(images, (TIMED_BATCH, *images.shape[1:]))
-    forms = [(jax.jit(model.apply), jax.device_put(v)) for model, v in (trained, fused)]
-    seconds: tuple[list[float], list[float]] = [], []
+    compiled = {
+        deploy: (jax.jit(model.apply), jax.device_put(variables))
+        for deploy, (model, variables) in forms.items()
+    }
+    seconds: dict[bool, list[float]] = {deploy: [] for deploy in forms}
     for round_ in range(TIMED_ROUNDS + 1):
-        for taken, (apply, variables) in zip(seconds, forms, strict=True):
+        for deploy, (apply, variables) in compiled.items():
             began = time.perf_counter()
             jax.block_until_ready(apply(variables, batch))
             if round_:  # the first one compiles
-                taken.append(time.perf_counter() - began)
-    first, second = (TIMED_BATCH / statistics.median(taken) for taken in seconds)
-    return first, second
+                seconds[deploy].append(time.perf_counter() - began)
+    return {deploy: TIMED_BATCH / statistics.median(taken) for deploy, taken in seconds.items()}
 
 
 def _size(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _share(part: float, whole: float | None, form: str) -> str:
+    if whole is None:
+        return ""
+    return format(part / whole, form) + ("x" if form == ".2f" else "")

@@ -108,6 +108,14 @@ class Network:
         """The JAX model's answer to `images`, (images, outputs), at full float32 precision."""
         return proof.logits(self.apply, self.params, self.images, batch_size=BATCH)
 
+    def without_preprocessing(self) -> "Network":
+        """The same network for formats that hold weights alone: normalised images, logits."""
+        if not self.with_preprocessing:
+            return self
+        return Network(
+            self.model, {"params": self.params}, images=self.images, metadata=self.metadata
+        )
+
     def answers(self, run: Any) -> np.ndarray:
         """Another runtime's answer to `images`.
 
