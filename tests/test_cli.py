@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from repvgg_jax import create_model
+from repvgg_jax import create_model, fuse_params, load_weights, save_weights
 from repvgg_jax.deployment import load_deployed
 from repvgg_jax.proof import logits
+from tests.trees import random_variables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHORT = ["--config.train.epochs=1", "--config.optimizer.warmup_epochs=0"]
@@ -63,7 +64,7 @@ def test_converting_what_was_trained(place):
     )
     assert (status, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0] == "RepVGG digits, step 22"
+    assert lines[0] == "RepVGG digits, step 22 of runs/digits"
     assert lines[2].split() == ["parameters", "321,290", "287,722", "89.6%"]
     assert lines[4].startswith("proof: max |Δlogit| ")
     assert "same class on 100.00% of 360 images" in lines[4]
@@ -182,11 +183,18 @@ def test_mistakes_of_training_are_one_line(tmp_path, arguments, status, message)
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ([], 1, "give --workdir, .* and --output"),
+        ([], 1, "give --workdir, .* or --from, .* and --output"),
         (["--workdir=nothing", "--output=x"], 1, "nothing does not exist; give the --workdir"),
         (["--workdir=.", "--output=x"], 1, ". is no run's directory: it has no config.json"),
-        (["--workdir=.", "--output=x", "--format=onyx"], 1, "unknown format onyx; there are: "),
-        (["--workdir=.", "--output=x", "--tolerance=0"], 1, "tolerance 0.0 must be positive"),
+        (
+            ["--workdir=.", "--output=x", "--format=onyx"],
+            1,
+            "unknown format 'onyx'; did you mean onnx",
+        ),
+        (["--workdir=.", "--output=x", "--format=onnx:int4"], 1, "format onnx cannot .* 'int4'"),
+        (["--from=x.pth", "--workdir=.", "--output=x"], 1, "give --workdir, .* or --from"),
+        (["--from=x.pth", "--output=x"], 1, "x.pth: .*"),
+        (["--from=repvgg_a0.rvgg_in1k", "--output=x"], 1, ".*repvgg_a0.rvgg_in1k.*"),
     ],
 )
 def test_mistakes_of_converting_are_one_line(tmp_path, arguments, status, message):
@@ -213,6 +221,47 @@ def test_a_proof_that_fails_writes_nothing(place, tmp_path):
         "--tolerance=1e-12",
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tolerance_that_nothing_meets(place, tmp_path):
+    workdir = f"--workdir={place / 'runs' / 'digits'}"
+    message = "tolerance 0.0 must be positive"
+    check_one_line(tmp_path, 1, message, "convert.py", workdir, "--output=x", "--tolerance=0")
+
+
+@pytest.mark.parametrize("family", ["official", "timm"])
+def test_converting_a_checkpoint_of_another_project(tmp_path, family):
+    """A published file in, a fused network out, proven on photographs."""
+    trained = random_variables(create_model("A0", num_classes=7))
+    save_weights(tmp_path / "a0.safetensors", trained, family=family)
+    status, out, err = run(
+        "convert.py",
+        "--from=a0.safetensors",
+        "--output=deploy",
+        "--image-size=64",
+        "--format=safetensors,torch-timm,orbax",
+        cwd=tmp_path,
+    )
+    assert (status, err) == (0, ""), err
+    assert f"RepVGG A0, training form, 7 classes, {family} names of a0.safetensors" in out
+    deployed = load_deployed(tmp_path / "deploy")
+    chex.assert_trees_all_equal(deployed.variables, fuse_params(trained))
+    assert deployed.proof["fused"]["holds"] is True
+    again = load_weights(tmp_path / "deploy" / "model.timm.safetensors")
+    assert (again.variant, again.deploy, again.family) == ("A0", True, "timm")
+    chex.assert_trees_all_equal(again.variables, fuse_params(trained))
+
+    # What came fused stays as it is, and says that nothing was to prove.
+    status, out, err = run(
+        "convert.py",
+        "--from=deploy/model.timm.safetensors",
+        "--output=again",
+        "--image-size=64",
+        cwd=tmp_path,
+    )
+    assert (status, err) == (0, ""), err
+    assert "proof: none, it came in deploy form" in out
+    chex.assert_trees_all_equal(load_deployed(tmp_path / "again").variables, deployed.variables)
 
 
 def test_an_output_that_holds_something_else_is_left_alone(place, tmp_path):

@@ -13,11 +13,13 @@ import pytest
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
+from repvgg_jax import fuse_params, save_weights
 from repvgg_jax.training import config as configs
 from repvgg_jax.training import loop, report
 from repvgg_jax.training.checkpoint import Checkpoints, checksums
 from repvgg_jax.training.loop import train
 from repvgg_jax.training.run import Run
+from repvgg_jax.training.start import starting_state
 from repvgg_jax.training.workdir import Workdir
 from tests.runs import SMALL, small_config
 
@@ -170,6 +172,64 @@ def test_nan_stops_the_run_after_it_was_written_down(tmp_path):
     assert message.startswith(f"step {bad['step']}: ")
     assert None in bad.values()
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+class TestInitFrom:
+    """Fine-tuning starts from whatever somebody trained, and says from what."""
+
+    def start(self, source):
+        config = small_config(init_from=str(source))
+        return starting_state(Run.from_config(config))
+
+    def test_another_run(self, straight):
+        state, line = self.start(straight[0])
+        trained = final_state(straight[0], small_config())
+        chex.assert_trees_all_equal(jax.device_get(state.variables), trained.variables)
+        assert int(state.step) == 0
+        assert line.startswith("starting from small, training form, 10 classes")
+        assert line.endswith(f"nothing is fresh ({straight[0]})")
+
+    @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+    def test_a_file_of_the_authors_names(self, straight, tmp_path, suffix):
+        trained = final_state(straight[0], small_config()).variables
+        save_weights(tmp_path / f"w{suffix}", trained, family="official", variant=SMALL)
+        state, _ = self.start(tmp_path / f"w{suffix}")
+        chex.assert_trees_all_equal(jax.device_get(state.variables), trained)
+
+    def test_a_file_in_deploy_form(self, straight, tmp_path):
+        trained = final_state(straight[0], small_config()).variables
+        deployed = fuse_params(trained)
+        save_weights(tmp_path / "w.safetensors", deployed, family="flax", variant=SMALL)
+        state, line = self.start(tmp_path / "w.safetensors")
+        back = jax.device_get(fuse_params(state.variables))
+        chex.assert_trees_all_close(back, deployed, rtol=1e-5, atol=1e-5)
+        assert "deploy form split into three branches" in line
+
+    def test_other_classes_replace_the_head(self, straight, tmp_path):
+        trained = final_state(straight[0], small_config()).variables
+        head = {"kernel": np.zeros((16, 7), np.float32), "bias": np.zeros(7, np.float32)}
+        other = {**trained, "params": {**trained["params"], "head": head}}
+        save_weights(tmp_path / "w.npz", other, family="flax", variant=SMALL)
+        state, line = self.start(tmp_path / "w.npz")
+        assert state.params["head"]["kernel"].shape == (16, 10)
+        assert "freshly initialised: head" in line
+        np.testing.assert_array_equal(
+            state.params["stem"]["conv3x3"]["kernel"],
+            trained["params"]["stem"]["conv3x3"]["kernel"],
+        )
+
+    def test_training_says_what_it_starts_from_and_starts_there(self, straight, tmp_path, capsys):
+        config = small_config(init_from=str(straight[0]), optimizer__learning_rate=0.0)
+        outcome = train(config, tmp_path / "run")
+        assert "starting from small, training form" in capsys.readouterr().out
+        state = final_state(tmp_path / "run", config)
+        chex.assert_trees_all_equal(state.params, final_state(straight[0], small_config()).params)
+        assert outcome.step == 22
+
+    @pytest.mark.parametrize("source", ["nothing.pth", "repvgg_z9.rvgg_in1k"])
+    def test_nothing_there(self, source):
+        with pytest.raises(ValueError, match=source):
+            self.start(source)
 
 
 def test_what_a_person_sees(tmp_path, capsys):

@@ -21,6 +21,7 @@ def default_config(variant: str | Variant = "A0") -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,  # of initial weights, data order and augmentation
+            "init_from": "",  # weights to start from: a file, a hub name or another workdir
             "model": {
                 "variant": (
                     dataclasses.asdict(variant) if isinstance(variant, Variant) else variant

@@ -23,6 +23,7 @@ from repvgg_jax.training.meter import Meter
 from repvgg_jax.training.report import Report
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.signals import StopRequest
+from repvgg_jax.training.start import starting_state
 from repvgg_jax.training.state import TrainState
 from repvgg_jax.training.step import make_train_step
 from repvgg_jax.training.workdir import Workdir
@@ -74,7 +75,7 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
         restored = checkpoints.restore(run.abstract_state())
         if jax.process_index() == 0:
             checkpoints.set_aside_unsound()
-        state = run.initial_state() if restored is None else restored
+        state, beginning = starting_state(run) if restored is None else (restored, None)
         report = Report(
             workdir,
             title=f"RepVGG {run.model.variant.name} on {run.dataset.name}",
@@ -86,6 +87,8 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
         for warning in warnings:
             report.say(warning)
         report.say(f"{run.describe()} -> {workdir.path}")
+        if beginning is not None:
+            report.say(beginning)
         if restored is not None:
             report.say(f"continuing from step {int(state.step)} of {run.total_steps}")
 
