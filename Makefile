@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test lint clean
 
 demo: .venv/runtime
 	$(BIN)/python train.py --config configs/digits.py
@@ -10,9 +10,6 @@ demo: .venv/runtime
 
 test: .venv/develop
 	$(BIN)/python -m pytest
-
-slow: .venv/develop
-	$(BIN)/python -m pytest -m slow
 
 lint: .venv/develop
 	$(BIN)/ruff format --check .

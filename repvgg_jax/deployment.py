@@ -2,7 +2,7 @@
 
 metadata.json        architecture, classes, normalisation, source, versions
 proof.json           how its logits compare with those of the network it came from
-model.safetensors    the deploy variables, flat: stage1_block0/reparam/kernel, …
+model.safetensors    the deploy variables, flat: params/stage1_block0/reparam/kernel, …
 orbax/               the same, for Orbax
 """
 

@@ -141,8 +141,8 @@ def wait_for(condition, process, seconds=120):
 def test_an_interrupted_run_continues_with_the_same_command(tmp_path, number):
     arguments = ["--workdir=run", "--config.train.epochs=3", "--config.report.every_steps=1"]
     process = start("train.py", *arguments, cwd=tmp_path)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 25, process)
+    metrics, saved = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoints" / "22"
+    wait_for(saved.exists, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert err == ""

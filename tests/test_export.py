@@ -61,8 +61,8 @@ def test_safetensors_holds_the_very_weights(tmp_path):
     path = export("safetensors", network, tmp_path / "model.safetensors").path
     fused = fuse_params(nets.variables("se-before"))["params"]
     with safe_open(path, "numpy") as opened:
-        assert opened.get_tensor("stage2_block0/se/expand/bias").shape == (16,)
-        kernel = opened.get_tensor("stage2_block0/reparam/kernel")
+        assert opened.get_tensor("params/stage2_block0/se/expand/bias").shape == (16,)
+        kernel = opened.get_tensor("params/stage2_block0/reparam/kernel")
         assert json.loads(opened.metadata()["labels"]) == list(nets.LABELS)
     np.testing.assert_array_equal(kernel, fused["stage2_block0"]["reparam"]["kernel"])
 

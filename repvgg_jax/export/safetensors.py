@@ -1,4 +1,6 @@
-"""The deploy parameters as they are, for JAX itself: `stage1_block0/reparam/kernel`, ….
+"""The deploy variables as they are, for JAX itself: `params/stage1_block0/reparam/kernel`, ….
+
+`repvgg_jax.load_weights` reads them.
 
 The network's description is in the header.
 """
@@ -15,14 +17,15 @@ from repvgg_jax.export.network import Network, leaves
 
 
 def write(network: Network, path: Path, dtype: str) -> None:
-    """Writes every parameter under its path in the tree; `dtype` is float32."""
-    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in leaves(network.params).items()}
+    """Writes every array under its path in the tree; `dtype` is float32."""
+    named = leaves({"params": network.params})
+    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in named.items()}
     safetensors.numpy.save_file(tensors, path, metadata=network.header(FORMAT.layout))
 
 
 def _open(path: Path, network: Network) -> Run:
     tensors = safetensors.numpy.load_file(path)
-    ordered = [tensors[name] for name in leaves(network.params)]
+    ordered = [tensors[name] for name in leaves({"params": network.params})]
     params = jax.tree.unflatten(jax.tree.structure(network.params), ordered)
     return lambda images: proof.logits(network.apply, params, images)
 
