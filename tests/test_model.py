@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pathlib
 
@@ -10,15 +11,23 @@ import pytest
 from repvgg_jax import VARIANTS, RepVGGBlock, Variant, cost, create_model, fuse_params
 from tests.trees import TINY, TINY_AUXILIARY, paths, random_images, random_variables
 
-NAMES = pathlib.Path(__file__).with_name("tree_names.json")
+# Two trees name by name, to read; all the official ones as SHA-256 of the same lines.
+PINNED = json.loads(pathlib.Path(__file__).with_name("tree_names.json").read_text())
+NAMES, DIGESTS = PINNED["names"], PINNED["sha256"]
 
 
 def shapes(model, size=64):
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
 
 
+def lines(tree) -> list[str]:
+    """Every leaf's name and shape."""
+    leaves = jax.tree.leaves(tree)
+    return [f"{p} {list(leaf.shape)}" for p, leaf in zip(paths(tree), leaves, strict=True)]
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_real_trees_have_the_parameters_that_cost_counts(name):
+def test_real_trees_have_the_parameters_that_cost_counts_and_names_that_never_change(name):
     counted = cost(name)
     for deploy, expected in (
         (False, counted.params_train + counted.params_auxiliary),
@@ -27,6 +36,8 @@ def test_real_trees_have_the_parameters_that_cost_counts(name):
         tree = shapes(create_model(name, deploy=deploy))
         assert sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) == expected
         assert ("batch_stats" in tree) is not deploy
+        digest = hashlib.sha256("\n".join(lines(tree)).encode()).hexdigest()
+        assert digest == DIGESTS[f"{name} {'deploy' if deploy else 'train'}"]
 
 
 @pytest.mark.parametrize("variant", [VARIANTS["A0"], TINY_AUXILIARY], ids=lambda v: v.name)
@@ -36,11 +47,8 @@ def test_tree_names_never_change(variant, deploy):
 
     If a name must change, write how to read the old one, then update tests/tree_names.json.
     """
-    tree = shapes(create_model(variant, deploy=deploy))
-    leaves = jax.tree.leaves(tree)
-    found = [f"{p} {list(leaf.shape)}" for p, leaf in zip(paths(tree), leaves, strict=True)]
-    pinned = json.loads(NAMES.read_text())
-    assert found == pinned[f"{variant.name} {'deploy' if deploy else 'train'}"]
+    found = lines(shapes(create_model(variant, deploy=deploy)))
+    assert found == NAMES[f"{variant.name} {'deploy' if deploy else 'train'}"]
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
