@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from weights_samples import CLASSES, random_variables
 
 import repvgg_jax as rv
+from tests.weights_samples import CLASSES, random_variables
 
 TINY = rv.Variant("tiny", (2,), (8,), stem_channels=4)
 

@@ -10,7 +10,7 @@ import repvgg_jax as rv
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
 
-import torch_reference  # noqa: E402 (needs torch)
+from tests import torch_reference  # noqa: E402 (needs torch)
 
 CLASSES = 5
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 1e-2

@@ -10,12 +10,12 @@ import sys
 import tempfile
 
 import numpy as np
-import pth_writer
 import pytest
 import safetensors.numpy
-from weights_samples import random_variables
 
 import repvgg_jax as rv
+from tests import pth_writer
+from tests.weights_samples import random_variables
 
 VARIANT = rv.Variant("fuzzed", (1,), (4,), stem_channels=4)
 SECONDS = 2  # one file may take this long; the sound ones take milliseconds

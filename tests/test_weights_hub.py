@@ -3,9 +3,9 @@
 import sys
 
 import pytest
-from weights_samples import assert_identical, random_variables
 
 import repvgg_jax as rv
+from tests.weights_samples import assert_identical, random_variables
 
 COMMIT = "0" * 40
 

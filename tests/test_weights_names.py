@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from weights_samples import CLASSES, assert_identical, random_variables, thin
 
 import repvgg_jax as rv
 from repvgg_jax.weights.names import FAMILIES, OFFICIAL, naming_for
 from repvgg_jax.weights.tree import leaves
+from tests.weights_samples import CLASSES, assert_identical, random_variables, thin
 
 # Of each model as its own project builds it: how many keys, and the SHA-256 of its sorted
 # lines "key 64x3x3x3".

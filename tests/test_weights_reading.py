@@ -10,12 +10,12 @@ import zipfile
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import pth_writer
 import pytest
 import safetensors.numpy
-from weights_samples import CLASSES, TINY, assert_identical, random_variables
 
 import repvgg_jax as rv
+from tests import pth_writer
+from tests.weights_samples import CLASSES, TINY, assert_identical, random_variables
 
 
 @pytest.fixture(scope="module")

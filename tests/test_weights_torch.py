@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from weights_samples import assert_identical, random_variables
 
 import repvgg_jax as rv
+from tests.weights_samples import assert_identical, random_variables
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
 
-import torch_reference  # noqa: E402 (needs torch)
+from tests import torch_reference  # noqa: E402 (needs torch)
 
 CLASSES = 5
 SE = rv.Variant("se", (2, 2), (8, 16), stem_channels=8, groups=2, se=rv.SqueezeExcite(4))

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
-from weights_samples import CLASSES, TINY, assert_identical, random_variables
 
 import repvgg_jax as rv
+from tests.weights_samples import CLASSES, TINY, assert_identical, random_variables
 
 
 @pytest.fixture
