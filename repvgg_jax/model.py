@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repvgg_jax.block import RepVGGBlock, torch_bias_init, torch_kernel_init
+from repvgg_jax.block import RepVGGBlock, TrainForm, torch_bias_init, torch_kernel_init
 from repvgg_jax.norm import BatchNorm
 from repvgg_jax.variants import Layer, Variant, get_variant
 
@@ -24,6 +24,7 @@ def create_model(
     deploy: bool = False,
     output_stride: int | None = None,
     bn_group_size: int | None = None,
+    train_form: TrainForm = "branches",
     remat: bool = False,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
@@ -39,6 +40,9 @@ def create_model(
       output_stride: 8 or 16 replace the last strides by dilation, for dense prediction;
         parameters keep their shapes. None keeps the variant's own, 32 for the official ones.
       bn_group_size: images that share batch statistics in training; None for the whole batch.
+      train_form: "branches" trains the three branches as they are drawn; "covariance"
+        computes the same function, statistics and gradients in fewer passes over memory
+        (`docs/covariance.md`). Variables are the same.
       remat: recompute every block's activations in the backward pass instead of keeping them.
       dtype: of the convolutions, float32 or bfloat16. Parameters, statistics, batch
         normalisation and the classifier stay float32.
@@ -57,6 +61,7 @@ def create_model(
         deploy=deploy,
         output_stride=output_stride,
         bn_group_size=bn_group_size,
+        train_form=train_form,
         remat=remat,
         dtype=dtype,
         param_dtype=param_dtype,
@@ -71,6 +76,7 @@ class RepVGG(nn.Module):
     deploy: bool = False
     output_stride: int | None = None
     bn_group_size: int | None = None
+    train_form: TrainForm = "branches"
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -142,6 +148,7 @@ class RepVGG(nn.Module):
             se=self.variant.se,
             deploy=self.deploy,
             bn_group_size=self.bn_group_size,
+            train_form=self.train_form,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
