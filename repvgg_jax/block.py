@@ -96,6 +96,8 @@ class RepVGGBlock(nn.Module):
             y = self._conv(3, "reparam", use_bias=True)(x)
         elif train and self.train_form == "covariance" and not self.is_initializing():
             y = self._by_covariance(x)
+            if self.se is None:
+                return y  # its backward pass contains the ReLU's
         else:
             bn = functools.partial(
                 BatchNorm, group_size=self.bn_group_size, param_dtype=self.param_dtype
@@ -112,7 +114,7 @@ class RepVGGBlock(nn.Module):
         return attend(nn.relu(y)) if self.se.after_relu else nn.relu(attend(y))
 
     def _by_covariance(self, x: jax.Array) -> jax.Array:
-        """The sum of the branches in training, and their running statistics."""
+        """The branches in training in few passes over memory; ReLU included unless SE follows."""
         out_shape = (x.shape[0], *(-(-side // self.stride) for side in x.shape[1:3]), self.features)
         groups = image_groups(out_shape, self.bn_group_size)
         form = covariance.Form(

@@ -116,20 +116,19 @@ def _forward(form: Form, x: jax.Array, params: Params) -> tuple[Any, Any]:
     kernel = params["conv3x3"]["kernel"].astype(x.dtype)
     seen = _seen(form, x)
     y3 = _conv3x3(form, x, kernel)
-    shift, moments = _measure(form, x, y3, kernel)
+    shift, moments = _measure(form, x, seen, y3, kernel)
     folded, statistics = _fold(form, x.dtype, shift, params, moments)
 
     bias = folded.bias - folded.scale * shift.y3 - _apply(shift.x, folded.mix)
     z = _conv1x1(seen, folded.mix) + (_at(y3, folded.scale) * y3 + _at(y3, bias))
     out = (jnp.maximum(z, 0) if form.relu else z).astype(x.dtype)
-    return (out, statistics), (x, y3, out, params, shift, moments)
+    return (out, statistics), (x, seen, y3, out, params, shift, moments)
 
 
 def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, Any]:
-    x, y3, out, params, shift, moments = residuals
+    x, seen, y3, out, params, shift, moments = residuals
     dout, dstatistics = cotangents
     kernel = params["conv3x3"]["kernel"].astype(x.dtype)
-    seen = _seen(form, x)
     count = _count(form, y3)
     dz = jnp.where(out > 0, dout, 0) if form.relu else dout
 
@@ -159,10 +158,7 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     dseen = _conv1x1(dz, folded.mix.swapaxes(-1, -2)) + (
         _conv1x1(seen, slope) + _at(seen, level)
     )
-    if form.stride == 1:
-        dx = (dx + dseen).astype(x.dtype)
-    else:
-        dx = dx.at[:, :: form.stride, :: form.stride].add(dseen.astype(x.dtype))
+    dx = (dx + _unseen(form, dseen, x.shape)).astype(x.dtype)
 
     dkernel = dkernel.astype(params["conv3x3"]["kernel"].dtype)
     return dx, {**dparams, "conv3x3": {"kernel": dkernel}}
@@ -172,10 +168,10 @@ train_block.defvjp(_forward, _backward)
 
 
 def _measure(
-    form: Form, x: jax.Array, y3: jax.Array, kernel: jax.Array
+    form: Form, x: jax.Array, seen: jax.Array, y3: jax.Array, kernel: jax.Array
 ) -> tuple[Shift, Moments]:
     """The moments of a block's input and of its 3x3 convolution's output."""
-    seen, count = _seen(form, x), _count(form, y3)
+    count = _count(form, y3)
     mean = _sum(form, seen) / count
     # In the convolutions' dtype, so that subtracting it from x loses nothing more.
     near = mean.astype(x.dtype)
@@ -297,7 +293,19 @@ def _at(x: jax.Array, per_group: jax.Array) -> jax.Array:
 
 def _seen(form: Form, x: jax.Array) -> jax.Array:
     """The pixels that a 1x1 kernel sees."""
-    return x[:, :: form.stride, :: form.stride]
+    if form.stride == 1:
+        return x
+    # Five computations read these few pixels. Made once they cost less than reading all of x
+    # for each, which compilers prefer to do unless there is a barrier.
+    return lax.optimization_barrier(x[:, :: form.stride, :: form.stride])
+
+
+def _unseen(form: Form, seen: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The transpose of `_seen`: puts pixels back in their places, with zeros between them."""
+    gaps = [(0, 0, 0), *((0, 0, form.stride - 1),) * 2, (0, 0, 0)]
+    spread = [(n - 1) * (gap + 1) + 1 for n, (_, _, gap) in zip(seen.shape, gaps, strict=True)]
+    ends = [(0, full - n, gap) for full, n, (_, _, gap) in zip(shape, spread, gaps, strict=True)]
+    return lax.pad(seen, jnp.zeros((), seen.dtype), ends)
 
 
 def _count(form: Form, y3: jax.Array) -> int:
