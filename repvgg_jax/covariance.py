@@ -82,16 +82,21 @@ class Moments(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """A block as scale * (y3 - shift.y3) + mix'(x - shift.x) + bias.
+    """A block as scale * (y3 - shift.y3) + (kernel + diag(skip))'(x - shift.x) + bias.
+
+    The identity stays apart from the kernel: it is multiplied in float32, as in the plain
+    form, while the kernel takes part in a convolution and is rounded for it.
 
     Attributes:
-      scale: (G, features).
-      mix: 1x1 kernels, (G, k, channels / k, features / k).
+      scale: of the 3x3 branch, (G, features).
+      kernel: of the 1x1 branch, (G, k, channels / k, features / k).
+      skip: scale of the identity branch, (G, features); None where there is none.
       bias: (G, features).
     """
 
     scale: jax.Array
-    mix: jax.Array
+    kernel: jax.Array
+    skip: jax.Array | None
     bias: jax.Array
 
 
@@ -119,8 +124,12 @@ def _forward(form: Form, x: jax.Array, params: Params) -> tuple[Any, Any]:
     shift, moments = _measure(form, x, seen, y3, kernel)
     folded, statistics = _fold(form, x.dtype, shift, params, moments)
 
-    bias = folded.bias - folded.scale * shift.y3 - _apply(shift.x, folded.mix)
-    z = _conv1x1(seen, folded.mix) + (_at(y3, folded.scale) * y3 + _at(y3, bias))
+    bias = folded.bias - folded.scale * shift.y3 - _apply(shift.x, folded.kernel)
+    z = _conv1x1(seen, folded.kernel, _wide(x.dtype)) + _at(y3, folded.scale) * y3
+    if folded.skip is not None:
+        bias -= folded.skip * shift.x
+        z += _at(x, folded.skip) * x
+    z += _at(y3, bias)
     out = (jnp.maximum(z, 0) if form.relu else z).astype(x.dtype)
     return (out, statistics), (x, seen, y3, out, params, shift, moments)
 
@@ -132,16 +141,17 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     count = _count(form, y3)
     dz = jnp.where(out > 0, dout, 0) if form.relu else dout
 
-    # What reaches scale, mix and bias: sums over images and pixels.
+    # What reaches the folded block: sums over images and pixels.
     dbias = _sum(form, dz)
     dscale = _sum(form, dz * (y3 - _at(y3, shift.y3)))
-    dmix = _outer(form, seen, dz) - _outer_small(form, shift.x, dbias)
+    dfolded = _outer(form, seen, dz) - _outer_small(form, shift.x, dbias)
+    dskip = _diagonal(dfolded) if form.identity else None
 
     # From there to the parameters and the moments. Nothing here is larger than a kernel.
     fold = functools.partial(_fold, form, x.dtype, shift)
     small = {name: piece for name, piece in params.items() if name != "conv3x3"}
     (folded, _), pull = jax.vjp(fold, small, moments)
-    dparams, dmoments = pull((Folded(dscale, dmix, dbias), dstatistics))
+    dparams, dmoments = pull((Folded(dscale, dfolded, dskip, dbias), dstatistics))
 
     # The 3x3 branch: y3 acts through its scale, its mean and its variance.
     slope = dmoments.var3 * (2 / count)
@@ -155,10 +165,15 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     slope = dmoments.covariance + dmoments.covariance.swapaxes(-1, -2)
     slope = _round(slope / count, x.dtype)
     level = dmoments.mean / count - _apply(shift.x + moments.mean, slope)
-    dseen = _conv1x1(dz, folded.mix.swapaxes(-1, -2)) + (
+    dseen = _conv1x1(dz, folded.kernel.swapaxes(-1, -2)) + (
         _conv1x1(seen, slope) + _at(seen, level)
     )
-    dx = (dx + _unseen(form, dseen, x.shape)).astype(x.dtype)
+    if folded.skip is not None:
+        dseen += _at(dz, folded.skip) * dz
+    if form.stride > 1:
+        # Rounded before it grows: most of it will be zeros.
+        dseen = _unseen(form, dseen.astype(x.dtype), x.shape)
+    dx = (dx + dseen).astype(x.dtype)
 
     dkernel = dkernel.astype(params["conv3x3"]["kernel"].dtype)
     return dx, {**dparams, "conv3x3": {"kernel": dkernel}}
@@ -207,25 +222,20 @@ def _fold(
         "bn1x1": (_apply(mean, kernel), _flat((kernel * product).sum(axis=-2))),
     }
     if form.identity:
-        statistics["bn_identity"] = (
-            mean,
-            _flat(jnp.diagonal(moments.covariance, axis1=-2, axis2=-1)),
-        )
+        statistics["bn_identity"] = (mean, _diagonal(moments.covariance))
     # Rounding can take a variance of nothing below zero.
     statistics = {norm: (mean, jnp.maximum(var, 0)) for norm, (mean, var) in statistics.items()}
     scale = {
         norm: params[norm]["scale"][None] * lax.rsqrt(var + form.epsilon)
         for norm, (_, var) in statistics.items()
     }
+    kernel = _round(kernel * _in_groups(form, scale["bn1x1"])[..., None, :], dtype)
+    skip = scale.get("bn_identity")
     bias = sum(params[norm]["bias"] for norm in statistics)[None]
-
-    mix = kernel * _in_groups(form, scale["bn1x1"])[..., None, :]
-    if form.identity:
-        eye = jnp.eye(mix.shape[-1], dtype=mix.dtype)[None, None]
-        mix += eye * _in_groups(form, scale["bn_identity"])[..., None, :]
-    mix = _round(mix, dtype)
-    bias = bias - scale["bn3x3"] * moments.mean3 - _apply(moments.mean, mix)
-    return Folded(scale["bn3x3"], mix, bias), statistics
+    bias = bias - scale["bn3x3"] * moments.mean3 - _apply(moments.mean, kernel)
+    if skip is not None:
+        bias -= skip * moments.mean
+    return Folded(scale["bn3x3"], kernel, skip, bias), statistics
 
 
 # Large arrays, (images, height, width, channels).
@@ -244,8 +254,11 @@ def _conv3x3(form: Form, x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-def _conv1x1(x: jax.Array, kernels: jax.Array) -> jax.Array:
-    """Every image group of `x` through its own 1x1 kernel (G, k, in / k, out / k)."""
+def _conv1x1(x: jax.Array, kernels: jax.Array, dtype: Any = None) -> jax.Array:
+    """Every image group of `x` through its own 1x1 kernel (G, k, in / k, out / k).
+
+    The result is in `dtype`, that of `x` if None.
+    """
     image_groups, groups, _, _ = kernels.shape
     kernels = kernels.astype(x.dtype)
     if image_groups == 1:  # a convolution, whose layout in memory the compiler may choose
@@ -257,10 +270,12 @@ def _conv1x1(x: jax.Array, kernels: jax.Array) -> jax.Array:
             padding="VALID",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=groups,
+            preferred_element_type=dtype,
         )
     n, h, w, _ = x.shape
     parts = x.reshape(image_groups, -1, h, w, groups, kernels.shape[2])
-    return jnp.einsum("gnhwki,gkio->gnhwko", parts, kernels).reshape(n, h, w, -1)
+    out = jnp.einsum("gnhwki,gkio->gnhwko", parts, kernels, preferred_element_type=dtype)
+    return out.reshape(n, h, w, -1)
 
 
 def _outer(form: Form, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -342,6 +357,11 @@ def _outer_small(form: Form, x: jax.Array, y: jax.Array) -> jax.Array:
 def _in_groups(form: Form, x: jax.Array) -> jax.Array:
     """Splits the last axis into channel groups, (…, k, channels / k)."""
     return x.reshape(*x.shape[:-1], form.groups, -1)
+
+
+def _diagonal(matrices: jax.Array) -> jax.Array:
+    """Every group's diagonal, (G, channels)."""
+    return _flat(jnp.diagonal(matrices, axis1=-2, axis2=-1))
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ and needs `mutable=["batch_stats"]`. Momentum and epsilon are PyTorch's 0.1 (the
 value's share) and 1e-5; running variances are unbiased.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +49,16 @@ def create_model(
       param_dtype: of the parameters; float64 is for proofs.
 
     Raises:
-      ValueError: unknown variant, or an output stride it cannot have.
+      ValueError: unknown variant or train form, or an output stride it cannot have.
     """
     variant = get_variant(name)
     variant.layers(output_stride)  # raises where the stride cannot be had
     if num_classes < 0:
         raise ValueError(f"num_classes={num_classes} must be 0 (pooled features) or more")
+    if train_form not in get_args(TrainForm):
+        raise ValueError(
+            f"train_form={train_form!r} must be one of {', '.join(map(repr, get_args(TrainForm)))}"
+        )
     return RepVGG(
         variant=variant,
         num_classes=num_classes,
