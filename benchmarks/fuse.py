@@ -1,8 +1,8 @@
 """Time and memory of fusing a whole network's variables.
 
 Fuses a variant's variables, NumPy arrays on the host as a checkpoint reader hands them over,
-with `fuse_params`, and prints seconds and the peak of this process's resident memory, in units of the
-training parameters' size. Two peaks:
+with `fuse_params`, and prints seconds and the peak of this process's resident memory, in
+units of the training parameters' size. Two peaks:
 
 - `added`: above what the process held with the variables loaded, that is what fusing needs;
 - `total`: above what it held before they were loaded, so variables and results included.

@@ -188,7 +188,11 @@ def _row(
     row = {"program": name, "form": form}
     if "error" in counts:
         names = ("GB", "passes", "GFLOP", "temp MiB", "peak MiB", "compile s")
-        return row | dict.fromkeys((*names, "bytes x", "peak x", "FLOP x")) | {"error": counts["error"]}
+        return (
+            row
+            | dict.fromkeys((*names, "bytes x", "peak x", "FLOP x"))
+            | {"error": counts["error"]}
+        )
     base = baseline or counts
     return row | {
         "GB": counts["gb"],

@@ -287,9 +287,7 @@ def _outer(form: Form, x: jax.Array, y: jax.Array) -> jax.Array:
         a.reshape(form.image_groups, -1, *a.shape[1:3], form.groups, a.shape[-1] // form.groups)
         for a in (x, y)
     )
-    return jnp.einsum(
-        "gnhwki,gnhwko->gkio", x, y, precision=precision, preferred_element_type=wide
-    )
+    return jnp.einsum("gnhwki,gnhwko->gkio", x, y, precision=precision, preferred_element_type=wide)
 
 
 def _sum(form: Form, x: jax.Array) -> jax.Array:

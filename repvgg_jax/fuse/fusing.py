@@ -98,7 +98,10 @@ class _Fusing:
         norms = {norm: params[norm] for *_, norm in chains}
         wide, wide_stats = algebra.upcast((norms, dict(stats)))
         kernel, bias = algebra.add(
-            [grammar.branch(chain, {**params, **wide}, wide_stats, self.epsilon) for chain in chains]
+            [
+                grammar.branch(chain, {**params, **wide}, wide_stats, self.epsilon)
+                for chain in chains
+            ]
         )
         kept = {key: child for key, child in params.items() if key in grammar.KEPT}
         return _rebuild(
