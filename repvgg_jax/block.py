@@ -130,7 +130,7 @@ class RepVGGBlock(nn.Module):
         y, statistics = covariance.train_block(form, x.astype(self.dtype), params)
         count = math.prod(out_shape[:3]) // groups
         for name, (mean, var) in statistics.items():
-            old = self.get_variable("batch_stats", name)
+            old: dict[str, jax.Array] = self.get_variable("batch_stats", name)
             unbiased = var * (count / (count - 1))
             new = {
                 "mean": updated(old["mean"], mean, BatchNorm.momentum),

@@ -196,9 +196,8 @@ def _measure(
 
     # What the 3x3 convolution makes of a constant image, on average over pixels: its mean
     # up to the deviations of x. Near the border some taps see only padding.
-    taps = _share_inside(form, x, y3)[:, :, None, None] * kernel
-    taps = _in_groups(form, taps.sum(axis=(0, 1))).swapaxes(0, 1)[None]
-    near3 = _apply(near.astype(mean.dtype), taps)
+    summed = (_share_inside(form, x, y3)[:, :, None, None] * kernel).sum(axis=(0, 1))
+    near3 = _apply(near.astype(mean.dtype), _in_groups(form, summed).swapaxes(0, 1)[None])
     shifted3 = y3 - _at(y3, near3)
     mean3 = _sum(form, shifted3) / count
     var3 = jnp.maximum(_sum(form, jnp.square(shifted3)) / count - jnp.square(mean3), 0)
@@ -231,8 +230,9 @@ def _fold(
     }
     kernel = _round(kernel * _in_groups(form, scale["bn1x1"])[..., None, :], dtype)
     skip = scale.get("bn_identity")
-    bias = sum(params[norm]["bias"] for norm in statistics)[None]
-    bias = bias - scale["bn3x3"] * moments.mean3 - _apply(moments.mean, kernel)
+    bias = -scale["bn3x3"] * moments.mean3 - _apply(moments.mean, kernel)
+    for norm in statistics:
+        bias += params[norm]["bias"][None]
     if skip is not None:
         bias -= skip * moments.mean
     return Folded(scale["bn3x3"], kernel, skip, bias), statistics
@@ -326,7 +326,7 @@ def _count(form: Form, y3: jax.Array) -> int:
     return y3[..., 0].size // form.image_groups
 
 
-def _share_inside(form: Form, x: jax.Array, y3: jax.Array) -> np.ndarray:
+def _share_inside(form: Form, x: jax.Array, y3: jax.Array) -> jax.Array:
     """For each tap of the 3x3 kernel the share of output pixels where it sees no padding."""
 
     def along(axis: int) -> np.ndarray:
@@ -334,7 +334,7 @@ def _share_inside(form: Form, x: jax.Array, y3: jax.Array) -> np.ndarray:
         taps = centres + np.array([-1, 0, 1]) * form.dilation
         return ((taps >= 0) & (taps < x.shape[axis])).mean(axis=0)
 
-    return np.outer(along(1), along(2)).astype(_wide(x.dtype))
+    return jnp.asarray(np.outer(along(1), along(2)), _wide(x.dtype))
 
 
 # Small arrays, (G, channels) or (G, k, in / k, out / k).

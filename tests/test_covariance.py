@@ -1,6 +1,6 @@
 """The covariance form against the three branches it stands for."""
 
-import itertools
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -45,20 +45,24 @@ def some_variables(model, x, rng):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def everything(block, variables, x, weights):
-    """Output, new statistics, and the gradients of parameters and input."""
+@functools.cache
+def gradients(block):
+    """A compiled function of variables, input and weights of the output's sum."""
 
-    def loss(params, x):
-        y, new = block.apply(
-            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
-        )
+    def loss(params, x, variables, weights):
+        both = {**variables, "params": params}
+        y, new = block.apply(both, x, train=True, mutable=["batch_stats"])
         stats = new["batch_stats"]
         # Gradients must also be right where a loss looks at the statistics.
         on_stats = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(stats))
         return jnp.sum((y * weights).astype(jnp.float32)) + 0.1 * on_stats, (y, stats)
 
-    grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
-    grads, (y, stats) = grad(variables["params"], x)
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def everything(block, variables, x, weights):
+    """Output, new statistics, and the gradients of parameters and input."""
+    grads, (y, stats) = gradients(block)(variables["params"], x, variables, weights)
     return {"y": y, "stats": stats, "params": grads[0], "x": grads[1]}
 
 
@@ -209,16 +213,16 @@ def test_sharded_over_eight_devices(bn_group_size, rng):
     assert worst(reference, sharded) <= 1e-5
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_whole_network_trains_the_same(remat, rng):
-    """Twenty steps of gradient descent: the losses stay together, and the result fuses."""
-    variant = Variant("tiny", (2, 2), (8, 16), 8, groups=2)
-    x = jnp.asarray(rng.normal(size=(16, 16, 16, 3)), jnp.float32)
+    """Ten steps of gradient descent: the losses stay together, and the result fuses."""
+    variant = Variant("tiny", (2,), (8,), 8, groups=2)
+    x = jnp.asarray(rng.normal(size=(16, 12, 12, 3)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, 4, 16))
     losses = {}
     for form in ("branches", "covariance"):
         model = create_model(variant, num_classes=4, train_form=form, remat=remat)
-        variables = model.init(jax.random.key(0), x)
+        variables = jax.jit(model.init)(jax.random.key(0), x)
 
         @jax.jit
         def step(variables, model=model):
@@ -230,19 +234,21 @@ def test_a_whole_network_trains_the_same(remat, rng):
                 return -picked.mean(), new["batch_stats"]
 
             (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
-            params = jax.tree.map(lambda p, g: p - 0.05 * g, variables["params"], grads)
+            params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads)
             return {"params": params, "batch_stats": stats}, loss
 
         losses[form] = []
-        for _ in range(20):
+        for _ in range(10):
             variables, loss = step(variables)
             losses[form].append(float(loss))
-    assert losses["covariance"][-1] < 0.5 * losses["covariance"][0]
+    assert losses["covariance"][-1] < 0.7 * losses["covariance"][0]
     np.testing.assert_allclose(losses["covariance"], losses["branches"], rtol=2e-3)
 
     deployed = create_model(variant, num_classes=4, deploy=True)
     np.testing.assert_allclose(
-        deployed.apply(fuse_params(variables), x), model.apply(variables, x), atol=1e-4
+        jax.jit(deployed.apply)(fuse_params(variables), x),
+        jax.jit(model.apply)(variables, x),
+        atol=1e-4,
     )
 
 
@@ -267,21 +273,26 @@ def test_unknown_train_form():
         create_model("A0", train_form="covarianz")
 
 
-def test_every_official_variant_traces():
-    """Shapes fit for every architecture, forward and backward, without computing anything."""
+@pytest.mark.parametrize(
+    "name", ["A0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("B1g4", "D2se"))]
+)
+def test_official_variants_trace(name):
+    """Shapes and dtypes fit, forward and backward, without computing anything."""
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
-    for name, size in itertools.product(("A0", "B1g4", "D2se"), (None, 1)):
-        model = create_model(name, train_form="covariance", bn_group_size=size)
-        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    model = create_model(name, train_form="covariance", bn_group_size=1)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
 
-        def loss(params, variables, images, model=model):
-            both = {**variables, "params": params}
-            logits, new = model.apply(both, images, train=True, mutable=["batch_stats"])
-            return logits.sum(), new["batch_stats"]
+    def loss(params, variables, images):
+        both = {**variables, "params": params}
+        logits, new = model.apply(both, images, train=True, mutable=["batch_stats"])
+        return logits.sum(), new["batch_stats"]
 
-        grads, stats = jax.eval_shape(
-            jax.grad(loss, has_aux=True), variables["params"], variables, images
-        )
-        shape_of = lambda leaf: (leaf.shape, leaf.dtype)  # noqa: E731
-        assert jax.tree.map(shape_of, grads) == jax.tree.map(shape_of, variables["params"])
-        assert jax.tree.map(shape_of, stats) == jax.tree.map(shape_of, variables["batch_stats"])
+    grads, stats = jax.eval_shape(
+        jax.grad(loss, has_aux=True), variables["params"], variables, images
+    )
+
+    def like(tree):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+    assert like(grads) == like(variables["params"])
+    assert like(stats) == like(variables["batch_stats"])
