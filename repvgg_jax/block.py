@@ -21,15 +21,19 @@ Everything is NHWC, kernels are HWIO.
 """
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repvgg_jax.norm import BatchNorm
+from repvgg_jax import covariance
+from repvgg_jax.norm import BatchNorm, image_groups, updated
 from repvgg_jax.variants import SqueezeExcite
+
+TrainForm = Literal["branches", "covariance"]
 
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """PyTorch's default for convolutions and linear layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
@@ -57,6 +61,8 @@ class RepVGGBlock(nn.Module):
       se: squeeze-and-excite, or None.
       deploy: the fused form instead of the three branches.
       bn_group_size: images that share batch statistics in training; None for all of them.
+      train_form: how training computes the branches: "branches" as they are drawn, or
+        "covariance", the same function in fewer passes over memory (`repvgg_jax.covariance`).
       dtype: of the convolutions; parameters, statistics and batch normalisation stay float32.
       param_dtype: of the parameters.
     """
@@ -69,6 +75,7 @@ class RepVGGBlock(nn.Module):
     se: SqueezeExcite | None = None
     deploy: bool = False
     bn_group_size: int | None = None
+    train_form: TrainForm = "branches"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -87,6 +94,10 @@ class RepVGGBlock(nn.Module):
         self._check(x)
         if self.deploy:
             y = self._conv(3, "reparam", use_bias=True)(x)
+        elif train and self.train_form == "covariance" and not self.is_initializing():
+            y = self._by_covariance(x)
+            if self.se is None:
+                return y  # its backward pass contains the ReLU's
         else:
             bn = functools.partial(
                 BatchNorm, group_size=self.bn_group_size, param_dtype=self.param_dtype
@@ -101,6 +112,32 @@ class RepVGGBlock(nn.Module):
             return nn.relu(y)
         attend = SqueezeExciteGate(self.se.reduction, self.dtype, self.param_dtype, name="se")
         return attend(nn.relu(y)) if self.se.after_relu else nn.relu(attend(y))
+
+    def _by_covariance(self, x: jax.Array) -> jax.Array:
+        """The branches in training in few passes over memory; ReLU included unless SE follows."""
+        out_shape = (x.shape[0], *(-(-side // self.stride) for side in x.shape[1:3]), self.features)
+        groups = image_groups(out_shape, self.bn_group_size)
+        form = covariance.Form(
+            stride=self.stride,
+            dilation=self.dilation,
+            groups=self.groups,
+            identity=self._has_identity(x),
+            relu=self.se is None,
+            image_groups=groups,
+            epsilon=BatchNorm.epsilon,
+        )
+        params = {name: piece for name, piece in self.variables["params"].items() if name != "se"}
+        y, statistics = covariance.train_block(form, x.astype(self.dtype), params)
+        count = math.prod(out_shape[:3]) // groups
+        for name, (mean, var) in statistics.items():
+            old: dict[str, jax.Array] = self.get_variable("batch_stats", name)
+            unbiased = var * (count / (count - 1))
+            new = {
+                "mean": updated(old["mean"], mean, BatchNorm.momentum),
+                "var": updated(old["var"], unbiased, BatchNorm.momentum),
+            }
+            self.put_variable("batch_stats", name, new)
+        return y
 
     def _conv(self, size: int, name: str, use_bias: bool = False) -> nn.Conv:
         # Explicit padding: "SAME" pads differently from PyTorch at stride 2. A 1x1 kernel

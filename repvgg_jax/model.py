@@ -6,13 +6,13 @@ and needs `mutable=["batch_stats"]`. Momentum and epsilon are PyTorch's 0.1 (the
 value's share) and 1e-5; running variances are unbiased.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repvgg_jax.block import RepVGGBlock, torch_bias_init, torch_kernel_init
+from repvgg_jax.block import RepVGGBlock, TrainForm, torch_bias_init, torch_kernel_init
 from repvgg_jax.norm import BatchNorm
 from repvgg_jax.variants import Layer, Variant, get_variant
 
@@ -24,6 +24,7 @@ def create_model(
     deploy: bool = False,
     output_stride: int | None = None,
     bn_group_size: int | None = None,
+    train_form: TrainForm = "branches",
     remat: bool = False,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
@@ -39,24 +40,32 @@ def create_model(
       output_stride: 8 or 16 replace the last strides by dilation, for dense prediction;
         parameters keep their shapes. None keeps the variant's own, 32 for the official ones.
       bn_group_size: images that share batch statistics in training; None for the whole batch.
+      train_form: "branches" trains the three branches as they are drawn; "covariance"
+        computes the same function, statistics and gradients in fewer passes over memory
+        (`docs/covariance.md`). Variables are the same.
       remat: recompute every block's activations in the backward pass instead of keeping them.
       dtype: of the convolutions, float32 or bfloat16. Parameters, statistics, batch
         normalisation and the classifier stay float32.
       param_dtype: of the parameters; float64 is for proofs.
 
     Raises:
-      ValueError: unknown variant, or an output stride it cannot have.
+      ValueError: unknown variant or train form, or an output stride it cannot have.
     """
     variant = get_variant(name)
     variant.layers(output_stride)  # raises where the stride cannot be had
     if num_classes < 0:
         raise ValueError(f"num_classes={num_classes} must be 0 (pooled features) or more")
+    if train_form not in get_args(TrainForm):
+        raise ValueError(
+            f"train_form={train_form!r} must be one of {', '.join(map(repr, get_args(TrainForm)))}"
+        )
     return RepVGG(
         variant=variant,
         num_classes=num_classes,
         deploy=deploy,
         output_stride=output_stride,
         bn_group_size=bn_group_size,
+        train_form=train_form,
         remat=remat,
         dtype=dtype,
         param_dtype=param_dtype,
@@ -71,6 +80,7 @@ class RepVGG(nn.Module):
     deploy: bool = False
     output_stride: int | None = None
     bn_group_size: int | None = None
+    train_form: TrainForm = "branches"
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -142,6 +152,7 @@ class RepVGG(nn.Module):
             se=self.variant.se,
             deploy=self.deploy,
             bn_group_size=self.bn_group_size,
+            train_form=self.train_form,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )

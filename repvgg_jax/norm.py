@@ -54,32 +54,48 @@ class BatchNorm(nn.Module):
             factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
             return (x - _row(running_mean.value)) * _row(factor) + _row(bias)
 
-        groups = x.reshape(self._groups(x.shape[0]), -1, *x.shape[1:])
+        groups = x.reshape(image_groups(x.shape, self.group_size), -1, *x.shape[1:])
         count = groups.shape[1] * groups.shape[2] * groups.shape[3]
-        if count == 1:
-            raise ValueError(
-                "batch normalisation in training needs more than one value per channel, "
-                f"got feature maps of shape {x.shape}; use larger images or a larger batch"
-            )
         mean = groups.mean(axis=(1, 2, 3), keepdims=True)
         var = jnp.square(groups - mean).mean(axis=(1, 2, 3), keepdims=True)
         if not self.is_initializing():
+            running_mean.value = updated(running_mean.value, mean, self.momentum)
             unbiased = var * (count / (count - 1))
-            for running, batch in ((running_mean, mean), (running_var, unbiased)):
-                batch = batch.mean(axis=(0, 1, 2, 3)).astype(self.param_dtype)
-                running.value = self.momentum * running.value + (1 - self.momentum) * batch
+            running_var.value = updated(running_var.value, unbiased, self.momentum)
         factor = jax.lax.rsqrt(var + self.epsilon) * scale.reshape(1, 1, 1, 1, -1)
         normalised = (groups - mean) * factor + bias.reshape(1, 1, 1, 1, -1)
         return normalised.reshape(x.shape)
 
-    def _groups(self, images: int) -> int:
-        size = self.group_size or images
-        if images % size:
-            raise ValueError(
-                f"batch normalisation groups of {size} images do not divide "
-                f"a batch of {images}; the batch must be a multiple of the group"
-            )
-        return images // size
+
+def image_groups(shape: tuple[int, ...], size: int | None) -> int:
+    """How many groups of `size` images (None for all) share statistics in a batch.
+
+    Args:
+      shape: of the feature maps that are normalised, (images, height, width, channels).
+      size: images in a group.
+
+    Raises:
+      ValueError: the groups do not divide the batch, or have one value per channel only.
+    """
+    images, height, width, _ = shape
+    size = size or images
+    if images % size:
+        raise ValueError(
+            f"batch normalisation groups of {size} images do not divide "
+            f"a batch of {images}; the batch must be a multiple of the group"
+        )
+    if size * height * width == 1:
+        raise ValueError(
+            "batch normalisation in training needs more than one value per channel, "
+            f"got feature maps of shape {shape}; use larger images or a larger batch"
+        )
+    return images // size
+
+
+def updated(running: jax.Array, batch: jax.Array, momentum: float) -> jax.Array:
+    """A running statistic (channels,) after a batch; the mean over its groups (…, channels)."""
+    batch = batch.reshape(-1, batch.shape[-1]).mean(axis=0).astype(running.dtype)
+    return momentum * running + (1 - momentum) * batch
 
 
 def _row(per_channel: jax.Array) -> jax.Array:

@@ -98,10 +98,15 @@ class _Fusing:
             elif not isinstance(var, jax.core.Tracer):
                 self.unchecked.append((where, var))
         dtype = params["conv3x3"]["kernel"].dtype
-        pieces = {piece: params[piece] for chain in chains for piece in chain}
-        wide, wide_stats = algebra.upcast((pieces, dict(stats)))
+        # Kernels stay as they are: multiplying them by a wide factor widens them, and a second
+        # wide copy of the largest arrays would cost more time than all the arithmetic.
+        norms = {norm: params[norm] for *_, norm in chains}
+        wide, wide_stats = algebra.upcast((norms, dict(stats)))
         kernel, bias = algebra.add(
-            [grammar.branch(chain, wide, wide_stats, self.epsilon) for chain in chains]
+            [
+                grammar.branch(chain, {**params, **wide}, wide_stats, self.epsilon)
+                for chain in chains
+            ]
         )
         kept = {key: child for key, child in params.items() if key in grammar.KEPT}
         return _rebuild(

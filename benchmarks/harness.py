@@ -1,0 +1,183 @@
+"""What every benchmark shares: who ran it on what, taking turns, tables, result files."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "numpy",
+    "libtpu", "torch", "timm", "onnx", "onnxruntime", "openvino",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores this process may use, memory, GPU, and how busy the machine is."""
+    facts: dict[str, Any] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+        facts["gpu"] = listed.stdout.strip().splitlines()
+    except (OSError, subprocess.SubprocessError):
+        facts["gpu"] = None
+    facts["load_average"] = [round(load, 2) for load in os.getloadavg()]
+    return facts
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Times every run once a round, A B C A B C …, after one round that is not counted.
+
+    Noise that lasts longer than a round then hits all alike, and ratios within one call
+    stay comparable on a busy machine.
+
+    Args:
+      runs: by name, what to time; each returns when its work is done.
+      rounds: how many counted rounds.
+      seconds: a run shorter than this is repeated until it takes as long; its mean counts.
+
+    Returns:
+      Seconds by name and round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for counted in range(-1, rounds):
+        for name, run in runs.items():
+            start, repeats = time.perf_counter(), 0
+            while repeats == 0 or time.perf_counter() - start < seconds:
+                run()
+                repeats += 1
+            if counted >= 0:
+                times[name].append((time.perf_counter() - start) / repeats)
+    return times
+
+
+def summary(times: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as a Markdown table."""
+    if not rows:
+        return "(nothing was measured)"
+    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in cells
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what all benchmarks understand."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="also save the results under benchmarks/results/"
+    )
+    return parser
+
+
+def report(
+    name: str, rows: Sequence[Mapping[str, Any]], *, note: str, write: bool, **details: Any
+) -> None:
+    """Prints the versions, the hardware and the table, and saves them if asked to.
+
+    Args:
+      name: of the benchmark; the file is results/NAME-DATE-DEVICE.md beside this one.
+      rows: of the table.
+      note: what was measured and how, for a reader who has only this.
+      write: whether to save.
+      **details: further facts, say shapes.
+    """
+    facts = hardware()
+    date = datetime.datetime.now(datetime.UTC)
+    lines = [
+        f"# {name}, {date:%Y-%m-%d %H:%M} UTC",
+        "",
+        note.strip(),
+        "",
+        *(f"- {key}: {_cell(value)}" for key, value in (facts | details).items()),
+        f"- versions: {', '.join(f'{k} {v}' for k, v in versions().items())}",
+        "",
+        table(rows),
+        "",
+    ]
+    text = "\n".join(lines)
+    print(text, flush=True)
+    if write:
+        RESULTS.mkdir(exist_ok=True)
+        device = "gpu" if facts["gpu"] else "cpu"
+        path = RESULTS / f"{name}-{date:%Y%m%d-%H%M}-{device}.md"
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(text)
+        unfinished.replace(path)
+        print(f"saved {path}", flush=True)
+
+
+def in_subprocess(
+    script: str, job: Mapping[str, Any], *, timeout: float, **environment: str
+) -> dict[str, Any]:
+    """Runs `script --job JSON` in a fresh process, and returns the JSON of its last line.
+
+    Returns:
+      What it printed, or {"error": …} where it failed or ran out of time.
+    """
+    command = [os.sys.executable, script, "--job", json.dumps(job)]  # type: ignore[attr-defined]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **environment},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {timeout:.0f} s"}
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        return {"error": f"exit {done.returncode}: {last[:300]}"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

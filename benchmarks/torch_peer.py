@@ -1,0 +1,145 @@
+"""RepVGG in PyTorch as its users run it: the peer of the benchmarks.
+
+Written from the paper, from the same table of architectures. `torch` and `timm` are imported
+when asked for; timm runs without torchvision, whose transforms it does not need here.
+"""
+
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from repvgg_jax.variants import Layer, get_variant
+
+
+def installed(package: str = "torch") -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def build(name: str, *, deploy: bool, num_classes: int = 1000) -> Any:
+    """A `torch.nn.Module` of a variant, with random weights."""
+    import torch
+    from torch import nn
+
+    def conv(layer: Layer, size: int, inputs: int, bias: bool) -> nn.Conv2d:
+        return nn.Conv2d(
+            inputs,
+            layer.features,
+            size,
+            stride=layer.stride,
+            padding=size // 2,
+            groups=layer.groups,
+            bias=bias,
+        )
+
+    class Block(nn.Module):
+        def __init__(self, layer: Layer):
+            super().__init__()
+            inputs, width = layer.in_channels or 3, layer.features
+            self.fused = conv(layer, 3, inputs, True) if deploy else None
+            if not deploy:
+                self.branch3 = nn.Sequential(conv(layer, 3, inputs, False), nn.BatchNorm2d(width))
+                self.branch1 = nn.Sequential(conv(layer, 1, inputs, False), nn.BatchNorm2d(width))
+                self.identity = nn.BatchNorm2d(width) if layer.identity else None
+
+        def forward(self, x: Any) -> Any:
+            if self.fused is not None:
+                return torch.relu(self.fused(x))
+            y = self.branch3(x) + self.branch1(x)
+            if self.identity is not None:
+                y = y + self.identity(x)
+            return torch.relu(y)
+
+    variant = get_variant(name)
+    blocks = [Block(layer) for layer in variant.layers()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(variant.features, num_classes)]
+    return nn.Sequential(*blocks, *head)
+
+
+def build_timm(name: str, *, deploy: bool) -> Any:
+    """Timm's model of a variant, reparameterized if deployed."""
+    _without_torchvision()
+    import timm
+    from timm.utils.model import reparameterize_model
+
+    model = timm.create_model(f"repvgg_{name.lower()}", pretrained=False)
+    return reparameterize_model(model.eval()) if deploy else model
+
+
+def trainer(model: Any, images: Any, labels: Any, *, channels_last: bool = False,
+            compile: bool = False, bf16: bool = False) -> Callable[[], None]:  # fmt: skip
+    """A function that does one step of SGD with momentum and waits for it.
+
+    Args:
+      model: in training form.
+      images: NumPy (images, height, width, 3) in float32.
+      labels: NumPy (images,).
+      channels_last: keep images and weights channels last in memory.
+      compile: through `torch.compile`.
+      bf16: under bfloat16 autocast.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.train().to(device=device, memory_format=memory)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).contiguous(memory_format=memory)
+    y = torch.from_numpy(labels).long().to(device)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    forward = torch.compile(model) if compile else model
+
+    def step() -> None:
+        sgd.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = torch.nn.functional.cross_entropy(forward(x), y)
+        loss.backward()
+        sgd.step()
+        _wait(loss)
+
+    return step
+
+
+def predictor(model: Any, images: Any, *, channels_last: bool = False,
+              compile: bool = False, bf16: bool = False) -> Callable[[], None]:  # fmt: skip
+    """A function that computes the logits of `images` and waits for them; as `trainer`."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.eval().to(device=device, memory_format=memory)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).contiguous(memory_format=memory)
+    mode = "max-autotune" if device == "cuda" else None
+    forward = torch.compile(model, mode=mode) if compile else model
+
+    def run() -> None:
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+            _wait(forward(x))
+
+    return run
+
+
+def _wait(result: Any) -> None:
+    if result.is_cuda:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _without_torchvision() -> None:
+    """Lets timm import where torchvision is absent; only its data transforms would need it."""
+    if installed("torchvision") or "torchvision" in sys.modules:
+        return
+
+    class Empty(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+    for name in ("", ".transforms", ".transforms.functional", ".datasets", ".ops", ".ops.misc",
+                 ".models", ".models.feature_extraction"):  # fmt: skip
+        module = Empty(f"torchvision{name}")
+        module.__path__ = []
+        sys.modules[f"torchvision{name}"] = module
