@@ -78,6 +78,18 @@ def test_state_stays_float32_when_computing_in_bfloat16():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
+def test_the_covariance_form_takes_the_same_step():
+    plain, fast = (
+        Run.from_config(small_config(model__train_form=form)) for form in ("branches", "covariance")
+    )
+    state, batch = plain.initial_state(), batch_of(plain)
+    (a, a_metrics), (b, b_metrics) = (
+        jax.jit(train_step_of(run))(state, batch) for run in (plain, fast)
+    )
+    chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(a_metrics, b_metrics, rtol=1e-5)
+
+
 def test_the_first_bad_gradient_is_named():
     run = Run.from_config(small_config())
     state, batch = run.initial_state(), batch_of(run)

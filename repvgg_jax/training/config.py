@@ -27,6 +27,7 @@ def default_config(variant: str | Variant = "A0") -> ConfigDict:
                     dataclasses.asdict(variant) if isinstance(variant, Variant) else variant
                 ),
                 "dtype": "float32",  # of the convolutions: float32 or bfloat16
+                "train_form": "branches",  # or covariance: the same in fewer passes over memory
                 "remat": False,  # recompute activations in the backward pass: less memory
             },
             "bn": {
@@ -146,6 +147,7 @@ def model_of(config: ConfigDict, num_classes: int) -> RepVGG:
         variant_of(config),
         num_classes=num_classes,
         bn_group_size=config.bn.group_size or None,
+        train_form=config.model.train_form,
         remat=config.model.remat,
         dtype=DTYPES[config.model.dtype],
     )
