@@ -54,16 +54,16 @@ class BatchNorm(nn.Module):
             factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
             return (x - _row(running_mean.value)) * _row(factor) + _row(bias)
 
-        groups = x.reshape(image_groups(x.shape, self.group_size), -1, *x.shape[1:])
-        count = groups.shape[1] * groups.shape[2] * groups.shape[3]
-        mean = groups.mean(axis=(1, 2, 3), keepdims=True)
-        var = jnp.square(groups - mean).mean(axis=(1, 2, 3), keepdims=True)
+        groups = x.reshape(image_groups(x.shape, self.group_size), -1, *channels)
+        count = groups.shape[1]
+        mean = groups.mean(axis=1, keepdims=True)
+        var = jnp.square(groups - mean).mean(axis=1, keepdims=True)
         if not self.is_initializing():
             running_mean.value = updated(running_mean.value, mean, self.momentum)
             unbiased = var * (count / (count - 1))
             running_var.value = updated(running_var.value, unbiased, self.momentum)
-        factor = jax.lax.rsqrt(var + self.epsilon) * scale.reshape(1, 1, 1, 1, -1)
-        normalised = (groups - mean) * factor + bias.reshape(1, 1, 1, 1, -1)
+        factor = jax.lax.rsqrt(var + self.epsilon) * scale[None, None]
+        normalised = (groups - mean) * factor + bias[None, None]
         return normalised.reshape(x.shape)
 
 
