@@ -68,6 +68,25 @@ def build_timm(name: str, *, deploy: bool) -> Any:
     return reparameterize_model(model.eval()) if deploy else model
 
 
+def on_gpu() -> bool:
+    """Whether PyTorch is installed and sees a GPU."""
+    if not installed():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def peak_mib(run: Callable[[], None]) -> float:
+    """The most memory that PyTorch held on the GPU during two runs, in MiB."""
+    import torch
+
+    run()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
 def trainer(model: Any, images: Any, labels: Any, *, channels_last: bool = False,
             compile: bool = False, bf16: bool = False) -> Callable[[], None]:  # fmt: skip
     """A function that does one step of SGD with momentum and waits for it.
@@ -132,14 +151,20 @@ def _without_torchvision() -> None:
     if installed("torchvision") or "torchvision" in sys.modules:
         return
 
-    class Empty(types.ModuleType):
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return type(name, (), {})
+    def anything(_: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return AnyClass(name, (), {})
 
-    for name in ("", ".transforms", ".transforms.functional", ".datasets", ".ops", ".ops.misc",
-                 ".models", ".models.feature_extraction"):  # fmt: skip
-        module = Empty(f"torchvision{name}")
+    AnyClass = type("AnyClass", (type,), {"__getattr__": anything})
+    Empty = type("Empty", (types.ModuleType,), {"__getattr__": anything})
+
+    names = ("transforms", "transforms.functional", "ops", "ops.misc", "datasets",
+             "models", "models.feature_extraction")  # fmt: skip
+    for full in ("torchvision", *(f"torchvision.{name}" for name in names)):
+        module = Empty(full)
         module.__path__ = []
-        sys.modules[f"torchvision{name}"] = module
+        sys.modules[full] = module
+        parent, _, child = full.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
