@@ -38,7 +38,7 @@ def test_killed_at_random_instants_it_ends_with_the_same_bits(tmp_path):
     assert (status, err) == (0, "")
     moments = random.Random(0)
     kills = 0
-    for _ in range(40):
+    for _ in range(20):
         process = start("train.py", *arguments, "--workdir=killed", cwd=tmp_path)
         time.sleep(moments.uniform(4, 10))
         process.send_signal(signal.SIGKILL)
