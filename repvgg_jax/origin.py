@@ -14,7 +14,7 @@ from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.training.checkpoint import Checkpoints
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.workdir import Workdir
-from repvgg_jax.weights import PRETRAINED, load_pretrained, load_weights
+from repvgg_jax.weights import load_file_or_pretrained
 
 PROOF_IMAGES = 1000  # held-out images that a proof looks at, at most
 
@@ -84,10 +84,7 @@ def from_weights(name: str, *, image_size: int = 224) -> Origin:
     """
     if image_size < 1:
         raise ValueError(f"image size {image_size} must be positive")
-    if name in PRETRAINED and not pathlib.Path(name).exists():
-        loaded = load_pretrained(name)
-    else:
-        loaded = load_weights(name)
+    loaded = load_file_or_pretrained(name)
     stem = loaded.variables["params"]["stem"]
     channels = stem["reparam" if loaded.deploy else "conv3x3"]["kernel"].shape[-2]
     if channels != 3:

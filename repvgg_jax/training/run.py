@@ -1,7 +1,6 @@
 """A run: everything that a configuration means on this machine."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -108,19 +107,16 @@ class Run:
         """Every device holds its share of the images."""
         return NamedSharding(self.mesh, PartitionSpec("data"))
 
+    def _init(self, key: jax.Array) -> TrainState:
+        return initial_state(self.model, self.optimizer, key, self.dataset.image_shape)
+
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices."""
-        init = functools.partial(
-            initial_state, self.model, self.optimizer, image_shape=self.dataset.image_shape
-        )
-        return jax.jit(init, out_shardings=self.replicated)(jax.random.key(self.config.seed))
+        return jax.jit(self._init, out_shardings=self.replicated)(jax.random.key(self.config.seed))
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
-        init = functools.partial(
-            initial_state, self.model, self.optimizer, image_shape=self.dataset.image_shape
-        )
-        shapes = jax.eval_shape(init, jax.random.key(0))
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated),
             shapes,

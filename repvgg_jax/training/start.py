@@ -10,9 +10,8 @@ from repvgg_jax.training.run import Run
 from repvgg_jax.training.state import TrainState
 from repvgg_jax.training.workdir import Workdir
 from repvgg_jax.weights import (
-    PRETRAINED,
     Weights,
-    load_pretrained,
+    load_file_or_pretrained,
     load_weights,
     merge_weights,
 )
@@ -44,9 +43,7 @@ def _load(run: Run, source: str) -> Weights:
         if converted.exists():
             return load_weights(converted, variant=run.model.variant)
         return _load_run(Workdir(path))
-    if source in PRETRAINED and not path.exists():
-        return load_pretrained(source)
-    return load_weights(source, variant=run.model.variant)
+    return load_file_or_pretrained(source, variant=run.model.variant)
 
 
 def _load_run(workdir: Workdir) -> Weights:

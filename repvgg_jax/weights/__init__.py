@@ -8,7 +8,7 @@ loading     files to variables          writing    variables to files
 merging     where fine-tuning starts    hub        timm's pretrained models by name
 """
 
-from repvgg_jax.weights.hub import PRETRAINED, load_pretrained
+from repvgg_jax.weights.hub import PRETRAINED, load_file_or_pretrained, load_pretrained
 from repvgg_jax.weights.loading import Weights, load_weights
 from repvgg_jax.weights.merging import Merged, merge_weights
 from repvgg_jax.weights.names import FAMILIES
@@ -19,6 +19,7 @@ __all__ = [
     "PRETRAINED",
     "Merged",
     "Weights",
+    "load_file_or_pretrained",
     "load_pretrained",
     "load_weights",
     "merge_weights",

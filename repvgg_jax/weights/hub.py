@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from repvgg_jax.variants import Variant
 from repvgg_jax.weights.loading import Weights, load_weights
 
 _VARIANTS = ("A0", "A1", "A2", "B0", "B1", "B1g4", "B2", "B2g4", "B3", "B3g4", "D2se")
@@ -40,6 +41,17 @@ def load_pretrained(
     hub_name = _hub_name(name)
     path = _fetch(f"timm/{hub_name}", revision, cache_dir)
     return load_weights(path, num_classes=num_classes, variant=PRETRAINED[hub_name])
+
+
+def load_file_or_pretrained(source: str, *, variant: str | Variant | None = None) -> Weights:
+    """`load_pretrained` for one of its names, `load_weights` for a file; a file comes first.
+
+    Raises:
+      ValueError: as they do.
+    """
+    if source in PRETRAINED and not os.path.exists(source):
+        return load_pretrained(source)
+    return load_weights(source, variant=variant)
 
 
 def _hub_name(name: str) -> str:
