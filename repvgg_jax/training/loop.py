@@ -25,7 +25,6 @@ from repvgg_jax.training.run import Run
 from repvgg_jax.training.signals import StopRequest
 from repvgg_jax.training.start import starting_state
 from repvgg_jax.training.state import TrainState
-from repvgg_jax.training.step import make_train_step
 from repvgg_jax.training.workdir import Workdir
 
 
@@ -157,10 +156,7 @@ def _train_steps(
 
 def _compile(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
     """The train step as a program; unlike a jitted function it cannot compile again."""
-    train_step = make_train_step(
-        run.model, run.task, run.optimizer, run.normalise, run.augment, run.config.seed
-    )
-    jitted = jax.jit(train_step, out_shardings=run.replicated, donate_argnums=0)
+    jitted = jax.jit(run.train_step, out_shardings=run.replicated, donate_argnums=0)
     return jitted.lower(run.abstract_state(), run.abstract_batch()).compile()
 
 

@@ -12,8 +12,9 @@ from repvgg_jax.data.augment import Augment, Normalise, make_augment
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.model import RepVGG
 from repvgg_jax.training import config as configs
-from repvgg_jax.training import optimizer as optimizers
+from repvgg_jax.training.optimizer import make_optimizer
 from repvgg_jax.training.state import TrainState, initial_state
+from repvgg_jax.training.step import TrainStep
 from repvgg_jax.training.task import Classification
 
 
@@ -68,7 +69,6 @@ class Run:
             )
         steps_per_epoch = len(dataset.train) // batch_size
         total_steps = config.train.epochs * steps_per_epoch
-        settings = config.optimizer
         return cls(
             config=config,
             dataset=dataset,
@@ -78,16 +78,11 @@ class Run:
                 label_smoothing=config.train.label_smoothing,
                 auxiliary_weight=config.train.auxiliary_weight,
             ),
-            optimizer=optimizers.sgd(
-                optimizers.schedule(
-                    learning_rate=settings.learning_rate,
-                    batch_size=batch_size,
-                    warmup_steps=round(settings.warmup_epochs * steps_per_epoch),
-                    total_steps=total_steps,
-                ),
-                momentum=settings.momentum,
-                nesterov=settings.nesterov,
-                weight_decay=settings.weight_decay,
+            optimizer=make_optimizer(
+                config.optimizer,
+                batch_size=batch_size,
+                steps_per_epoch=steps_per_epoch,
+                total_steps=total_steps,
             ),
             normalise=Normalise(tuple(config.data.mean), tuple(config.data.std)),
             augment=make_augment(config.data.augment, **config.data.affine),
@@ -95,6 +90,24 @@ class Run:
             mesh=jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)),
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
+        )
+
+    @property
+    def train_step(self) -> TrainStep:
+        """One step of this run, as a pure function of state and batch."""
+        settings = self.config.optimizer
+        return TrainStep(
+            model=self.model,
+            task=self.task,
+            optimizer=self.optimizer,
+            normalise=self.normalise,
+            augment=self.augment,
+            seed=self.config.seed,
+            equivalent_l2=settings.weight_decay if settings.equivalent_l2 else 0.0,
+            ema_decay=self.config.ema.decay,
+            pieces=self.config.train.accumulate,
+            group_size=configs.bn_group_size(self.config) or 1,
+            unrolled=self.mesh.devices.flat[0].platform == "cpu",
         )
 
     @property
@@ -108,11 +121,21 @@ class Run:
         return NamedSharding(self.mesh, PartitionSpec("data"))
 
     def _init(self, key: jax.Array) -> TrainState:
-        return initial_state(self.model, self.optimizer, key, self.dataset.image_shape)
+        return initial_state(
+            self.model,
+            self.optimizer,
+            key,
+            self.dataset.image_shape,
+            average=self.config.ema.decay > 0,
+        )
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices."""
-        return jax.jit(self._init, out_shardings=self.replicated)(jax.random.key(self.config.seed))
+        # It runs once: on CPUs optimising it costs seconds, and it takes milliseconds.
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 0} if on_cpu else None
+        jitted = jax.jit(self._init, out_shardings=self.replicated, compiler_options=options)
+        return jitted(jax.random.key(self.config.seed))
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
@@ -137,7 +160,7 @@ class Run:
         """What will run on what, in a line."""
         variant, device = self.model.variant, jax.devices()[0]
         processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        group = self.config.bn.group_size or self.config.train.batch_size
+        group = configs.bn_group_size(self.config) or self.config.train.batch_size
         return (
             f"RepVGG {variant.name} ({self.config.model.dtype}) on {jax.device_count()} "
             f"{device.platform} device{'s' if jax.device_count() > 1 else ''}{processes}: "
