@@ -16,7 +16,9 @@ from typing import Any, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
+from repvgg_jax.training import distributed
 from repvgg_jax.training.state import TrainState
 
 
@@ -67,15 +69,19 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
+            reason = "another process could not read it"
+            state = None
             try:
-                return self._restore_step(step, like)
+                state = self._restore_step(step, like)
             except Exception as error:  # Orbax raises whatever its readers raise
-                self._unsound.append(step)
-                reason = str(error).strip().splitlines()
-                self._say(
-                    f"checkpoint {self._path / str(step)} is not sound and is passed over: "
-                    f"{reason[0][:200] if reason else type(error).__name__}"
-                )
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            # All processes continue from the same one.
+            if distributed.all_say(state is not None):
+                return state
+            self._unsound.append(step)
+            self._say(
+                f"checkpoint {self._path / str(step)} is not sound and is passed over: {reason}"
+            )
         if steps:
             raise ValueError(
                 f"none of the {len(steps)} checkpoints in {self._path} is sound "
@@ -85,12 +91,13 @@ class Checkpoints:
 
     def set_aside_unsound(self) -> None:
         """Moves what `restore` passed over to `unsound/`, so that its steps can be saved anew."""
-        for step in self._unsound:
+        for step in self._unsound if jax.process_index() == 0 else ():
             aside = self._path.with_name("unsound") / str(step)
             aside.parent.mkdir(exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             (self._path / str(step)).replace(aside)
         self._unsound.clear()
+        distributed.all_say(True)  # nobody looks before process 0 is done
         self._manager.reload()
 
     def newest(self) -> int | None:
@@ -134,9 +141,18 @@ def checksums(tree: Any) -> dict[str, str]:
     """A CRC-32 of every array, by its path in the tree."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{_crc(np.asarray(leaf)):08x}"
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{_crc(_whole(leaf)):08x}"
         for path, leaf in leaves
     }
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """The array, also where other processes hold parts of it."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        assert isinstance(leaf.sharding, NamedSharding)
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        leaf = jax.jit(lambda array: array, out_shardings=everywhere)(leaf)
+    return np.asarray(leaf)
 
 
 def _crc(array: np.ndarray) -> int:

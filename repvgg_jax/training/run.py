@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from repvgg_jax.data.augment import Augment, Normalise, make_augment
@@ -13,6 +13,7 @@ from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.model import RepVGG
 from repvgg_jax.training import config as configs
 from repvgg_jax.training import optimizer as optimizers
+from repvgg_jax.training.sharding import data_mesh, state_sharding
 from repvgg_jax.training.state import TrainState, initial_state
 from repvgg_jax.training.task import Classification
 
@@ -91,8 +92,7 @@ class Run:
             ),
             normalise=Normalise(tuple(config.data.mean), tuple(config.data.std)),
             augment=make_augment(config.data.augment, **config.data.affine),
-            # Explicit axes, today's default, break gathers on a sharded batch.
-            mesh=jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)),
+            mesh=data_mesh(jax.devices()),
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
         )
@@ -107,19 +107,25 @@ class Run:
         """Every device holds its share of the images."""
         return NamedSharding(self.mesh, PartitionSpec("data"))
 
+    def state_sharding(self) -> TrainState:
+        """Where every leaf of the state lies, as `config.train.shard_optimizer` says."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        return state_sharding(shapes, self.mesh, shard_optimizer=self.config.train.shard_optimizer)
+
     def _init(self, key: jax.Array) -> TrainState:
         return initial_state(self.model, self.optimizer, key, self.dataset.image_shape)
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices."""
-        return jax.jit(self._init, out_shardings=self.replicated)(jax.random.key(self.config.seed))
+        init = jax.jit(self._init, out_shardings=self.state_sharding())
+        return init(jax.random.key(self.config.seed))
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated),
-            shapes,
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self._init, jax.random.key(0)),
+            self.state_sharding(),
         )
 
     def abstract_batch(self) -> dict[str, Any]:
