@@ -8,13 +8,11 @@ import dataclasses
 import pathlib
 import signal
 import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from repvgg_jax.data.batches import Batch, train_batches
+from repvgg_jax.data.batches import train_batches
 from repvgg_jax.fuse import fuse_params
 from repvgg_jax.training import config as configs
 from repvgg_jax.training import distributed
@@ -26,7 +24,6 @@ from repvgg_jax.training.run import Run
 from repvgg_jax.training.signals import StopRequest
 from repvgg_jax.training.start import starting_state
 from repvgg_jax.training.state import TrainState
-from repvgg_jax.training.step import make_train_step
 from repvgg_jax.training.workdir import Workdir
 
 
@@ -127,7 +124,8 @@ def _train_steps(
         report.draw()
 
     began = time.monotonic()
-    train_step = _compile(run)
+    # Unlike a jitted function, a compiled one cannot compile again.
+    train_step = run.lower_step().compile()
     report.say(f"compiled in {time.monotonic() - began:.1f} s")
     untested = start_step and every(config.eval.every_epochs, start_step)
     if untested and not distributed.first_says(report.tested(start_step)):
@@ -164,17 +162,6 @@ def _train_steps(
         if test_now or save_now:
             meter.restart()
     return state
-
-
-def _compile(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
-    """The train step as a program; unlike a jitted function it cannot compile again."""
-    train_step = make_train_step(
-        run.model, run.task, run.optimizer, run.normalise, run.augment, run.config.seed
-    )
-    jitted = jax.jit(
-        train_step, out_shardings=(run.state_sharding(), run.replicated), donate_argnums=0
-    )
-    return jitted.lower(run.abstract_state(), run.abstract_batch()).compile()
 
 
 def _finish(

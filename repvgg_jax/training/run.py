@@ -1,6 +1,7 @@
 """A run: everything that a configuration means on this machine."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from repvgg_jax.training import config as configs
 from repvgg_jax.training import optimizer as optimizers
 from repvgg_jax.training.sharding import data_mesh, state_sharding
 from repvgg_jax.training.state import TrainState, initial_state
+from repvgg_jax.training.step import make_train_step
 from repvgg_jax.training.task import Classification
 
 
@@ -47,13 +49,24 @@ class Run:
     total_steps: int
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> "Run":
+    def from_config(
+        cls,
+        config: ConfigDict,
+        *,
+        dataset: Dataset | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Run":
         """Loads the data and builds the network.
+
+        Args:
+          config: complete.
+          dataset: instead of the one that `config.data.source` names.
+          devices: instead of all that jax finds, of all processes.
 
         Raises:
           ValueError: the first setting that cannot work, and what would.
         """
-        dataset = load(config.data.source)
+        dataset = load(config.data.source) if dataset is None else dataset
         channels = dataset.image_shape[-1]
         for name in ("mean", "std"):
             if len(config.data[name]) != channels:
@@ -92,7 +105,7 @@ class Run:
             ),
             normalise=Normalise(tuple(config.data.mean), tuple(config.data.std)),
             augment=make_augment(config.data.augment, **config.data.affine),
-            mesh=data_mesh(jax.devices()),
+            mesh=data_mesh(jax.devices() if devices is None else devices),
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
         )
@@ -127,6 +140,20 @@ class Run:
             jax.eval_shape(self._init, jax.random.key(0)),
             self.state_sharding(),
         )
+
+    def lower_step(self) -> jax.stages.Lowered:
+        """The train step for the devices of the mesh, ready to be compiled.
+
+        Compiled, it takes a state, which it consumes, and a batch, and returns the next state
+        and the metrics.
+        """
+        train_step = make_train_step(
+            self.model, self.task, self.optimizer, self.normalise, self.augment, self.config.seed
+        )
+        jitted = jax.jit(
+            train_step, out_shardings=(self.state_sharding(), self.replicated), donate_argnums=0
+        )
+        return jitted.lower(self.abstract_state(), self.abstract_batch())
 
     def abstract_batch(self) -> dict[str, Any]:
         """Shapes, dtypes and shardings of a training batch."""
