@@ -20,17 +20,31 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run's directory; runs/RECIPE where none is given."
 )
+DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    None,
+    "HOST:PORT,PROCESSES,PROCESS of a run of many processes: where process 0 is, how many there "
+    "are, which one this is. TPU pods, SLURM, Open MPI and Kubernetes say so by themselves.",
+)
+DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
+    "distributed_timeout", 300, "Seconds to wait for all processes.", lower_bound=1
+)
 
 
 def main(_: Sequence[str]) -> int:
     """Trains; returns the exit status."""
+    from repvgg_jax.training import distributed
     from repvgg_jax.training.loop import train
 
     recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     if not recipe.is_file():
         found = ", ".join(sorted(path.name for path in RECIPES.glob("*.py")))
         raise ValueError(f"--config={recipe}: no such file; there are in {RECIPES}: {found}")
-    outcome = train(CONFIG.value, WORKDIR.value or pathlib.Path("runs", recipe.stem))
+    workdir = WORKDIR.value or pathlib.Path("runs", recipe.stem)
+    with distributed.joined(
+        DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain
+    ):
+        outcome = train(CONFIG.value, workdir)
     # A preempted run has done what it was asked; for Ctrl-C shells expect 128 + its number.
     return 128 + signal.SIGINT if outcome.stopped_by == signal.SIGINT else 0
 

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import sys
+import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
@@ -69,21 +70,31 @@ def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     _keep_compiled_programs()
     try:
         return main(argv)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, *_USER_ERRORS) as error:
         if flags.FLAGS.traceback:
             raise
+        return explain(error)
+
+
+def explain(error: BaseException) -> int:
+    """Prints an error, in a line if a user can mend it; returns the exit status."""
+    if isinstance(error, KeyboardInterrupt):
         sys.stderr.write("error: interrupted\n")
-        sys.exit(130)
-    except _USER_ERRORS as error:
-        if flags.FLAGS.traceback:
-            raise
-        _fail(error, status=1)
+        return 130
+    if flags.FLAGS.traceback or not isinstance(error, _USER_ERRORS):
+        traceback.print_exception(error)
+        return 1
+    sys.stderr.write(_line(error))
+    return 1
 
 
 def _fail(error: BaseException, status: int) -> NoReturn:
-    line = " ".join(_text(error).split())
-    sys.stderr.write(f"error: {line or type(error).__name__}\n")
+    sys.stderr.write(_line(error))
     sys.exit(status)
+
+
+def _line(error: BaseException) -> str:
+    return f"error: {' '.join(_text(error).split()) or type(error).__name__}\n"
 
 
 def _text(error: object) -> str:

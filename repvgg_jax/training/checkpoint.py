@@ -17,6 +17,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
+from repvgg_jax.training import distributed
 from repvgg_jax.training.checksum import checksums
 from repvgg_jax.training.state import TrainState
 
@@ -63,9 +64,7 @@ class Checkpoints:
         self._path = path
         self._unsound: list[int] = []
 
-    def save(
-        self, state: TrainState, *, accuracy: float | None = None, wait: bool = False
-    ) -> None:
+    def save(self, state: TrainState, *, accuracy: float | None = None, wait: bool = False) -> None:
         """Saves in the background; what is there stays until the new one is whole.
 
         A save that fails, this one or the one before it, is tried again, up to three times.
@@ -129,14 +128,14 @@ class Checkpoints:
             )
         candidates = steps if step is None else [step]
         for candidate in candidates:
-            try:
-                return self._restore_step(candidate, like)
-            except Exception as error:  # Orbax raises whatever its readers raise
-                self._unsound.append(candidate)
-                self._say(
-                    f"checkpoint {self._path / str(candidate)} is not sound and is passed over: "
-                    f"{_first_line(error)}"
-                )
+            state, reason = self._restore_step(candidate, like)
+            if state is not None:
+                return state
+            self._unsound.append(candidate)
+            self._say(
+                f"checkpoint {self._path / str(candidate)} is not sound and is passed over: "
+                f"{reason}"
+            )
         if candidates:
             raise ValueError(
                 f"none of the {len(candidates)} checkpoints in {self._path} is sound "
@@ -146,12 +145,13 @@ class Checkpoints:
 
     def set_aside_unsound(self) -> None:
         """Moves what `restore` passed over to `unsound/`, so that its steps can be saved anew."""
-        for step in self._unsound:
+        for step in self._unsound if jax.process_index() == 0 else ():
             aside = self._path.with_name("unsound") / str(step)
             aside.parent.mkdir(exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             (self._path / str(step)).replace(aside)
         self._unsound.clear()
+        distributed.all_say(True)  # nobody looks before process 0 is done
         self._manager.reload()
 
     def newest(self) -> int | None:
@@ -189,21 +189,30 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
         self._manager.reload()
 
-    def _restore_step(self, step: int, like: TrainState) -> TrainState:
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), checksums=ocp.args.JsonRestore()
-            ),
-        )
-        found, stored = checksums(restored["state"]), restored["checksums"]
-        if found.keys() != stored.keys():
-            raise ValueError(f"{len(stored)} arrays were saved, {len(found)} were read")
-        if damaged := [name for name in found if found[name] != stored[name]]:
-            raise ValueError(
-                f"{len(damaged)} of {len(found)} arrays are damaged, the first: {damaged[0]}"
+    def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState | None, str]:
+        """That checkpoint, or None and why; the same in all processes."""
+        restored, reason = None, "another process could not read it"
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like), checksums=ocp.args.JsonRestore()
+                ),
             )
-        return restored["state"]
+        except Exception as error:  # Orbax raises whatever its readers raise
+            reason = _first_line(error)
+        if not distributed.all_say(restored is not None):
+            return None, reason
+        assert restored is not None
+        found, stored = checksums(restored["state"]), restored["checksums"]
+        damaged = [name for name in found if found[name] != stored.get(name)]
+        reason = "another process read damaged arrays"
+        if found.keys() != stored.keys():
+            reason = f"{len(stored)} arrays were saved, {len(found)} were read"
+        elif damaged:
+            reason = f"{len(damaged)} of {len(found)} arrays are damaged, the first: {damaged[0]}"
+        sound = distributed.all_say(found == stored)
+        return (restored["state"], "") if sound else (None, reason)
 
 
 def _accuracy(metrics: Mapping[str, Any]) -> float:

@@ -52,6 +52,7 @@ def default_config(variant: str | Variant = "A0") -> ConfigDict:
                 "epochs": 120,
                 "accumulate": 1,  # pieces of a batch that go through the network one by one
                 "label_smoothing": 0.0,
+                "shard_optimizer": False,  # each device keeps a share of momentum and EMA (ZeRO-1)
                 "auxiliary_weight": 0.1,  # of each auxiliary head's loss (plus-L2pse)
             },
             "optimizer": {
@@ -185,12 +186,18 @@ def bn_group_size(config: ConfigDict) -> int | None:
     return size
 
 
-def check(config: ConfigDict, *, devices: int) -> None:
+def check(config: ConfigDict, *, devices: int, processes: int = 1) -> None:
     """Checks the numbers of a configuration against each other and the machine.
+
+    Args:
+      config: to check.
+      devices: of all processes together.
+      processes: how many there are.
 
     Raises:
       ValueError: the first thing that cannot work, and what would.
     """
+    of = f" ({processes} processes of {devices // processes})" if processes > 1 else ""
     for name, batch in (
         ("train.batch_size", config.train.batch_size),
         ("eval.batch_size", config.eval.batch_size),
@@ -199,7 +206,7 @@ def check(config: ConfigDict, *, devices: int) -> None:
             below, above = batch // devices * devices, (batch // devices + 1) * devices
             nearest = f"{below} or {above}" if below > 0 else f"{above}"
             raise ValueError(
-                f"config.{name}={batch} cannot be split over {devices} devices; "
+                f"config.{name}={batch} cannot be split over {devices} devices{of}; "
                 f"the nearest that can: {nearest}"
             )
     _check_pieces(config)

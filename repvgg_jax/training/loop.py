@@ -8,15 +8,14 @@ import dataclasses
 import pathlib
 import signal
 import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from repvgg_jax.data.batches import Batch, train_batches
+from repvgg_jax.data.batches import train_batches
 from repvgg_jax.fuse import fuse_params
 from repvgg_jax.training import config as configs
+from repvgg_jax.training import distributed
 from repvgg_jax.training.checkpoint import Checkpoints
 from repvgg_jax.training.evaluation import Evaluation
 from repvgg_jax.training.meter import Meter
@@ -60,7 +59,16 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
       FloatingPointError: the loss or a gradient is not finite any more.
       OSError: the directory cannot be written.
     """
-    configs.check(config, devices=jax.device_count())
+    distributed.require_same(configs.plain(config))
+    configs.check(config, devices=jax.device_count(), processes=jax.process_count())
+    if jax.process_count() > 1:  # of every process, before the first one waits for another
+        print(
+            distributed.describe_batch(
+                batch_size=config.train.batch_size,
+                group_size=configs.bn_group_size(config) or config.train.batch_size,
+            ),
+            flush=True,
+        )
     run = Run.from_config(config)
     workdir = Workdir(pathlib.Path(path))
     if jax.process_index() == 0:
@@ -72,8 +80,7 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
             Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, say=warnings.append)
         )
         restored = checkpoints.restore(run.abstract_state())
-        if jax.process_index() == 0:
-            checkpoints.set_aside_unsound()
+        checkpoints.set_aside_unsound()
         state, beginning = starting_state(run) if restored is None else (restored, None)
         report = Report(
             workdir,
@@ -82,7 +89,7 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
             total_steps=run.total_steps,
         )
         stack.callback(report.close)
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(StopRequest(distributed.agree_to_stop))
         for warning in warnings:
             report.say(warning)
         report.say(f"{run.describe()} -> {workdir.path}")
@@ -117,9 +124,11 @@ def _train_steps(
         report.draw()
 
     began = time.monotonic()
-    train_step = _compile(run)
+    # Unlike a jitted function, a compiled one cannot compile again.
+    train_step = run.lower_step().compile()
     report.say(f"compiled in {time.monotonic() - began:.1f} s")
-    if start_step and every(config.eval.every_epochs, start_step) and not report.tested(start_step):
+    untested = start_step and every(config.eval.every_epochs, start_step)
+    if untested and not distributed.first_says(report.tested(start_step)):
         test(start_step)  # the run was stopped before it could
     batches = train_batches(
         run.dataset.train,
@@ -135,6 +144,7 @@ def _train_steps(
         # The device is busy with this step now, so the numbers of the one before cost nothing.
         meter.take(step, metrics)
 
+        stop.poll()
         test_now = every(config.eval.every_epochs, step) and not stop
         save_now = every(config.checkpoint.every_epochs, step) or stop
         if test_now or save_now:
@@ -152,12 +162,6 @@ def _train_steps(
         if test_now or save_now:
             meter.restart()
     return state
-
-
-def _compile(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
-    """The train step as a program; unlike a jitted function it cannot compile again."""
-    jitted = jax.jit(run.train_step, out_shardings=run.replicated, donate_argnums=0)
-    return jitted.lower(run.abstract_state(), run.abstract_batch()).compile()
 
 
 def _finish(

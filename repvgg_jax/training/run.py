@@ -1,11 +1,12 @@
 """A run: everything that a configuration means on this machine."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from repvgg_jax.data.augment import Augment, Normalise, make_augment
@@ -13,6 +14,7 @@ from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.model import RepVGG
 from repvgg_jax.training import config as configs
 from repvgg_jax.training.optimizer import make_optimizer
+from repvgg_jax.training.sharding import data_mesh, state_sharding
 from repvgg_jax.training.state import TrainState, initial_state
 from repvgg_jax.training.step import TrainStep
 from repvgg_jax.training.task import Classification
@@ -47,13 +49,24 @@ class Run:
     total_steps: int
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> "Run":
+    def from_config(
+        cls,
+        config: ConfigDict,
+        *,
+        dataset: Dataset | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Run":
         """Loads the data and builds the network.
+
+        Args:
+          config: complete.
+          dataset: instead of the one that `config.data.source` names.
+          devices: instead of all that jax finds, of all processes.
 
         Raises:
           ValueError: the first setting that cannot work, and what would.
         """
-        dataset = load(config.data.source)
+        dataset = load(config.data.source) if dataset is None else dataset
         channels = dataset.image_shape[-1]
         for name in ("mean", "std"):
             if len(config.data[name]) != channels:
@@ -86,8 +99,7 @@ class Run:
             ),
             normalise=Normalise(tuple(config.data.mean), tuple(config.data.std)),
             augment=make_augment(config.data.augment, **config.data.affine),
-            # Explicit axes, today's default, break gathers on a sharded batch.
-            mesh=jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)),
+            mesh=data_mesh(jax.devices() if devices is None else devices),
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
         )
@@ -120,6 +132,11 @@ class Run:
         """Every device holds its share of the images."""
         return NamedSharding(self.mesh, PartitionSpec("data"))
 
+    def state_sharding(self) -> TrainState:
+        """Where every leaf of the state lies, as `config.train.shard_optimizer` says."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        return state_sharding(shapes, self.mesh, shard_optimizer=self.config.train.shard_optimizer)
+
     def _init(self, key: jax.Array) -> TrainState:
         return initial_state(
             self.model,
@@ -134,16 +151,29 @@ class Run:
         # It runs once: on CPUs optimising it costs seconds, and it takes milliseconds.
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else None
-        jitted = jax.jit(self._init, out_shardings=self.replicated, compiler_options=options)
+        jitted = jax.jit(self._init, out_shardings=self.state_sharding(), compiler_options=options)
         return jitted(jax.random.key(self.config.seed))
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.replicated),
-            shapes,
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self._init, jax.random.key(0)),
+            self.state_sharding(),
         )
+
+    def lower_step(self) -> jax.stages.Lowered:
+        """The train step for the devices of the mesh, ready to be compiled.
+
+        Compiled, it takes a state, which it consumes, and a batch, and returns the next state
+        and the metrics.
+        """
+        jitted = jax.jit(
+            self.train_step,
+            out_shardings=(self.state_sharding(), self.replicated),
+            donate_argnums=0,
+        )
+        return jitted.lower(self.abstract_state(), self.abstract_batch())
 
     def abstract_batch(self) -> dict[str, Any]:
         """Shapes, dtypes and shardings of a training batch."""

@@ -2,20 +2,40 @@
 
 import signal
 import types
+from collections.abc import Callable
 from typing import Any, Self
+
+Signal = signal.Signals | None
 
 
 class StopRequest:
     """Turns SIGTERM and Ctrl-C into a question that the loop asks between two steps.
 
     A second Ctrl-C interrupts at once.
+
+    Attributes:
+      signal: what the run stops for, once `poll` has said so.
     """
 
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+    def __init__(self, agree: Callable[[Signal], Signal] = lambda received: received):
+        """Prepares the question.
+
+        Args:
+          agree: from the signal that this process received to the one that all of a run's
+            processes stop for.
+        """
+        self.signal: Signal = None
+        self._received: Signal = None
+        self._agree = agree
         self._previous: dict[signal.Signals, Any] = {}
 
     def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def poll(self) -> bool:
+        """Whether to stop here; all processes of a run ask at the same places."""
+        if self.signal is None:
+            self.signal = self._agree(self._received)
         return self.signal is not None
 
     def __enter__(self) -> Self:
@@ -36,6 +56,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: types.FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self._received = signal.Signals(number)

@@ -1,0 +1,287 @@
+"""Many processes as one run. The processes are real, each with its own CPU devices."""
+
+import json
+import pathlib
+import shutil
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from repvgg_jax.training import distributed
+from repvgg_jax.training.checkpoint import Checkpoints
+from repvgg_jax.training.config import check
+from repvgg_jax.training.loop import train
+from repvgg_jax.training.run import Run
+from repvgg_jax.training.watch import Watch
+from tests.processes import RECIPE, free_port, started
+
+
+def recipe():
+    namespace: dict = {}
+    exec(RECIPE, namespace)
+    return namespace["get_config"]()
+
+
+def rows(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_state(path: pathlib.Path):
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        return jax.device_get(checkpoints.restore(Run.from_config(recipe()).abstract_state()))
+
+
+def distance(tree, other) -> float:
+    """Euclidean distance of two trees, relative to the norm of the first."""
+    pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True))
+    apart = sum(float(np.sum((a.astype(np.float64) - b) ** 2)) for a, b in pairs)
+    return (apart / sum(float(np.sum(a.astype(np.float64) ** 2)) for a, _ in pairs)) ** 0.5
+
+
+def assert_same_run(path: pathlib.Path, other: pathlib.Path) -> None:
+    """Losses and parameters to 1e-6 relative; sums over devices are in another order."""
+    table = [
+        [(r["step"], k, v) for r in rows(p) for k, v in r.items() if k.endswith("loss")]
+        for p in (path, other)
+    ]
+    assert [row[:2] for row in table[0]] == [row[:2] for row in table[1]]
+    np.testing.assert_allclose(
+        [row[2] for row in table[1]], [row[2] for row in table[0]], rtol=1e-6
+    )
+    state, others = final_state(path), final_state(other)
+    assert int(state.step) == int(others.step) == 16
+    assert distance(state.params, others.params) <= 1e-6
+    assert distance(state.batch_stats, others.batch_stats) <= 1e-6
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run by one process that drives all eight devices."""
+    path = tmp_path_factory.mktemp("alone") / "run"
+    train(recipe(), path)
+    return path
+
+
+def test_two_processes_are_one_run(alone, tmp_path):
+    with started(tmp_path, 2, devices=4, slurm=True) as run:
+        assert run.wait() == [0, 0]
+    for process in (0, 1):
+        first = run.out(process).splitlines()[0]
+        assert first == (
+            f"process {process} of 2, 4 of 8 devices; global batch 64 = 32 a process = 8 a device; "
+            "batch normalisation over 64"
+        )
+        assert run.err(process) == ""
+    assert "step 16/16" in run.out(0)
+    assert "step" not in run.out(1)
+    assert_same_run(alone, tmp_path / "run")
+
+
+@pytest.mark.slow
+class TestFourProcesses:
+    """Two devices each; slow, for starting and compiling four times."""
+
+    @pytest.fixture(scope="class")
+    def four(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("four")
+        with started(folder, 4, "--config.train.shard_optimizer=True") as run:
+            assert run.wait() == [0] * 4
+        return folder / "run"
+
+    def test_are_one_run_and_one_process_reads_what_they_saved(self, alone, four):
+        assert_same_run(alone, four)
+
+    @pytest.mark.parametrize("lost", [0, 2])
+    def test_the_others_stop_when_one_is_killed_and_a_restart_is_right(self, alone, tmp_path, lost):
+        path = tmp_path / "run"
+        with started(tmp_path, 4) as run:
+            # A checkpoint is complete, the run is not.
+            run.wait_until(lambda: (path / "checkpoints" / "8").is_dir())
+            run.processes[lost].kill()
+            began = time.monotonic()
+            statuses = run.wait()
+            assert time.monotonic() - began < 60
+        assert statuses[lost] == -signal.SIGKILL
+        for process in {0, 1, 2, 3} - {lost}:
+            assert statuses[process] == 1
+            last = run.err(process).splitlines()[-1]
+            assert last.startswith(f"error: process {process} of 4 stops")
+            assert last.endswith("start all 4 again and they continue from the last checkpoint")
+        assert not (path / "checkpoints" / "16").exists()
+        with started(tmp_path, 4) as run:
+            assert run.wait() == [0] * 4
+        assert "continuing from step 8 of 16" in run.out(0)
+        assert_same_run(alone, path)
+
+    def test_they_continue_what_one_began(self, alone, tmp_path):
+        shutil.copytree(alone, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "16")
+        with started(tmp_path, 4) as run:
+            assert run.wait() == [0] * 4
+        assert "continuing from step 8 of 16" in run.out(0)
+        assert_same_run(alone, tmp_path / "run")
+
+    def test_sigterm_for_one_stops_all_at_the_same_step(self, tmp_path):
+        with started(tmp_path, 4, "--config.train.epochs=4000") as run:
+            run.wait_until(lambda: (tmp_path / "run" / "checkpoints" / "8").is_dir())
+            run.processes[3].send_signal(signal.SIGTERM)
+            assert run.wait() == [0] * 4
+        line = run.out(0).splitlines()[-1]
+        assert line.startswith("SIGTERM at step ")
+        step = line.split()[3].rstrip(":")
+        assert (tmp_path / "run" / "checkpoints" / step).is_dir()
+
+
+def test_two_processes_with_different_configurations(tmp_path):
+    with started(tmp_path, 2, own={1: ["--config.train.epochs=3"]}) as run:
+        assert run.wait() == [1, 1]
+    for process in (0, 1):
+        last = run.err(process).splitlines()[-1]
+        assert last.startswith("error: process ")
+        assert (
+            "process 1 was started differently from process 0: config.train.epochs: 2 -> 3; "
+            "start all with the same command on the same versions"
+        ) in last
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_waits_in_vain_says_so(tmp_path, process):
+    where = f"127.0.0.1:{free_port()}"
+    began = time.monotonic()
+    with started(
+        tmp_path, 1, f"--distributed={where},2,{process}", "--distributed_timeout=3"
+    ) as run:
+        assert run.wait() == [1]
+    assert time.monotonic() - began < 60
+    assert run.err(0).startswith(
+        f"error: process {process} of 2 waited 3 s for the others at {where} and not all came"
+    )
+    assert run.err(0).count("\n") == 1
+
+
+class TestPlace:
+    def test_parsing(self):
+        place = distributed.Place.parse("[::1]:1234,4,3")
+        assert place == ("[::1]:1234", 4, 3)
+
+    @pytest.mark.parametrize(
+        "text", ["", "host", "host,2,0", "host:x,2,0", ":1,2,0", "host:1,2,2", "host:99999,2,0"]
+    )
+    def test_what_it_is_not(self, text):
+        with pytest.raises(ValueError, match=r"is not HOST:PORT,PROCESSES,PROCESS.*10\.0\.0\.1"):
+            distributed.Place.parse(text)
+
+
+def test_batches_that_cannot_be_split_over_processes():
+    config = recipe()
+    config.train.batch_size = 100
+    with pytest.raises(ValueError, match=r"=100 .* 8 devices \(4 processes of 2\).*: 96 or 104"):
+        check(config, devices=8, processes=4)
+
+
+class Table:
+    """The store that processes share, here in one."""
+
+    def __init__(self):
+        self.content, self.lock = {}, threading.Lock()
+
+    def put(self, key, value):
+        with self.lock:
+            self.content[key] = value
+
+    def entries(self):
+        with self.lock:
+            return dict(self.content)
+
+
+class TestWatch:
+    @pytest.fixture
+    def watches(self):
+        table, self.lost = Table(), []
+        return [
+            Watch(
+                table,
+                process=i,
+                processes=3,
+                patience=0.2,
+                interval=0.01,
+                on_loss=lambda what, i=i: self.lost.append((i, what)),
+            )
+            for i in range(3)
+        ]
+
+    def test_one_that_falls_silent_is_missed(self, watches):
+        for watch in watches:
+            watch.look()
+        time.sleep(0.3)
+        watches[1].look()
+        watches[0].look()
+        assert self.lost == [
+            (1, "process 0 of 3 is gone: no sign of life for 0 s"),
+            (0, "process 2 of 3 is gone: no sign of life for 0 s"),
+        ]
+
+    def test_one_that_said_goodbye_is_not(self, watches):
+        for watch in watches:
+            watch.start()
+        watches[2].close()
+        time.sleep(0.5)
+        assert self.lost == []
+        for watch in watches[:2]:
+            watch.close()
+
+    def test_one_that_fails_says_why(self, watches):
+        watches[1].fail("no such data set")
+        watches[0].look()
+        assert self.lost == [(0, "process 1 of 3 stopped: no such data set")]
+        assert watches[0].left() == {1}
+
+    def test_they_stop_at_the_same_poll_however_far_apart_they_are(self, watches):
+        for watch in watches:
+            watch.start()
+        stopped = {}
+
+        def run(number):
+            for poll in range(1, 10_000):
+                # The first is quick, the last is slow, and the second is asked to stop.
+                time.sleep(0.0005 * number)
+                asked = signal.SIGTERM if number == 1 and poll == 50 else None
+                if watches[number].agree_to_stop(asked):
+                    stopped[number] = poll
+                    return
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        for watch in watches:
+            watch.close()
+        assert len(stopped) == 3
+        assert len(set(stopped.values())) == 1
+        assert stopped[0] >= 50
+
+    def test_a_signal_after_the_last_poll_of_one_stops_nobody(self, watches):
+        for watch in watches:
+            watch.start()
+            for _ in range(5):
+                assert watch.agree_to_stop(None) is None
+        for watch in watches[:2]:
+            assert watch.agree_to_stop(None) is None
+            watch.close()
+        assert watches[2].agree_to_stop(signal.SIGTERM) is None
+        time.sleep(0.2)
+        watches[2].close()
+        assert self.lost == []
+
+
+def test_a_single_process_agrees_with_itself():
+    assert distributed.agree_to_stop(None) is None
+    assert distributed.agree_to_stop(signal.SIGINT) is signal.SIGINT
+    assert distributed.first_says(True)
+    assert not distributed.all_say(False)

@@ -1,0 +1,116 @@
+"""Where arrays lie changes what a device holds, and nothing else."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from repvgg_jax import Variant
+from repvgg_jax.training.checkpoint import Checkpoints
+from repvgg_jax.training.run import Run
+from repvgg_jax.training.sharding import data_mesh, split_largest, state_sharding
+from repvgg_jax.training.state import TrainState
+from tests.runs import small_config
+
+# Large enough for kernels that are worth splitting over eight devices.
+WIDE = Variant("wide", (1, 1), (32, 64), 32, strides=(1, 2), stem_stride=1)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """The same run with a copy of the optimiser's state on each device, and with a share."""
+    found = {}
+    for shard in (False, True):
+        run = Run.from_config(small_config(WIDE, train__shard_optimizer=shard))
+        step = run.lower_step().compile()
+        state = run.initial_state()
+        for i in range(3):
+            batch = jax.device_put(_batch(i), run.over_batch)
+            state, metrics = step(state, batch)
+        found[shard] = run, step, state, jax.device_get(metrics)
+    return found
+
+
+def _batch(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (128, 8, 8, 1), np.uint8),
+        "label": rng.integers(0, 10, 128, np.int32),
+    }
+
+
+def test_the_arithmetic_is_the_same(runs):
+    (*_, whole, metrics), (*_, shared, other) = runs[False], runs[True]
+    for path, leaf in jax.tree.leaves_with_path(jax.device_get(whole)):
+        found = dict(jax.tree.leaves_with_path(jax.device_get(shared)))[path]
+        scale = max(1e-30, np.abs(leaf).max())
+        np.testing.assert_allclose(found / scale, leaf / scale, rtol=0, atol=1e-6, err_msg=path)
+    assert float(metrics["loss"]) == pytest.approx(float(other["loss"]), rel=1e-6)
+
+
+def test_every_device_holds_its_share_of_the_optimizer_and_all_of_the_rest(runs):
+    *_, state, _ = runs[True]
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.variables))
+    kernels = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.size >= 1024]
+    assert len(kernels) == 4
+    for leaf in kernels:
+        assert leaf.addressable_shards[0].data.size == leaf.size // 8
+
+
+def test_memory_shrinks_by_the_shares_of_seven_devices(runs):
+    """As the compiler counts it: bytes of a step's arguments on one device."""
+    bytes_of = {
+        shard: step.memory_analysis().argument_size_in_bytes
+        for shard, (_, step, *_) in runs.items()
+    }
+    leaves = jax.tree.leaves(runs[False][2].opt_state)
+    split = sum(4 * leaf.size for leaf in leaves if leaf.size >= 1024)
+    assert bytes_of[False] - bytes_of[True] == split - split // 8
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_checkpoints_do_not_know_where_arrays_lay(runs, tmp_path, saved):
+    *_, state, _ = runs[saved]
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(state)
+    like = runs[not saved][0].abstract_state()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        restored = checkpoints.restore(like)
+    for path, leaf in jax.tree.leaves_with_path(restored):
+        want = dict(jax.tree.leaves_with_path(like))[path]
+        assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((3, 3, 64, 128), (None, None, None, "data")),
+        ((3, 3, 128, 64), (None, None, "data")),
+        ((4096, 12), ("data",)),
+        ((3, 3, 63, 65), ()),  # no axis that eight devices divide
+        ((512,), ()),  # too small to be worth it
+        ((), ()),
+    ],
+)
+def test_the_largest_axis_that_can_be_is_split(shape, spec):
+    found = split_largest(shape, data_mesh(jax.devices()))
+    assert tuple(found)[: len(spec)] == spec
+    assert set(tuple(found)[len(spec) :]) <= {None}
+
+
+def test_any_optimizer_is_split():
+    """Moments of AdamW are, its count is not."""
+    params = nn.Dense(64).init(jax.random.key(0), np.zeros((1, 64)))
+    state = TrainState(0, params, {}, optax.adamw(1e-3).init(params))
+    shapes = jax.eval_shape(lambda: state)
+    specs = state_sharding(shapes, data_mesh(jax.devices()), shard_optimizer=True)
+    kernels = [
+        s.spec
+        for path, s in jax.tree.leaves_with_path(specs.opt_state)
+        if jax.tree_util.keystr(path).endswith("['kernel']")
+    ]
+    assert [tuple(spec) for spec in kernels] == [("data", None)] * 2
+    assert all(s.spec == PartitionSpec() for s in jax.tree.leaves(specs.params))
