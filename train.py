@@ -1,6 +1,7 @@
-"""Trains a RepVGG, or continues a run that was interrupted.
+"""Trains a RepVGG, continues a run that was interrupted, or evaluates one.
 
 python train.py --config configs/digits.py --workdir runs/digits --config.train.epochs=5
+python train.py --config configs/digits.py --workdir runs/digits --eval_only --by_class
 """
 
 import pathlib
@@ -29,12 +30,28 @@ DISTRIBUTED = flags.DEFINE_string(
 DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
     "distributed_timeout", 300, "Seconds to wait for all processes.", lower_bound=1
 )
+EVAL_ONLY = flags.DEFINE_bool(
+    "eval_only",
+    False,
+    "Evaluate the run in --workdir, or what --config.init_from names, in both forms; no training.",
+)
+BY_CLASS = flags.DEFINE_bool(
+    "by_class", False, "With --eval_only: also the accuracy of each class."
+)
+STEP = flags.DEFINE_integer(
+    "step", None, "With --eval_only: of this checkpoint instead of the newest.", lower_bound=1
+)
+PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", "", "FIRST:END, steps to write a trace of; 10:20 traces 10 to 19."
+)
 
 
 def main(_: Sequence[str]) -> int:
     """Trains; returns the exit status."""
     from repvgg_jax.training import distributed
+    from repvgg_jax.training.assessment import assess
     from repvgg_jax.training.loop import train
+    from repvgg_jax.training.profile import parse_steps
 
     recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     if not recipe.is_file():
@@ -44,7 +61,12 @@ def main(_: Sequence[str]) -> int:
     with distributed.joined(
         DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain
     ):
-        outcome = train(CONFIG.value, workdir)
+        if EVAL_ONLY.value:
+            assessment = assess(CONFIG.value, workdir, step=STEP.value)
+            if distributed.is_first():
+                print("\n".join(assessment.lines(by_class=BY_CLASS.value)))
+            return 0
+        outcome = train(CONFIG.value, workdir, profile_steps=parse_steps(PROFILE_STEPS.value))
     # A preempted run has done what it was asked; for Ctrl-C shells expect 128 + its number.
     return 128 + signal.SIGINT if outcome.stopped_by == signal.SIGINT else 0
 

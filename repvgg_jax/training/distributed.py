@@ -175,6 +175,11 @@ def agree_to_stop(received: signal.Signals | None) -> signal.Signals | None:
     return received if _watch is None else _watch.agree_to_stop(received)
 
 
+def is_first() -> bool:
+    """Whether this is process 0, which speaks for all."""
+    return jax.process_index() == 0
+
+
 def first_says(answer: bool) -> bool:
     """Process 0's answer, in all processes."""
     if jax.process_count() == 1:

@@ -10,6 +10,7 @@ from repvgg_jax.training.run import Run
 from repvgg_jax.training.state import TrainState, state_from
 from repvgg_jax.training.workdir import Workdir
 from repvgg_jax.weights import (
+    Merged,
     Weights,
     load_file_or_pretrained,
     load_weights,
@@ -30,10 +31,24 @@ def starting_state(run: Run) -> tuple[TrainState, str | None]:
     state, source = run.initial_state(), run.config.init_from
     if not source:
         return state, None
-    merged = merge_weights(_load(run, source), jax.device_get(state.variables))
+    merged = starting_weights(run, state)
     begun = state_from(merged.variables, run.optimizer, average=bool(state.ema))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.device_put(begun, shardings), f"{merged} ({source})"
+
+
+def starting_weights(run: Run, state: TrainState | None = None) -> Merged:
+    """What `config.init_from` names, put into the network of the run.
+
+    Args:
+      run: whose configuration and network.
+      state: its initial state, if there is one already.
+
+    Raises:
+      ValueError: nothing readable there, or another network.
+    """
+    fresh = run.initial_state() if state is None else state
+    return merge_weights(_load(run, run.config.init_from), jax.device_get(fresh.variables))
 
 
 def _load(run: Run, source: str) -> Weights:
