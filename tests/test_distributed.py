@@ -85,15 +85,10 @@ def test_two_processes_are_one_run(alone, tmp_path):
 class TestFourProcesses:
     """Two devices each; slow, for starting and compiling four times."""
 
-    @pytest.fixture(scope="class")
-    def four(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("four")
-        with started(folder, 4, "--config.train.shard_optimizer=True") as run:
+    def test_are_one_run_and_one_process_reads_what_they_saved(self, alone, tmp_path):
+        with started(tmp_path, 4, "--config.train.shard_optimizer=True") as run:
             assert run.wait() == [0] * 4
-        return folder / "run"
-
-    def test_are_one_run_and_one_process_reads_what_they_saved(self, alone, four):
-        assert_same_run(alone, four)
+        assert_same_run(alone, tmp_path / "run")
 
     @pytest.mark.parametrize("lost", [0, 2])
     def test_the_others_stop_when_one_is_killed_and_a_restart_is_right(self, alone, tmp_path, lost):
