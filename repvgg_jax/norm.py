@@ -6,6 +6,9 @@ shares statistics must be a stated choice. Under plain `jit` they would be globa
 the batch, whatever the number of devices; the paper used 32 images.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -51,20 +54,60 @@ class BatchNorm(nn.Module):
 
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if not train:
+            row = (1, 1, 1, -1)
             factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
-            return (x - _row(running_mean.value)) * _row(factor) + _row(bias)
+            return (x - running_mean.value.reshape(row)) * factor.reshape(row) + bias.reshape(row)
 
-        groups = x.reshape(image_groups(x.shape, self.group_size), -1, *x.shape[1:])
-        count = groups.shape[1] * groups.shape[2] * groups.shape[3]
-        mean = groups.mean(axis=(1, 2, 3), keepdims=True)
-        var = jnp.square(groups - mean).mean(axis=(1, 2, 3), keepdims=True)
+        groups = image_groups(x.shape, self.group_size)
+        mean, var = _moments(x, groups)
         if not self.is_initializing():
+            count = x[..., 0].size // groups
             running_mean.value = updated(running_mean.value, mean, self.momentum)
             unbiased = var * (count / (count - 1))
             running_var.value = updated(running_var.value, unbiased, self.momentum)
-        factor = jax.lax.rsqrt(var + self.epsilon) * scale.reshape(1, 1, 1, 1, -1)
-        normalised = (groups - mean) * factor + bias.reshape(1, 1, 1, 1, -1)
-        return normalised.reshape(x.shape)
+        factor = jax.lax.rsqrt(var + self.epsilon) * scale[None]
+        # The mean is subtracted as a constant, and its derivative travels with the bias, where
+        # it needs no pass over memory of its own.
+        centre = jax.lax.stop_gradient(mean)
+        offset = bias[None] - (mean - centre) * factor
+        return (x - _at(x, centre)) * _at(x, factor) + _at(x, offset)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _moments(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of every group of images, (groups, channels) each.
+
+    The variance is the mean square of what is left after subtracting the mean: E[x^2] - E[x]^2
+    would lose all digits where the mean is 1000 deviations.
+    """
+    mean = _mean(x, groups)
+    return mean, _mean(jnp.square(x - _at(x, mean)), groups)
+
+
+@_moments.defjvp
+def _moments_jvp(groups: int, primals: Any, tangents: Any) -> Any:
+    # Differentiated as written, the variance would also act through the mean, by a sum that is
+    # zero: the derivative on paper saves its passes over memory.
+    (x,), (dx,) = primals, tangents
+    mean, var = _moments(x, groups)
+    dvar = 2 * _mean((x - _at(x, mean)) * dx, groups)
+    return (mean, var), (_mean(dx, groups), dvar)
+
+
+def _mean(x: jax.Array, groups: int) -> jax.Array:
+    """The mean over the images and pixels of every group, (groups, channels)."""
+    # Feature maps keep their four axes: compilers are bad at reductions of reshaped ones.
+    if groups == 1:
+        return x.mean(axis=(0, 1, 2))[None]
+    return x.mean(axis=(1, 2)).reshape(groups, -1, x.shape[-1]).mean(axis=1)
+
+
+def _at(x: jax.Array, per_group: jax.Array) -> jax.Array:
+    """(groups, channels) shaped to act on `x`: every image gets its group's row."""
+    groups, channels = per_group.shape
+    if groups > 1:
+        per_group = jnp.repeat(per_group, x.shape[0] // groups, axis=0)
+    return per_group.reshape(-1, 1, 1, channels)
 
 
 def image_groups(shape: tuple[int, ...], size: int | None) -> int:
@@ -96,8 +139,3 @@ def updated(running: jax.Array, batch: jax.Array, momentum: float) -> jax.Array:
     """A running statistic (channels,) after a batch; the mean over its groups (…, channels)."""
     batch = batch.reshape(-1, batch.shape[-1]).mean(axis=0).astype(running.dtype)
     return momentum * running + (1 - momentum) * batch
-
-
-def _row(per_channel: jax.Array) -> jax.Array:
-    """Gives a (channels,) vector the rank of feature maps."""
-    return per_channel.reshape(1, 1, 1, -1)

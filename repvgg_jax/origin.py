@@ -64,7 +64,7 @@ def from_run(path: pathlib.Path, *, say: Callable[[str], None] = print) -> Origi
         title=f"RepVGG {run.model.variant.name}, step {step} of {path}",
         # The proof is about the function, not about the rounding of a half-precision run.
         model=run.model.clone(dtype=np.float32, remat=False),
-        variables=jax.device_get(state.variables),
+        variables=jax.device_get(state.result),
         deploy=False,
         images=np.stack([source[i]["image"] for i in range(count)]),
         metadata=Metadata(run.normalise.mean, run.normalise.std, run.dataset.classes),

@@ -78,3 +78,49 @@ def test_a_group_that_does_not_divide_the_batch():
 def test_one_value_per_channel():
     with pytest.raises(ValueError, match=r"more than one value per channel.*\(1, 1, 1, 3\)"):
         BatchNorm().init_with_output(jax.random.key(0), np.zeros((1, 1, 1, 3), np.float32), True)
+
+
+def plainly(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> jax.Array:
+    """Training's arithmetic for automatic differentiation, on five axes."""
+    parts = x.reshape(groups, -1, *x.shape[1:])
+    mean = parts.mean(axis=(1, 2, 3), keepdims=True)
+    var = parts.var(axis=(1, 2, 3), keepdims=True)
+    normalised = (parts - mean) * jax.lax.rsqrt(var + 1e-5)
+    return (normalised * scale.reshape(1, 1, 1, 1, -1) + bias.reshape(1, 1, 1, 1, -1)).reshape(
+        x.shape
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_derivatives_are_those_of_the_definition_in_both_modes(groups):
+    with jax.enable_x64(True):
+        x, dx = (np.float64(3 + 2 * random_images((8, 2, 3, 5), seed)) for seed in (0, 1))
+        params = {"scale": np.linspace(0.5, 2, 5), "bias": np.linspace(-1, 1, 5)}
+        norm = BatchNorm(group_size=8 // groups, param_dtype=jnp.float64)
+        stats = norm.init(jax.random.key(0), x)["batch_stats"]
+
+        def ours(x, params):
+            variables = {"params": params, "batch_stats": stats}
+            return norm.apply(variables, x, True, mutable=["batch_stats"])[0]
+
+        def theirs(x, params):
+            return plainly(x, params["scale"], params["bias"], groups)
+
+        tangents = (dx, {"scale": params["bias"], "bias": params["scale"]})
+        forward = [jax.jvp(f, (x, params), tangents) for f in (ours, theirs)]
+        backward = [jax.vjp(f, x, params)[1](dx) for f in (ours, theirs)]
+        for a, b in (forward, backward):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), a, b)
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_means_of_a_thousand_deviations(group_size):
+    x = (1000 + random_images((8, 32, 32, 4))) * np.float32([1, -1, 1e-2, 30])
+    norm = BatchNorm(group_size=group_size, momentum=0.0)
+    variables = norm.init(jax.random.key(0), x)
+    y, updated = jax.jit(lambda x: norm.apply(variables, x, True, mutable=["batch_stats"]))(x)
+    groups = np.float64(x).reshape(-1, group_size or 8, 32, 32, 4)
+    var = groups.var((1, 2, 3)).mean(0) * groups[0, ..., 0].size / (groups[0, ..., 0].size - 1)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], var, rtol=1e-3)
+    want, *_ = expected(x, group_size or 8)
+    np.testing.assert_allclose(y, want, atol=3e-3)

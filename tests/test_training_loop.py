@@ -16,7 +16,8 @@ from tensorboardX.record_writer import RecordWriter
 from repvgg_jax import fuse_params, save_weights
 from repvgg_jax.training import config as configs
 from repvgg_jax.training import loop, report
-from repvgg_jax.training.checkpoint import Checkpoints, checksums
+from repvgg_jax.training.checkpoint import Checkpoints
+from repvgg_jax.training.checksum import checksums
 from repvgg_jax.training.loop import train
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.start import starting_state

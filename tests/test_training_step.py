@@ -1,3 +1,5 @@
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,20 +8,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from repvgg_jax import create_model
+from repvgg_jax.fuse.penalty import equivalent_l2
 from repvgg_jax.training import config as configs
-from repvgg_jax.training.optimizer import decay_mask, schedule, sgd
+from repvgg_jax.training.optimizer import decay_mask, make_optimizer, schedule
 from repvgg_jax.training.run import Run
-from repvgg_jax.training.state import initial_state
-from repvgg_jax.training.step import make_eval_step, make_train_step
+from repvgg_jax.training.step import EvalStep
 from repvgg_jax.training.task import Classification
 from tests.runs import SMALL, small_config
 from tests.trees import TINY_AUXILIARY, paths, random_variables
-
-
-def train_step_of(run: Run):
-    return make_train_step(
-        run.model, run.task, run.optimizer, run.normalise, run.augment, run.config.seed
-    )
 
 
 def batch_of(run: Run, size: int = 64):
@@ -28,11 +24,11 @@ def batch_of(run: Run, size: int = 64):
     return {"image": images, "label": labels}
 
 
-@pytest.mark.parametrize("group_size", [0, 16])
+@pytest.mark.parametrize("group_size", ["global", 16])
 def test_a_step_on_eight_devices_is_a_step_on_one(group_size):
     run = Run.from_config(small_config(bn__group_size=group_size))
     state, batch = jax.device_get((run.initial_state(), batch_of(run)))
-    step = jax.jit(train_step_of(run))
+    step = jax.jit(run.train_step)
     one, one_metrics = step(*jax.device_put((state, batch), jax.devices()[0]))
     eight, eight_metrics = step(
         jax.device_put(state, run.replicated), jax.device_put(batch, run.over_batch)
@@ -45,7 +41,7 @@ def test_a_step_on_eight_devices_is_a_step_on_one(group_size):
 
 def test_the_step_compiles_once_and_takes_its_own_output():
     run = Run.from_config(small_config())
-    step = jax.jit(train_step_of(run), out_shardings=run.replicated, donate_argnums=0)
+    step = jax.jit(run.train_step, out_shardings=run.replicated, donate_argnums=0)
     state, batch = run.initial_state(), jax.device_put(batch_of(run), run.over_batch)
     for _ in range(3):
         state, _ = step(state, batch)
@@ -55,7 +51,7 @@ def test_the_step_compiles_once_and_takes_its_own_output():
 
 def test_augmentation_is_a_function_of_seed_and_step():
     run = Run.from_config(small_config())
-    step, state, batch = jax.jit(train_step_of(run)), run.initial_state(), batch_of(run)
+    step, state, batch = jax.jit(run.train_step), run.initial_state(), batch_of(run)
     later = state.replace(step=state.step + 1)
     first, again, other = (step(s, batch)[1]["loss"] for s in (state, state, later))
     assert first == again
@@ -74,7 +70,7 @@ def test_abstract_state_is_the_states():
 
 def test_state_stays_float32_when_computing_in_bfloat16():
     run = Run.from_config(small_config(model__dtype="bfloat16"))
-    state, _ = jax.jit(train_step_of(run))(run.initial_state(), batch_of(run))
+    state, _ = jax.jit(run.train_step)(run.initial_state(), batch_of(run))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
@@ -84,7 +80,7 @@ def test_the_covariance_form_takes_the_same_step():
     )
     state, batch = plain.initial_state(), batch_of(plain)
     (a, a_metrics), (b, b_metrics) = (
-        jax.jit(train_step_of(run))(state, batch) for run in (plain, fast)
+        jax.jit(run.train_step)(state, batch) for run in (plain, fast)
     )
     chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-6)
     chex.assert_trees_all_close(a_metrics, b_metrics, rtol=1e-5)
@@ -93,7 +89,7 @@ def test_the_covariance_form_takes_the_same_step():
 def test_the_first_bad_gradient_is_named():
     run = Run.from_config(small_config())
     state, batch = run.initial_state(), batch_of(run)
-    step = jax.jit(train_step_of(run))
+    step = jax.jit(run.train_step)
     assert step(state, batch)[1]["first_bad_gradient"] == -1
     head = {**state.params["head"], "bias": state.params["head"]["bias"] * np.inf}
     broken = state.replace(params={**state.params, "head": head})
@@ -103,7 +99,7 @@ def test_the_first_bad_gradient_is_named():
 def test_evaluation_counts_what_the_mask_keeps():
     run = Run.from_config(small_config())
     state, batch = run.initial_state(), batch_of(run, 8)
-    step = jax.jit(make_eval_step(run.model, run.task, run.normalise))
+    step = jax.jit(EvalStep(run.model, run.task, run.normalise))
     some = step(state.variables, {**batch, "mask": np.arange(8) < 3})
     three = {name: values[:3] for name, values in batch.items()}
     alone = step(state.variables, {**three, "mask": np.ones(3, bool)})
@@ -113,26 +109,55 @@ def test_evaluation_counts_what_the_mask_keeps():
 
 class TestTask:
     logits = np.array([[2.0, 0.0, 0.0], [0.0, 0.0, 1.0]], np.float32)
-    batch = {"label": np.array([0, 1])}
+    labels = np.array([0, 1])
 
     def test_smoothed_cross_entropy(self):
-        loss, metrics = Classification(3, label_smoothing=0.3).loss(self.logits, {}, self.batch)
-        log = np.asarray(jax.nn.log_softmax(self.logits))
+        task = Classification(3, label_smoothing=0.3)
         targets = np.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]])
+        np.testing.assert_allclose(task.targets(self.labels), targets, rtol=1e-6)
+        loss, metrics = task.loss(self.logits, {}, task.targets(self.labels))
+        log = np.asarray(jax.nn.log_softmax(self.logits))
         assert loss == pytest.approx(-(targets * log).sum() / 2, rel=1e-6)
         assert metrics["accuracy"] == 0.5
 
     def test_auxiliary_heads_add_their_weighted_loss(self):
         task = Classification(3, auxiliary_weight=0.1)
-        main, _ = task.loss(self.logits, {}, self.batch)
-        both, _ = task.loss(self.logits, {"a": self.logits, "b": 0 * self.logits}, self.batch)
+        targets = task.targets(self.labels)
+        main, _ = task.loss(self.logits, {}, targets)
+        both, _ = task.loss(self.logits, {"a": self.logits, "b": 0 * self.logits}, targets)
         assert float(both) == pytest.approx(1.1 * float(main) + 0.1 * np.log(3), rel=1e-6)
+
+    def test_top_one_and_top_five_by_sorting(self, rng):
+        logits = rng.integers(0, 4, (64, 9)).astype(np.float32)  # many are equal
+        batch = {"label": rng.integers(0, 9, 64), "mask": rng.random(64) < 0.8}
+        sums = Classification(9).evaluate(logits, batch)
+        ranked = np.argsort(-logits, axis=1, kind="stable")
+        for k, name in ((1, "accuracy"), (5, "top5")):
+            right = (ranked[:, :k] == batch["label"][:, None]).any(1) & batch["mask"]
+            assert sums[name] == right.sum()
+        assert "top5" not in Classification(5).evaluate(
+            logits[:, :5], {**batch, "label": 0 * batch["label"]}
+        )
+
+    def test_by_class(self, rng):
+        logits = rng.standard_normal((40, 3)).astype(np.float32)
+        batch = {"label": rng.integers(0, 3, 40), "mask": np.arange(40) < 30}
+        sums = Classification(3).evaluate(logits, batch)
+        for label in range(3):
+            ours = (batch["label"] == label) & batch["mask"]
+            assert sums["class_count"][label] == ours.sum()
+            assert sums["class_accuracy"][label] == (ours & (logits.argmax(1) == label)).sum()
+
+    def test_what_is_no_number_is_never_right(self):
+        logits = np.array([[np.nan, 1.0], [np.nan, np.nan]], np.float32)
+        batch = {"label": np.array([1, 0]), "mask": np.ones(2, bool)}
+        assert Classification(2).evaluate(logits, batch)["accuracy"] == 0
 
     def test_auxiliary_heads_learn_through_the_step(self):
         run = Run.from_config(small_config(TINY_AUXILIARY, optimizer__warmup_epochs=0.0))
         state = run.initial_state()
         images = {"image": np.zeros((64, 32, 32, 1), np.uint8), "label": np.arange(64) % 10}
-        after, _ = jax.jit(train_step_of(run))(state, images)
+        after, _ = jax.jit(run.train_step)(state, images)
         head = "aux_stage1_block1"
         for tree in ("params", "batch_stats"):
             before, now = getattr(state, tree)[head], getattr(after, tree)[head]
@@ -140,16 +165,58 @@ class TestTask:
             assert all(jax.tree.leaves(moved)), moved
 
 
-class TestOptimizer:
+def settings_of(**overrides):
+    settings = small_config(**{f"optimizer__{k}": v for k, v in overrides.items()}).optimizer
+    return settings
+
+
+class TestSchedule:
+    def rate(self, batch_size=256, **overrides):
+        settings = settings_of(**{"learning_rate": 0.1, "warmup_epochs": 0.0, **overrides})
+        return schedule(settings, batch_size=batch_size, steps_per_epoch=10, total_steps=110)
+
     def test_warm_up_then_cosine_scaled_by_the_batch(self):
-        lr = schedule(learning_rate=0.1, batch_size=512, warmup_steps=10, total_steps=110)
-        assert lr(0) == 0
-        assert lr(5) == pytest.approx(0.1)
-        assert lr(10) == pytest.approx(0.2)
-        assert lr(60) == pytest.approx(0.1)
-        assert lr(110) == pytest.approx(0, abs=1e-8)
-        plain = schedule(learning_rate=0.1, batch_size=256, warmup_steps=0, total_steps=100)
-        assert plain(0) == pytest.approx(0.1)
+        rate = self.rate(512, warmup_epochs=1.0)
+        assert rate(0) == 0
+        assert rate(5) == pytest.approx(0.1)
+        assert rate(10) == pytest.approx(0.2)
+        assert rate(60) == pytest.approx(0.1)
+        assert rate(110) == pytest.approx(0, abs=1e-8)
+        assert self.rate()(0) == pytest.approx(0.1)
+
+    def test_linear(self):
+        rate = self.rate(schedule="linear", warmup_epochs=1.0)
+        assert [float(rate(s)) for s in (5, 10, 60, 110)] == pytest.approx([0.05, 0.1, 0.05, 0])
+
+    def test_steps_count_from_the_beginning_of_the_run(self):
+        rate = self.rate(schedule="step", step_epochs=3.0, step_factor=0.5, warmup_epochs=1.0)
+        found = [float(rate(s)) for s in (5, 29, 30, 59, 60, 90)]
+        assert found == pytest.approx([0.05, 0.1, 0.05, 0.05, 0.025, 0.0125])
+
+    def test_constant(self):
+        assert self.rate(schedule="constant")(109) == pytest.approx(0.1)
+
+    def test_unknown(self):
+        with pytest.raises(ValueError, match="schedule='cosin'; there are: cosine, linear, step"):
+            self.rate(schedule="cosin")
+
+
+def updates(settings, params, gradients, steps=3):
+    """Parameters after some steps whose gradients are `gradients(params)`."""
+    optimizer = make_optimizer(settings, batch_size=256, steps_per_epoch=1, total_steps=100)
+    state = optimizer.init(params)
+    for _ in range(steps):
+        change, state = optimizer.update(gradients(params), state, params)
+        params = jax.tree.map(lambda a, u: a + u, params, change)
+    return params
+
+
+class TestOptimizer:
+    params = {"kernel": np.array([[1.0, -2.0]], np.float32), "bias": np.ones(2, np.float32)}
+
+    @staticmethod
+    def squares(params):
+        return jax.tree.map(lambda p: p**2, params)
 
     def test_decay_is_the_papers(self):
         variables = random_variables(create_model(TINY_AUXILIARY, num_classes=5))
@@ -168,22 +235,161 @@ class TestOptimizer:
         assert any(path.endswith("bn_identity/scale") for path in decayed)
 
     @pytest.mark.parametrize("nesterov", [False, True])
-    def test_three_steps_by_hand(self, nesterov):
+    def test_three_steps_of_sgd_by_hand(self, nesterov):
         """PyTorch's rule: g += wd p; m = 0.9 m + g; p -= lr (g + 0.9 m, or m)."""
-        optimizer = sgd(
-            lambda step: 0.1 / (1 + step), momentum=0.9, nesterov=nesterov, weight_decay=0.01
+        settings = settings_of(
+            learning_rate=0.1,
+            schedule="step",
+            step_epochs=1.0,
+            step_factor=0.5,
+            warmup_epochs=0.0,
+            nesterov=nesterov,
+            weight_decay=0.01,
         )
-        params = {"kernel": np.array([[1.0, -2.0]], np.float32)}
-        state = optimizer.init(params)
-        p, m = params["kernel"].astype(np.float64), 0.0
-        for step in range(3):
-            grads = {"kernel": params["kernel"] ** 2}
-            updates, state = optimizer.update(grads, state, params)
-            g = p**2 + 0.01 * p
-            m = 0.9 * m + g
-            p = p - 0.1 / (1 + step) * (g + 0.9 * m if nesterov else m)
-            params = jax.tree.map(lambda a, u: a + u, params, updates)
-        np.testing.assert_allclose(params["kernel"], p, rtol=1e-5)
+        found = updates(settings, self.params, self.squares)
+        for name, decay in (("kernel", 0.01), ("bias", 0.0)):
+            p, m = self.params[name].astype(np.float64), 0.0
+            for step in range(3):
+                g = p**2 + decay * p
+                m = 0.9 * m + g
+                p = p - 0.1 * 0.5**step * (g + 0.9 * m if nesterov else m)
+            np.testing.assert_allclose(found[name], p, rtol=1e-5)
+
+    def test_three_steps_of_adamw_by_hand(self):
+        settings = settings_of(
+            name="adamw",
+            learning_rate=0.01,
+            schedule="constant",
+            warmup_epochs=0.0,
+            b1=0.8,
+            b2=0.9,
+            weight_decay=0.1,
+        )
+        found = updates(settings, self.params, self.squares)
+        for name, decay in (("kernel", 0.1), ("bias", 0.0)):
+            p, m, v = self.params[name].astype(np.float64), 0.0, 0.0
+            for step in range(1, 4):
+                g = p**2
+                m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+                corrected = m / (1 - 0.8**step) / (np.sqrt(v / (1 - 0.9**step)) + 1e-8)
+                p = p - 0.01 * (corrected + decay * p)
+            np.testing.assert_allclose(found[name], p, rtol=1e-5)
+
+    def test_clipping_comes_before_decay(self):
+        settings = settings_of(
+            learning_rate=1.0,
+            schedule="constant",
+            warmup_epochs=0.0,
+            weight_decay=0.5,
+            clip_norm=1.0,
+        )
+        found = updates(settings, self.params, self.squares, steps=1)
+        norm = np.sqrt(sum((p**4).sum() for p in self.params.values()))
+        kernel = self.params["kernel"]
+        np.testing.assert_allclose(
+            found["kernel"], kernel - kernel**2 / norm - 0.5 * kernel, rtol=1e-6
+        )
+
+    def test_unknown(self):
+        with pytest.raises(ValueError, match=r"optimizer\.name='adam'; there are: sgd, adamw"):
+            updates(settings_of(name="adam"), self.params, self.squares)
+
+
+class TestEquivalentL2:
+    def test_by_hand_and_in_the_step(self):
+        """The gradient is added to that of the loss, and ordinary decay spares the branches."""
+        plain, ours = (
+            Run.from_config(
+                small_config(
+                    optimizer__equivalent_l2=on,
+                    optimizer__weight_decay=0.3,
+                    optimizer__warmup_epochs=0.0,
+                    optimizer__momentum=0.0,
+                )
+            )
+            for on in (False, True)
+        )
+        state, batch = plain.initial_state(), batch_of(plain)
+        (a, _), (b, _) = (jax.jit(run.train_step)(state, batch) for run in (plain, ours))
+        rate = 0.4 * 128 / 256
+        block, stats = state.params["stem"], a.batch_stats["stem"]
+        t3, t1 = (
+            np.asarray(block[n]["scale"] / np.sqrt(stats[n]["var"] + 1e-5))
+            for n in ("bn3x3", "bn1x1")
+        )
+        k3, k1 = (np.asarray(block[n]["kernel"], np.float64) for n in ("conv3x3", "conv1x1"))
+        total = (k3[1, 1] * t3 + k1[0, 0] * t1) / (t3**2 + t1**2)
+        expected3, expected1 = k3.copy(), (total * t1)[None, None]
+        expected3[1, 1] = total * t3
+        for name, kernel, expected in (("conv3x3", k3, expected3), ("conv1x1", k1, expected1)):
+            # Both steps have the loss's gradient; one decays the kernel, one the penalty.
+            moved = b.params["stem"][name]["kernel"] - a.params["stem"][name]["kernel"]
+            np.testing.assert_allclose(moved, rate * 0.3 * (kernel - expected), atol=2e-6)
+        head = [run.params["head"]["kernel"] for run in (a, b)]
+        np.testing.assert_array_equal(*head)
+
+    def test_the_value(self, rng):
+        variables = random_variables(create_model(TINY_AUXILIARY, num_classes=5))
+        total = 0.0
+        for name, block in variables["params"].items():
+            if "conv3x3" not in block:
+                continue
+            k3, k1 = (np.asarray(block[n]["kernel"], np.float64) for n in ("conv3x3", "conv1x1"))
+            t3, t1 = (
+                block[n]["scale"] / np.sqrt(variables["batch_stats"][name][n]["var"] + 1e-5)
+                for n in ("bn3x3", "bn1x1")
+            )
+            total += (k3**2).sum() - (k3[1, 1] ** 2).sum()
+            total += ((k3[1, 1] * t3 + k1[0, 0] * t1) ** 2 / (t3**2 + t1**2)).sum()
+        assert float(equivalent_l2(variables)) == pytest.approx(total, rel=1e-5)
+
+
+class TestAccumulation:
+    """Pieces of a batch, one by one, are the batch at once: same groups, same statistics."""
+
+    @pytest.mark.parametrize("unrolled", [True, False])
+    def test_a_step_in_pieces_is_the_step(self, unrolled):
+        config = small_config(bn__group_size=8, model__dtype="float32")
+        whole = Run.from_config(config)
+        step = dataclasses.replace(whole.train_step, pieces=4, unrolled=unrolled)
+        state, batch = whole.initial_state(), batch_of(whole)
+        a, a_metrics = jax.jit(whole.train_step)(state, batch)
+        b, b_metrics = jax.jit(step)(state, batch)
+        chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(a_metrics, b_metrics, rtol=1e-5)
+
+    def test_in_pieces_on_eight_devices(self):
+        run = Run.from_config(small_config(bn__group_size=4, train__accumulate=2))
+        assert run.train_step.pieces == 2
+        state, batch = jax.device_get((run.initial_state(), batch_of(run)))
+        one, _ = jax.jit(run.train_step)(*jax.device_put((state, batch), jax.devices()[0]))
+        eight, _ = jax.jit(run.train_step)(
+            jax.device_put(state, run.replicated), jax.device_put(batch, run.over_batch)
+        )
+        chex.assert_trees_all_close(
+            jax.device_get(one), jax.device_get(eight), rtol=1e-5, atol=1e-6
+        )
+
+
+class TestAverages:
+    def test_they_follow_parameters_and_statistics(self):
+        run = Run.from_config(small_config(ema__decay=0.15))
+        state, batch = run.initial_state(), batch_of(run)
+        chex.assert_trees_all_equal(state.ema, state.variables)
+        step = jax.jit(run.train_step)
+        expected = jax.device_get(state.variables)
+        for count in range(3):
+            state, _ = step(state, batch)
+            decay = min(0.15, (1 + count) / (10 + count))
+            now = jax.device_get(state.variables)
+            expected = jax.tree.map(lambda e, v, d=decay: d * e + (1 - d) * v, expected, now)
+        chex.assert_trees_all_close(jax.device_get(state.ema), expected, rtol=1e-5, atol=1e-7)
+        chex.assert_trees_all_equal(state.result, state.ema)
+
+    def test_without_them_the_result_is_what_was_trained(self):
+        state = Run.from_config(small_config()).initial_state()
+        assert state.ema == {}
+        chex.assert_trees_all_equal(state.result, state.variables)
 
 
 class TestConfig:
@@ -205,6 +411,14 @@ class TestConfig:
             ({"train__batch_size": 100}, "train.batch_size=100 .* 8 devices; .* 96 or 104"),
             ({"train__batch_size": 4}, "the nearest that can: 8"),
             ({"eval__batch_size": 30}, "eval.batch_size=30 .* 24 or 32"),
+            ({"bn__group_size": -2}, 'group_size=-2; give a number of images, or "global"'),
+            ({"bn__group_size": "all"}, "group_size='all'; give a number of images"),
+            ({"train__accumulate": 2}, r'"global" and .*accumulate=2 exclude .* divides 64'),
+            (
+                {"train__accumulate": 3, "bn__group_size": 16},
+                "accumulate=3 does not divide the 8 groups of 16 images .* 2 or 4",
+            ),
+            ({"ema__decay": 1.5}, r"ema.decay=1.5 must be in \[0, 1\)"),
             ({"bn__group_size": 48}, "group_size=48 does not divide .*=128; .* 32 or 64"),
             ({"train__epochs": 0}, "train.epochs=0 must be 1 or more"),
             ({"optimizer__warmup_epochs": 2.0}, "warmup_epochs=2.0 leaves nothing"),
@@ -229,11 +443,10 @@ class TestConfig:
             Run.from_config(small_config(model__dtype="float8"))
 
 
-def test_initial_state_is_pure():
-    run = Run.from_config(small_config())
-    a, b = (
-        initial_state(run.model, run.optimizer, jax.random.key(s), run.dataset.image_shape)
-        for s in (0, 0)
-    )
-    chex.assert_trees_all_equal(a, b)
-    assert jnp.result_type(a.step) == jnp.int32
+def test_initial_state_is_a_function_of_the_seed():
+    run, other = Run.from_config(small_config()), Run.from_config(small_config(seed=1))
+    state = run.initial_state()
+    chex.assert_trees_all_equal(state, run.initial_state())
+    assert jnp.result_type(state.step) == jnp.int32
+    kernels = [r.params["stem"]["conv3x3"]["kernel"] for r in (state, other.initial_state())]
+    assert (np.asarray(kernels[0]) != np.asarray(kernels[1])).all()

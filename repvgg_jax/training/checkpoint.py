@@ -1,91 +1,145 @@
 """Checkpoints: Orbax, and what it leaves out.
 
-Orbax restores flipped bytes without a word and does not step back from a checkpoint that it
-cannot read. Here every array has a checksum, and the newest *sound* checkpoint is used;
-those that are not are named.
+Orbax restores flipped bytes without a word, does not step back from a checkpoint that it
+cannot read, and does not try again when a disk is full for a moment. Here every array has a
+checksum, the newest *sound* checkpoint is used, those that are not are named, and a save that
+fails is tried again.
 """
 
 import logging
 import pathlib
 import shutil
+import time
 import types
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from repvgg_jax.training import distributed
+from repvgg_jax.training.checksum import checksums
 from repvgg_jax.training.state import TrainState
+
+ATTEMPTS = 3  # to save, before the run stops
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for the last one."""
+    """The checkpoints of one run; a context manager that waits for the last one.
+
+    The newest `keep` stay, and the one with the best accuracy of those that were evaluated.
+    """
 
     def __init__(
-        self, path: pathlib.Path, *, keep: int = 3, say: Callable[[str], None] = logging.warning
+        self,
+        path: pathlib.Path,
+        *,
+        keep: int = 3,
+        say: Callable[[str], None] = logging.warning,
+        pause: float = 5.0,
     ):
         """Opens a directory of checkpoints.
 
         Args:
           path: the directory; made when the first one is saved.
           keep: how many of the newest to keep.
-          say: told, in a line, of every checkpoint that is not sound.
+          say: told, in a line, of every checkpoint that is not sound and every failed save.
+          pause: seconds before a second attempt to save; the third waits twice as long.
         """
-        self._say = say
-        # Orbax reports its progress on the logger that warnings share; its failures are
-        # raised anyway.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._say, self._pause = say, pause
+        # Orbax reports its progress, and failures that are raised anyway, on this logger.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
             path.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                best_fn=_accuracy,  # without it Orbax would not write the metrics down
+                best_mode="max",
+                create=False,
+            ),
             item_names=("state", "checksums"),
         )
         self._path = path
         self._unsound: list[int] = []
 
-    def save(self, state: TrainState) -> None:
-        """Saves in the background; an earlier save that failed raises here."""
-        self._path.mkdir(parents=True, exist_ok=True)
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), checksums=ocp.args.JsonSave(checksums(state))
-            ),
-        )
+    def save(self, state: TrainState, *, accuracy: float | None = None, wait: bool = False) -> None:
+        """Saves in the background; what is there stays until the new one is whole.
 
-    def restore(self, like: TrainState) -> TrainState | None:
+        A save that fails, this one or the one before it, is tried again, up to three times.
+
+        Args:
+          state: to save.
+          accuracy: of its evaluation, if it was evaluated.
+          wait: until it is on disk. Otherwise a failure shows at the next save.
+
+        Raises:
+          OSError: it failed three times.
+        """
+        step, metrics = int(state.step), None if accuracy is None else {"accuracy": accuracy}
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self._path.mkdir(parents=True, exist_ok=True)
+                self._manager.wait_until_finished()
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state),
+                        checksums=ocp.args.JsonSave(checksums(state)),
+                    ),
+                    metrics=metrics,
+                )
+                if wait:
+                    self._manager.wait_until_finished()
+                return
+            except Exception as error:  # Orbax raises whatever its writers raise
+                reason = _first_line(error)
+                if jax.process_count() > 1:
+                    # The others may have succeeded, or wait for this one: no attempt of one
+                    # process alone can work.
+                    raise OSError(f"saving at step {step} failed: {reason}") from error
+                self._clear_unfinished()
+                if attempt == ATTEMPTS:
+                    newest = self._manager.latest_step()
+                    raise OSError(
+                        f"saving at step {step} failed {ATTEMPTS} times; the last good checkpoint "
+                        f"is {'none' if newest is None else f'that of step {newest}'}: {reason}"
+                    ) from error
+                self._say(f"saving at step {step} failed, trying again: {reason}")
+                time.sleep(self._pause * attempt)
+
+    def restore(self, like: TrainState, *, step: int | None = None) -> TrainState | None:
         """The newest sound checkpoint, or None where there is none at all.
 
         Args:
           like: a state of the same structure, concrete or of `jax.ShapeDtypeStruct`s with
             shardings.
+          step: that of this step, instead of the newest.
 
         Raises:
-          ValueError: there are checkpoints, but not one is sound.
+          ValueError: there are checkpoints, but not one is sound, or none of that step.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
-            reason = "another process could not read it"
-            state = None
-            try:
-                state = self._restore_step(step, like)
-            except Exception as error:  # Orbax raises whatever its readers raise
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            # All processes continue from the same one.
-            if distributed.all_say(state is not None):
-                return state
-            self._unsound.append(step)
-            self._say(
-                f"checkpoint {self._path / str(step)} is not sound and is passed over: {reason}"
-            )
-        if steps:
+        if step is not None and step not in steps:
             raise ValueError(
-                f"none of the {len(steps)} checkpoints in {self._path} is sound "
-                f"(steps {', '.join(map(str, sorted(steps)))})"
+                f"{self._path} holds no checkpoint of step {step}; there are those of "
+                f"{', '.join(map(str, sorted(steps))) or 'none'}"
+            )
+        candidates = steps if step is None else [step]
+        for candidate in candidates:
+            state, reason = self._restore_step(candidate, like)
+            if state is not None:
+                return state
+            self._unsound.append(candidate)
+            self._say(
+                f"checkpoint {self._path / str(candidate)} is not sound and is passed over: "
+                f"{reason}"
+            )
+        if candidates:
+            raise ValueError(
+                f"none of the {len(candidates)} checkpoints in {self._path} is sound "
+                f"(steps {', '.join(map(str, sorted(candidates)))})"
             )
         return None
 
@@ -104,6 +158,15 @@ class Checkpoints:
         """The step of the newest checkpoint, sound or not."""
         return self._manager.latest_step()
 
+    def best(self) -> int | None:
+        """The step of the checkpoint with the best accuracy, or None where none was evaluated."""
+        evaluated = [
+            (metrics["accuracy"], step)
+            for step in self._manager.all_steps()
+            if (metrics := self._manager.metrics(step)) is not None
+        ]
+        return max(evaluated)[1] if evaluated else None
+
     def close(self) -> None:
         """Waits for the last save; raises if it failed."""
         self._manager.wait_until_finished()
@@ -120,40 +183,42 @@ class Checkpoints:
     ) -> None:
         self.close()
 
-    def _restore_step(self, step: int, like: TrainState) -> TrainState:
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), checksums=ocp.args.JsonRestore()
-            ),
-        )
-        found, stored = checksums(restored["state"]), restored["checksums"]
-        if found.keys() != stored.keys():
-            raise ValueError(f"{len(stored)} arrays were saved, {len(found)} were read")
-        if damaged := [name for name in found if found[name] != stored[name]]:
-            raise ValueError(
-                f"{len(damaged)} of {len(found)} arrays are damaged, the first: {damaged[0]}"
+    def _clear_unfinished(self) -> None:
+        """Gives back the space of a save that failed."""
+        for unfinished in self._path.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self._manager.reload()
+
+    def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState | None, str]:
+        """That checkpoint, or None and why; the same in all processes."""
+        restored, reason = None, "another process could not read it"
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like), checksums=ocp.args.JsonRestore()
+                ),
             )
-        return restored["state"]
+        except Exception as error:  # Orbax raises whatever its readers raise
+            reason = _first_line(error)
+        if not distributed.all_say(restored is not None):
+            return None, reason
+        assert restored is not None
+        found, stored = checksums(restored["state"]), restored["checksums"]
+        damaged = [name for name in found if found[name] != stored.get(name)]
+        reason = "another process read damaged arrays"
+        if found.keys() != stored.keys():
+            reason = f"{len(stored)} arrays were saved, {len(found)} were read"
+        elif damaged:
+            reason = f"{len(damaged)} of {len(found)} arrays are damaged, the first: {damaged[0]}"
+        sound = distributed.all_say(found == stored)
+        return (restored["state"], "") if sound else (None, reason)
 
 
-def checksums(tree: Any) -> dict[str, str]:
-    """A CRC-32 of every array, by its path in the tree."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{_crc(_whole(leaf)):08x}"
-        for path, leaf in leaves
-    }
+def _accuracy(metrics: Mapping[str, Any]) -> float:
+    return metrics["accuracy"]
 
 
-def _whole(leaf: Any) -> np.ndarray:
-    """The array, also where other processes hold parts of it."""
-    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-        assert isinstance(leaf.sharding, NamedSharding)
-        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-        leaf = jax.jit(lambda array: array, out_shardings=everywhere)(leaf)
-    return np.asarray(leaf)
-
-
-def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.variants import Variant, get_variant
@@ -31,7 +31,9 @@ def default_config(variant: str | Variant = "A0") -> ConfigDict:
                 "remat": False,  # recompute activations in the backward pass: less memory
             },
             "bn": {
-                "group_size": 0,  # images that share batch statistics; 0: the whole batch
+                # Images that share batch statistics, on any number of devices (the paper's
+                # is 32), or "global" for the whole batch.
+                "group_size": FieldReference("global", field_type=object),
             },
             "data": {
                 "source": "digits",
@@ -48,16 +50,29 @@ def default_config(variant: str | Variant = "A0") -> ConfigDict:
             "train": {
                 "batch_size": 256,  # images of all devices together
                 "epochs": 120,
+                "accumulate": 1,  # pieces of a batch that go through the network one by one
                 "label_smoothing": 0.0,
                 "shard_optimizer": False,  # each device keeps a share of momentum and EMA (ZeRO-1)
                 "auxiliary_weight": 0.1,  # of each auxiliary head's loss (plus-L2pse)
             },
             "optimizer": {
+                "name": "sgd",  # or adamw
                 "learning_rate": 0.1,  # per 256 images; scales linearly with the batch
+                "schedule": "cosine",  # cosine or linear to 0, step, constant
+                "step_epochs": 30.0,  # of the step schedule: so often …
+                "step_factor": 0.1,  # … the rate is multiplied by this
                 "warmup_epochs": 0.0,  # linear, from 0
-                "momentum": 0.9,
-                "nesterov": False,
+                "momentum": 0.9,  # of sgd
+                "nesterov": False,  # of sgd
+                "b1": 0.9,  # of adamw
+                "b2": 0.999,  # of adamw
+                "epsilon": 1e-8,  # of adamw
                 "weight_decay": 1e-4,  # on kernels and on the identity branch's scale
+                "equivalent_l2": False,  # decay the equivalent kernel, not its two branches
+                "clip_norm": 0.0,  # largest norm of a step's gradient; 0: any
+            },
+            "ema": {
+                "decay": 0.0,  # a step, of the averaged network that is evaluated; 0: none
             },
             "eval": {
                 "batch_size": 256,
@@ -65,7 +80,7 @@ def default_config(variant: str | Variant = "A0") -> ConfigDict:
             },
             "checkpoint": {
                 "every_epochs": 1,
-                "keep": 3,  # the newest ones
+                "keep": 3,  # the newest ones; that of the best evaluation stays anyway
             },
             "report": {
                 "every_steps": 50,
@@ -147,11 +162,28 @@ def model_of(config: ConfigDict, num_classes: int) -> RepVGG:
     return create_model(
         variant_of(config),
         num_classes=num_classes,
-        bn_group_size=config.bn.group_size or None,
+        bn_group_size=bn_group_size(config),
         train_form=config.model.train_form,
         remat=config.model.remat,
         dtype=DTYPES[config.model.dtype],
     )
+
+
+def bn_group_size(config: ConfigDict) -> int | None:
+    """Images that share batch statistics; None for the whole batch.
+
+    Raises:
+      ValueError: neither a number of images nor "global".
+    """
+    size = config.bn.group_size
+    if size == "global":
+        return None
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(
+            f'config.bn.group_size={size!r}; give a number of images, or "global" for the '
+            "whole batch"
+        )
+    return size
 
 
 def check(config: ConfigDict, *, devices: int, processes: int = 1) -> None:
@@ -177,16 +209,11 @@ def check(config: ConfigDict, *, devices: int, processes: int = 1) -> None:
                 f"config.{name}={batch} cannot be split over {devices} devices{of}; "
                 f"the nearest that can: {nearest}"
             )
-    batch, group = config.train.batch_size, config.bn.group_size
-    if group < 0 or (group and batch % group):
-        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
-        closest = sorted(sorted(divisors, key=lambda n: abs(n - group))[:2])
-        raise ValueError(
-            f"config.bn.group_size={group} does not divide config.train.batch_size={batch}; "
-            f"the nearest that do: {' or '.join(map(str, closest))}"
-        )
+    _check_pieces(config)
     least = {
         "train.epochs": (config.train.epochs, 1),
+        "optimizer.step_epochs": (config.optimizer.step_epochs, 1e-3),
+        "optimizer.clip_norm": (config.optimizer.clip_norm, 0),
         "eval.every_epochs": (config.eval.every_epochs, 1),
         "checkpoint.every_epochs": (config.checkpoint.every_epochs, 1),
         "checkpoint.keep": (config.checkpoint.keep, 1),
@@ -203,10 +230,44 @@ def check(config: ConfigDict, *, devices: int, processes: int = 1) -> None:
             f"config.optimizer.warmup_epochs={config.optimizer.warmup_epochs} leaves nothing of "
             f"config.train.epochs={config.train.epochs}"
         )
-    if not 0 <= config.train.label_smoothing < 1:
+    shares = {
+        "train.label_smoothing": config.train.label_smoothing,
+        "ema.decay": config.ema.decay,
+        "optimizer.momentum": config.optimizer.momentum,
+        "optimizer.b1": config.optimizer.b1,
+        "optimizer.b2": config.optimizer.b2,
+    }
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"config.{name}={value} must be in [0, 1)")
+
+
+def _check_pieces(config: ConfigDict) -> None:
+    """Whether groups of batch normalisation and pieces of accumulation divide the batch."""
+    batch, group, pieces = config.train.batch_size, bn_group_size(config), config.train.accumulate
+    if group is not None and batch % group:
         raise ValueError(
-            f"config.train.label_smoothing={config.train.label_smoothing} must be in [0, 1)"
+            f"config.bn.group_size={group} does not divide config.train.batch_size={batch}; "
+            f"the nearest that do: {_nearest_divisors(batch, group)}"
         )
+    if pieces < 1 or (batch // (group or 1)) % pieces:
+        what = f"the {batch // group} groups of {group} images" if group else "the images"
+        raise ValueError(
+            f"config.train.accumulate={pieces} does not divide {what} of "
+            f"config.train.batch_size={batch}; the nearest that do: "
+            f"{_nearest_divisors(batch // (group or 1), pieces)}"
+        )
+    if pieces > 1 and group is None:
+        raise ValueError(
+            f'config.bn.group_size="global" and config.train.accumulate={pieces} exclude each '
+            f"other: no piece sees the whole batch; give a group size that divides "
+            f"{batch // pieces}, for example {min(32, batch // pieces)}"
+        )
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    return " or ".join(map(str, sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:2])))
 
 
 def _frozen(value: Any) -> Any:

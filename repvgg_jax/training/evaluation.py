@@ -9,7 +9,7 @@ from repvgg_jax.data.batches import eval_batches
 from repvgg_jax.model import RepVGG
 from repvgg_jax.training.report import as_floats
 from repvgg_jax.training.run import Run
-from repvgg_jax.training.step import make_eval_step
+from repvgg_jax.training.step import EvalStep
 
 
 class Evaluation:
@@ -29,7 +29,7 @@ class Evaluation:
         """
         run = self._run
         if model not in self._steps:
-            self._steps[model] = jax.jit(make_eval_step(model, run.task, run.normalise))
+            self._steps[model] = jax.jit(EvalStep(model, run.task, run.normalise))
         batches = eval_batches(
             run.dataset.evaluation,
             batch_size=run.config.eval.batch_size,

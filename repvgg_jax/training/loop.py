@@ -65,7 +65,7 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
         print(
             distributed.describe_batch(
                 batch_size=config.train.batch_size,
-                group_size=config.bn.group_size or config.train.batch_size,
+                group_size=configs.bn_group_size(config) or config.train.batch_size,
             ),
             flush=True,
         )

@@ -13,10 +13,10 @@ from repvgg_jax.data.augment import Augment, Normalise, make_augment
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.model import RepVGG
 from repvgg_jax.training import config as configs
-from repvgg_jax.training import optimizer as optimizers
+from repvgg_jax.training.optimizer import make_optimizer
 from repvgg_jax.training.sharding import data_mesh, state_sharding
 from repvgg_jax.training.state import TrainState, initial_state
-from repvgg_jax.training.step import make_train_step
+from repvgg_jax.training.step import TrainStep
 from repvgg_jax.training.task import Classification
 
 
@@ -82,7 +82,6 @@ class Run:
             )
         steps_per_epoch = len(dataset.train) // batch_size
         total_steps = config.train.epochs * steps_per_epoch
-        settings = config.optimizer
         return cls(
             config=config,
             dataset=dataset,
@@ -92,22 +91,35 @@ class Run:
                 label_smoothing=config.train.label_smoothing,
                 auxiliary_weight=config.train.auxiliary_weight,
             ),
-            optimizer=optimizers.sgd(
-                optimizers.schedule(
-                    learning_rate=settings.learning_rate,
-                    batch_size=batch_size,
-                    warmup_steps=round(settings.warmup_epochs * steps_per_epoch),
-                    total_steps=total_steps,
-                ),
-                momentum=settings.momentum,
-                nesterov=settings.nesterov,
-                weight_decay=settings.weight_decay,
+            optimizer=make_optimizer(
+                config.optimizer,
+                batch_size=batch_size,
+                steps_per_epoch=steps_per_epoch,
+                total_steps=total_steps,
             ),
             normalise=Normalise(tuple(config.data.mean), tuple(config.data.std)),
             augment=make_augment(config.data.augment, **config.data.affine),
             mesh=data_mesh(jax.devices() if devices is None else devices),
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
+        )
+
+    @property
+    def train_step(self) -> TrainStep:
+        """One step of this run, as a pure function of state and batch."""
+        settings = self.config.optimizer
+        return TrainStep(
+            model=self.model,
+            task=self.task,
+            optimizer=self.optimizer,
+            normalise=self.normalise,
+            augment=self.augment,
+            seed=self.config.seed,
+            equivalent_l2=settings.weight_decay if settings.equivalent_l2 else 0.0,
+            ema_decay=self.config.ema.decay,
+            pieces=self.config.train.accumulate,
+            group_size=configs.bn_group_size(self.config) or 1,
+            unrolled=self.mesh.devices.flat[0].platform == "cpu",
         )
 
     @property
@@ -126,12 +138,21 @@ class Run:
         return state_sharding(shapes, self.mesh, shard_optimizer=self.config.train.shard_optimizer)
 
     def _init(self, key: jax.Array) -> TrainState:
-        return initial_state(self.model, self.optimizer, key, self.dataset.image_shape)
+        return initial_state(
+            self.model,
+            self.optimizer,
+            key,
+            self.dataset.image_shape,
+            average=self.config.ema.decay > 0,
+        )
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices."""
-        init = jax.jit(self._init, out_shardings=self.state_sharding())
-        return init(jax.random.key(self.config.seed))
+        # It runs once: on CPUs optimising it costs seconds, and it takes milliseconds.
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 0} if on_cpu else None
+        jitted = jax.jit(self._init, out_shardings=self.state_sharding(), compiler_options=options)
+        return jitted(jax.random.key(self.config.seed))
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, without computing it."""
@@ -147,11 +168,10 @@ class Run:
         Compiled, it takes a state, which it consumes, and a batch, and returns the next state
         and the metrics.
         """
-        train_step = make_train_step(
-            self.model, self.task, self.optimizer, self.normalise, self.augment, self.config.seed
-        )
         jitted = jax.jit(
-            train_step, out_shardings=(self.state_sharding(), self.replicated), donate_argnums=0
+            self.train_step,
+            out_shardings=(self.state_sharding(), self.replicated),
+            donate_argnums=0,
         )
         return jitted.lower(self.abstract_state(), self.abstract_batch())
 
@@ -170,7 +190,7 @@ class Run:
         """What will run on what, in a line."""
         variant, device = self.model.variant, jax.devices()[0]
         processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        group = self.config.bn.group_size or self.config.train.batch_size
+        group = configs.bn_group_size(self.config) or self.config.train.batch_size
         return (
             f"RepVGG {variant.name} ({self.config.model.dtype}) on {jax.device_count()} "
             f"{device.platform} device{'s' if jax.device_count() > 1 else ''}{processes}: "

@@ -7,7 +7,7 @@ import numpy as np
 
 from repvgg_jax.training.checkpoint import Checkpoints
 from repvgg_jax.training.run import Run
-from repvgg_jax.training.state import TrainState
+from repvgg_jax.training.state import TrainState, state_from
 from repvgg_jax.training.workdir import Workdir
 from repvgg_jax.weights import (
     Weights,
@@ -31,9 +31,9 @@ def starting_state(run: Run) -> tuple[TrainState, str | None]:
     if not source:
         return state, None
     merged = merge_weights(_load(run, source), jax.device_get(state.variables))
-    variables = jax.device_put(merged.variables, run.replicated)
-    state = state.replace(params=variables["params"], batch_stats=variables["batch_stats"])
-    return state, f"{merged} ({source})"
+    begun = state_from(merged.variables, run.optimizer, average=bool(state.ema))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.device_put(begun, shardings), f"{merged} ({source})"
 
 
 def _load(run: Run, source: str) -> Weights:
@@ -55,7 +55,7 @@ def _load_run(workdir: Workdir) -> Weights:
     return Weights(
         variant=run.model.variant.name,
         deploy=False,
-        variables=jax.tree.map(np.asarray, state.variables),
+        variables=jax.tree.map(np.asarray, state.result),
         num_classes=run.model.num_classes,
         family="flax",
     )

@@ -17,17 +17,25 @@ class TrainState(struct.PyTreeNode):
       params: parameters, float32.
       batch_stats: running statistics of batch normalisation, float32.
       opt_state: the optimiser's.
+      ema: exponential moving averages of `params` and `batch_stats`, under these names; empty
+        where there are none.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    ema: Any
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `model.apply` takes."""
+        """What `model.apply` takes, as it is trained."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The network that training is for: the averaged one where there is one."""
+        return self.ema or self.variables
 
 
 def initial_state(
@@ -35,12 +43,32 @@ def initial_state(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     image_shape: tuple[int, int, int],
+    *,
+    average: bool = False,
 ) -> TrainState:
-    """The state before the first step; pure, so `jax.jit` and `jax.eval_shape` take it."""
+    """The state before the first step; pure, so `jax.jit` and `jax.eval_shape` take it.
+
+    Args:
+      model: the network in training form.
+      optimizer: whose state to begin with.
+      key: of the initial weights.
+      image_shape: (height, width, channels) of one image.
+      average: whether to keep moving averages.
+    """
     variables = model.init(key, jnp.zeros((1, *image_shape)))
+    return state_from(variables, optimizer, average=average)
+
+
+def state_from(
+    variables: Any, optimizer: optax.GradientTransformation, *, average: bool
+) -> TrainState:
+    """The state before the first step of training that begins with these variables."""
+    variables = {name: variables[name] for name in ("params", "batch_stats")}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=optimizer.init(variables["params"]),
+        # Copies: the step may overwrite the buffers of the one and still read the other.
+        ema=jax.tree.map(jnp.copy, variables) if average else {},
     )
