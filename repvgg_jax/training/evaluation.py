@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from repvgg_jax.data.batches import eval_batches
 from repvgg_jax.model import RepVGG
-from repvgg_jax.training.report import as_floats
 from repvgg_jax.training.run import Run
+from repvgg_jax.training.signals import StopRequest
 from repvgg_jax.training.step import EvalStep
 
 
@@ -19,13 +20,18 @@ class Evaluation:
         self._run = run
         self._steps: dict[RepVGG, Callable[..., Any]] = {}
 
-    def __call__(self, model: RepVGG, variables: Any, prefix: str) -> dict[str, float]:
-        """`{"eval/loss": …, "eval/accuracy": …}` for prefix `eval`.
+    def __call__(
+        self, model: RepVGG, variables: Any, stop: StopRequest | None = None
+    ) -> dict[str, np.ndarray] | None:
+        """Means over the images: `loss`, `accuracy`, `top5`, and `class_accuracy` by label.
 
         Args:
           model: in either form.
           variables: in the same form.
-          prefix: of the names.
+          stop: asked before every batch.
+
+        Returns:
+          None where `stop` was asked for. `class_accuracy` is NaN for a class without images.
         """
         run = self._run
         if model not in self._steps:
@@ -35,7 +41,23 @@ class Evaluation:
             batch_size=run.config.eval.batch_size,
             sharding=run.over_batch,
         )
-        parts = [self._steps[model](variables, batch) for batch in batches]
-        sums = as_floats(jax.tree.map(lambda *values: sum(values), *parts))
-        count = sums.pop("count")
-        return {f"{prefix}/{name}": value / count for name, value in sums.items()}
+        parts = []
+        for batch in batches:
+            if stop is not None and stop.poll():
+                return None
+            parts.append(self._steps[model](variables, batch))
+        sums = jax.device_get(jax.tree.map(lambda *values: sum(values), *parts))
+        count, class_count = sums.pop("count"), sums.pop("class_count")
+        class_right = sums.pop("class_accuracy")
+        means = {name: np.asarray(value / count) for name, value in sums.items()}
+        with np.errstate(invalid="ignore"):
+            return {**means, "class_accuracy": class_right / class_count}
+
+
+def row(prefix: str, means: dict[str, np.ndarray], suffix: str = "") -> dict[str, float]:
+    """What of an evaluation goes into a row of the report: `{"eval/accuracy": 0.7, …}`."""
+    return {
+        f"{prefix}/{name}{suffix}": float(value)
+        for name, value in means.items()
+        if np.ndim(value) == 0
+    }

@@ -17,8 +17,9 @@ from repvgg_jax.fuse import fuse_params
 from repvgg_jax.training import config as configs
 from repvgg_jax.training import distributed
 from repvgg_jax.training.checkpoint import Checkpoints
-from repvgg_jax.training.evaluation import Evaluation
+from repvgg_jax.training.evaluation import Evaluation, row
 from repvgg_jax.training.meter import Meter
+from repvgg_jax.training.profile import Profile
 from repvgg_jax.training.report import Report
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.signals import StopRequest
@@ -44,7 +45,9 @@ class Outcome:
     stopped_by: signal.Signals | None = None
 
 
-def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
+def train(
+    config: ConfigDict, path: str | pathlib.Path, *, profile_steps: range = range(0)
+) -> Outcome:
     """Trains what `config` describes in the directory `path`, or continues there.
 
     A run that was interrupted at any step and continues ends with the same bits, in
@@ -53,9 +56,11 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
     Args:
       config: from `default_config`, as a recipe changes it.
       path: the run's directory; see `Workdir` for what it will hold.
+      profile_steps: steps to write a trace of, for TensorBoard or Perfetto.
 
     Raises:
-      ValueError: a setting that cannot work, or a directory of another configuration.
+      ValueError: a setting that cannot work, or a directory of another configuration or in
+        use by another run.
       FloatingPointError: the loss or a gradient is not finite any more.
       OSError: the directory cannot be written.
     """
@@ -71,10 +76,10 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
         )
     run = Run.from_config(config)
     workdir = Workdir(pathlib.Path(path))
-    if jax.process_index() == 0:
-        workdir.claim(config)
 
     with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(workdir.claimed(config))
         warnings: list[str] = []
         checkpoints = stack.enter_context(
             Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, say=warnings.append)
@@ -85,6 +90,7 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
         report = Report(
             workdir,
             title=f"RepVGG {run.model.variant.name} on {run.dataset.name}",
+            config=configs.plain(config),
             start_step=int(state.step),
             total_steps=run.total_steps,
         )
@@ -100,10 +106,11 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
 
         evaluate = Evaluation(run)
         if int(state.step) < run.total_steps:
-            state = _train_steps(run, state, checkpoints, report, evaluate, stop)
+            profile = stack.enter_context(Profile(workdir.profile, profile_steps, report.say))
+            state = _train_steps(run, state, checkpoints, report, evaluate, stop, profile)
         if stop.signal is not None:
             return Outcome(int(state.step), stopped_by=stop.signal)
-        return _finish(run, state, report, evaluate, workdir)
+        return _finish(run, state, checkpoints, report, evaluate, workdir, stop)
 
 
 def _train_steps(
@@ -113,15 +120,20 @@ def _train_steps(
     report: Report,
     evaluate: Evaluation,
     stop: StopRequest,
+    profile: Profile,
 ) -> TrainState:
     config, start_step = run.config, int(state.step)
 
     def every(epochs: int, step: int) -> bool:
         return step == run.total_steps or step % (epochs * run.steps_per_epoch) == 0
 
-    def test(step: int) -> None:
-        report.record({"step": step, **evaluate(run.model, state.variables, "eval")})
+    def test(step: int) -> float | None:
+        means = evaluate(run.model, state.result, stop)
+        if means is None:
+            return None  # stopped; the run that continues will do it
+        report.record({"step": step, **row("eval", means)})
         report.draw()
+        return float(means["accuracy"])
 
     began = time.monotonic()
     # Unlike a jitted function, a compiled one cannot compile again.
@@ -140,21 +152,21 @@ def _train_steps(
     )
     meter = Meter(run, report, checkpoints)
     for step in range(start_step + 1, run.total_steps + 1):
+        profile.before(step)
         batch = meter.wait_for(batches)
         state, metrics = train_step(state, batch)
+        profile.after(step, metrics)
         # The device is busy with this step now, so the numbers of the one before cost nothing.
         meter.take(step, metrics)
 
-        stop.poll()
-        test_now = every(config.eval.every_epochs, step) and not stop
-        save_now = every(config.checkpoint.every_epochs, step) or stop
-        if test_now or save_now:
+        test_now = every(config.eval.every_epochs, step) and not stop.poll()
+        save_now = every(config.checkpoint.every_epochs, step)
+        if test_now or save_now or stop:
             meter.flush()  # raises before a state that is not finite could be saved
         # A row is on disk before the checkpoint that would keep it from being written again.
-        if test_now:
-            test(step)
-        if save_now:
-            checkpoints.save(state)
+        accuracy = test(step) if test_now else None
+        if save_now or stop:
+            checkpoints.save(state, accuracy=accuracy, wait=bool(stop) or step == run.total_steps)
         if stop.signal is not None:
             report.say(
                 f"{stop.signal.name} at step {step}: saved; the same command continues from here"
@@ -166,18 +178,29 @@ def _train_steps(
 
 
 def _finish(
-    run: Run, state: TrainState, report: Report, evaluate: Evaluation, workdir: Workdir
+    run: Run,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    report: Report,
+    evaluate: Evaluation,
+    workdir: Workdir,
+    stop: StopRequest,
 ) -> Outcome:
-    fused_model, fused = run.model.clone(deploy=True), fuse_params(state.variables)
-    trained = evaluate(run.model, state.variables, "final")
-    deployed = evaluate(fused_model, fused, "final")
-    row = {**trained, **{f"{name}_fused": value for name, value in deployed.items()}}
-    report.record({"step": int(state.step), **row})
+    step, fused_model = int(state.step), run.model.clone(deploy=True)
+    trained = evaluate(run.model, state.result, stop)
+    deployed = evaluate(fused_model, fuse_params(state.result), stop)
+    if trained is None or deployed is None:
+        return Outcome(step, stopped_by=stop.signal)
+    final = {**row("final", trained), **row("final", deployed, "_fused")}
+    report.record({"step": step, **final})
     report.draw()
     report.say(
-        f"held-out accuracy: {row['final/accuracy']:.2%} as trained, "
-        f"{row['final/accuracy_fused']:.2%} fused ({len(run.dataset.evaluation)} images)"
+        f"held-out accuracy: {final['final/accuracy']:.2%} as trained, "
+        f"{final['final/accuracy_fused']:.2%} fused ({len(run.dataset.evaluation)} images)"
     )
-    report.say(f"curves: {workdir.curves}")
+    best = checkpoints.best()
+    if best not in (None, step):
+        report.say(f"the best of the checkpoints that were evaluated is that of step {best}")
+    report.say(f"report: {workdir.page}")
     report.say(f"next: python convert.py --workdir {workdir.path} --output deploy")
-    return Outcome(int(state.step), row["final/accuracy"], row["final/accuracy_fused"])
+    return Outcome(step, final["final/accuracy"], final["final/accuracy_fused"])

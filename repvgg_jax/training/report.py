@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines, `metrics.jsonl`, TensorBoard and the curves."""
+"""What a person sees of a run: lines, `metrics.jsonl`, TensorBoard, the curves and the page."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import rich.console
 import rich.live
 from tensorboardX import SummaryWriter
 
-from repvgg_jax.training import curves
+from repvgg_jax.training import curves, page
 from repvgg_jax.training.workdir import Workdir, write_atomically
 
 Row = Mapping[str, float]
@@ -24,14 +24,22 @@ class Report:
     for every row of `metrics.jsonl`.
     """
 
-    def __init__(self, workdir: Workdir, *, title: str, start_step: int, total_steps: int):
+    def __init__(
+        self,
+        workdir: Workdir,
+        *,
+        title: str,
+        config: Mapping[str, Any],
+        start_step: int,
+        total_steps: int,
+    ):
         """Opens the files, and takes back what was reported after `start_step`.
 
         A run that continues repeats the steps after its checkpoint; keeping their old rows
         would count them twice.
         """
         self._active = jax.process_index() == 0
-        self._workdir, self._title = workdir, title
+        self._workdir, self._title, self._config = workdir, title, config
         self._total_steps = total_steps
         self._clock: tuple[int, float] | None = None
         self._console = rich.console.Console(highlight=False, soft_wrap=True)
@@ -84,9 +92,10 @@ class Report:
         return any(row["step"] == step and "eval/loss" in row for row in self._rows)
 
     def draw(self) -> None:
-        """Draws the curves of all rows so far."""
+        """Draws the curves, and writes the page, of all rows so far."""
         if self._active:
             curves.draw(self._rows, self._workdir.curves, self._title)
+            page.write(self._workdir, self._title, self._rows, self._config)
 
     def close(self) -> None:
         """Ends the live line and closes the files."""

@@ -6,12 +6,18 @@ unsound/           those that were found damaged, if there ever were any
 metrics.jsonl      one JSON object a report
 tensorboard/       the same for TensorBoard
 curves.png         the same as a picture
+report.html        the same as a page, with the configuration and the machine
+profile/           a trace, if one was asked for
 """
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
@@ -48,6 +54,43 @@ class Workdir:
     def curves(self) -> pathlib.Path:
         """A picture of the metrics."""
         return self.path / "curves.png"
+
+    @property
+    def page(self) -> pathlib.Path:
+        """All of a run on one page."""
+        return self.path / "report.html"
+
+    @property
+    def profile(self) -> pathlib.Path:
+        """Traces of the steps that were profiled."""
+        return self.path / "profile"
+
+    @contextlib.contextmanager
+    def claimed(self, config: ConfigDict) -> Iterator[None]:
+        """A context in which the directory is this configuration's and nobody else's.
+
+        Raises:
+          ValueError: it is another configuration's, holds other things, or is in use.
+          OSError: it cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        # A lock on the directory itself leaves nothing behind, however the process ends.
+        directory = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{self.path} is in use by another run on this machine; wait for its end, or "
+                    "give another --workdir"
+                ) from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise  # these file systems know no locks
+            self.claim(config)
+            yield
+        finally:
+            os.close(directory)
 
     def claim(self, config: ConfigDict) -> None:
         """Makes the directory this configuration's, or finds that it is already.
