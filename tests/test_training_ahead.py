@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from repvgg_jax.training.ahead import compile_ahead
+from repvgg_jax.training.ahead import chips_in, compile_ahead
 from tests.runs import small_config
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -53,3 +53,10 @@ def test_without_libtpu():
 def test_a_topology_that_does_not_exist(topology, message):
     with pytest.raises(ValueError, match=message):
         compile_ahead(small_config(), topology, timeout=1)
+
+
+def test_chips_of_a_topology():
+    assert chips_in("v5e:16x16") == 256
+    assert chips_in("v4:4x4x8") == 128
+    with pytest.raises(ValueError, match="no TPU topology"):
+        chips_in("v5e:2")

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -194,6 +195,16 @@ def chip_of(topology: str) -> Chip:
     return chip
 
 
+def chips_in(topology: str) -> int:
+    """How many chips a topology has, each of them one device.
+
+    Raises:
+      ValueError: there is no such topology.
+    """
+    chip_of(topology)
+    return math.prod(int(size) for size in topology.partition(":")[2].split("x"))
+
+
 def _compile(config: ConfigDict, topology: str) -> Program:
     """Compiles in this process."""
     from jax.experimental import topologies
@@ -216,7 +227,8 @@ def _compile(config: ConfigDict, topology: str) -> Program:
 
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis()
-    batch, group = config.train.batch_size, config.bn.group_size or config.train.batch_size
+    batch = config.train.batch_size
+    group = configs.bn_group_size(config) or batch
     height, width, channels = run.dataset.image_shape
     return Program(
         title=(

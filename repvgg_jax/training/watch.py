@@ -165,7 +165,8 @@ class Watch:
                 self.look()
             except RuntimeError as error:
                 if not self._closed.is_set():
-                    self._on_loss(f"process 0 of {self._processes} does not answer: {error}")
+                    reason = str(error).partition("\n")[0]
+                    self._on_loss(f"process 0 of {self._processes} does not answer: {reason}")
                 return
 
     def _key(self, name: str) -> str:
