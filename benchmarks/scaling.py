@@ -8,7 +8,7 @@ command.
 
     python benchmarks/scaling.py                             # all fifteen and the larger slices
     python benchmarks/scaling.py --models A0 --topologies v5e:2x2
-    python benchmarks/scaling.py --table                     # only print what is there
+    python benchmarks/scaling.py --table --write             # only put what is there on the page
 
 The rows say which versions compiled them; rows of other versions count as not there.
 """
@@ -24,6 +24,7 @@ import harness
 
 IMAGES_PER_CHIP = 32
 RESULTS = harness.RESULTS / "scaling.jsonl"
+PAGE = harness.RESULTS.parents[1] / "docs" / "scaling.md"
 EVERY = ("v5e:16x16",)  # compiled for all networks
 MORE = ("v4:4x4x8", "v5p:4x4x8")  # and for these
 MORE_MODELS = ("A0", "B1", "B3")
@@ -93,6 +94,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return harness.table(cells)
 
 
+def fill(page: pathlib.Path, text: str) -> None:
+    """Puts a table between the marks of a page."""
+    before, _, rest = page.read_text().partition("<!-- table -->\n")
+    _, _, after = rest.partition("<!-- /table -->")
+    unfinished = page.with_suffix(".tmp")
+    unfinished.write_text(f"{before}<!-- table -->\n{text}\n<!-- /table -->{after}")
+    unfinished.replace(page)
+
+
 def main() -> None:
     """Compiles what is missing, a row at a time, and prints the table."""
     from repvgg_jax import VARIANTS
@@ -104,6 +114,7 @@ def main() -> None:
     parser.add_argument("--topologies", nargs="+", help="by default those of docs/scaling.md")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one program")
     parser.add_argument("--table", action="store_true", help="compile nothing")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/scaling.md")
     args = parser.parse_args()
 
     models = args.models or list(VARIANTS)
@@ -124,7 +135,11 @@ def main() -> None:
         print(
             f"{model} {topology}: {row.get('error', 'done')}, {row['wall_seconds']} s", flush=True
         )
-    print(table(sorted(stored(versions), key=lambda row: _order(row, list(VARIANTS)))))
+    rows = sorted(stored(versions), key=lambda row: _order(row, list(VARIANTS)))
+    facts = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if args.write:
+        fill(PAGE, f"{table(rows)}\n\n{facts}.")
+    print(f"{table(rows)}\n\n{facts}")
 
 
 def _order(row: dict[str, Any], models: list[str]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -170,6 +171,24 @@ class TestPlace:
     def test_what_it_is_not(self, text):
         with pytest.raises(ValueError, match=r"is not HOST:PORT,PROCESSES,PROCESS.*10\.0\.0\.1"):
             distributed.Place.parse(text)
+
+
+def test_the_lines_that_the_page_on_launching_promises(monkeypatch):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "launch.md").read_text()
+    lines = re.findall(r"^process .*$", page, re.M)
+    assert len(lines) == 3
+    for line in lines:
+        process, processes, local, devices, batch, *_, group = map(int, re.findall(r"\d+", line))
+        assert local * processes == devices
+        place = {
+            "process_index": process,
+            "process_count": processes,
+            "local_device_count": local,
+            "device_count": devices,
+        }
+        for name, value in place.items():
+            monkeypatch.setattr(jax, name, lambda value=value: value)
+        assert distributed.describe_batch(batch_size=batch, group_size=group) == line
 
 
 def test_batches_that_cannot_be_split_over_processes():
