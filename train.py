@@ -44,6 +44,15 @@ STEP = flags.DEFINE_integer(
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", "", "FIRST:END, steps to write a trace of; 10:20 traces 10 to 19."
 )
+COMPILE_ONLY = flags.DEFINE_string(
+    "compile_only",
+    None,
+    "Compile the train step for a TPU topology, say v5e:16x16, show what it takes, and stop. "
+    "Needs neither a TPU nor data.",
+)
+COMPILE_TIMEOUT = flags.DEFINE_integer(
+    "compile_timeout", 1800, "Seconds after which --compile_only gives up.", lower_bound=1
+)
 
 
 def main(_: Sequence[str]) -> int:
@@ -57,6 +66,11 @@ def main(_: Sequence[str]) -> int:
     if not recipe.is_file():
         found = ", ".join(sorted(path.name for path in RECIPES.glob("*.py")))
         raise ValueError(f"--config={recipe}: no such file; there are in {RECIPES}: {found}")
+    if COMPILE_ONLY.value is not None:
+        from repvgg_jax.training.ahead import compile_ahead
+
+        print(compile_ahead(CONFIG.value, COMPILE_ONLY.value, timeout=COMPILE_TIMEOUT.value))
+        return 0
     workdir = WORKDIR.value or pathlib.Path("runs", recipe.stem)
     with distributed.joined(
         DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -85,15 +86,10 @@ def test_two_processes_are_one_run(alone, tmp_path):
 class TestFourProcesses:
     """Two devices each; slow, for starting and compiling four times."""
 
-    @pytest.fixture(scope="class")
-    def four(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("four")
-        with started(folder, 4, "--config.train.shard_optimizer=True") as run:
+    def test_are_one_run_and_one_process_reads_what_they_saved(self, alone, tmp_path):
+        with started(tmp_path, 4, "--config.train.shard_optimizer=True") as run:
             assert run.wait() == [0] * 4
-        return folder / "run"
-
-    def test_are_one_run_and_one_process_reads_what_they_saved(self, alone, four):
-        assert_same_run(alone, four)
+        assert_same_run(alone, tmp_path / "run")
 
     @pytest.mark.parametrize("lost", [0, 2])
     def test_the_others_stop_when_one_is_killed_and_a_restart_is_right(self, alone, tmp_path, lost):
@@ -177,6 +173,24 @@ class TestPlace:
             distributed.Place.parse(text)
 
 
+def test_the_lines_that_the_page_on_launching_promises(monkeypatch):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "launch.md").read_text()
+    lines = re.findall(r"^process .*$", page, re.M)
+    assert len(lines) == 3
+    for line in lines:
+        process, processes, local, devices, batch, *_, group = map(int, re.findall(r"\d+", line))
+        assert local * processes == devices
+        place = {
+            "process_index": process,
+            "process_count": processes,
+            "local_device_count": local,
+            "device_count": devices,
+        }
+        for name, value in place.items():
+            monkeypatch.setattr(jax, name, lambda value=value: value)
+        assert distributed.describe_batch(batch_size=batch, group_size=group) == line
+
+
 def test_batches_that_cannot_be_split_over_processes():
     config = recipe()
     config.train.batch_size = 100
@@ -216,7 +230,7 @@ class TestWatch:
         ]
 
     def test_one_that_falls_silent_is_missed(self, watches):
-        for watch in watches:
+        for watch in 2 * watches:  # the first of them first looks before the others are there
             watch.look()
         time.sleep(0.3)
         watches[1].look()

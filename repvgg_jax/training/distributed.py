@@ -180,6 +180,19 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def meet(place: str) -> None:
+    """Waits for all processes, without a collective.
+
+    Collectives have timeouts of their own, half a minute where they go through gloo, and
+    processes that compile on busy machines finish further apart.
+
+    Args:
+      place: a name, used once in a run.
+    """
+    if _watch is not None:  # and it ends this process if one never comes
+        _client().wait_at_barrier(f"{_SPACE}.{place}", _milliseconds(86400))
+
+
 def first_says(answer: bool) -> bool:
     """Process 0's answer, in all processes."""
     if jax.process_count() == 1:

@@ -138,6 +138,7 @@ def _train_steps(
     began = time.monotonic()
     # Unlike a jitted function, a compiled one cannot compile again.
     train_step = run.lower_step().compile()
+    distributed.meet("compiled")
     report.say(f"compiled in {time.monotonic() - began:.1f} s")
     untested = start_step and every(config.eval.every_epochs, start_step)
     if untested and not distributed.first_says(report.tested(start_step)):

@@ -80,7 +80,8 @@ class Watch:
         self._store.put(self._key("beat"), _DONE)
 
     def fail(self, reason: str) -> None:
-        """Tells the others in a line why this process stops."""
+        """Tells the others in a line why this process stops; what becomes of them is theirs."""
+        self._on_loss = lambda what: None
         self._store.put(self._key("failure"), reason)
 
     def suspect(self, patience: float) -> None:
@@ -164,7 +165,8 @@ class Watch:
                 self.look()
             except RuntimeError as error:
                 if not self._closed.is_set():
-                    self._on_loss(f"process 0 of {self._processes} does not answer: {error}")
+                    reason = str(error).partition("\n")[0]
+                    self._on_loss(f"process 0 of {self._processes} does not answer: {reason}")
                 return
 
     def _key(self, name: str) -> str:

@@ -1,0 +1,155 @@
+"""What the train step of every network takes on slices of TPUs, counted without a TPU.
+
+Compiles the very train step of a run (`train.py --compile_only`) for each network and slice,
+32 images a chip in bfloat16, batch normalisation over 32, and keeps the compiler's counts: one
+row a program, added to `results/scaling.jsonl` as soon as it is there. A program takes minutes
+of CPU; what is there already is not compiled again, so a stopped table is continued by the same
+command.
+
+    python benchmarks/scaling.py                             # all fifteen and the larger slices
+    python benchmarks/scaling.py --models A0 --topologies v5e:2x2
+    python benchmarks/scaling.py --table --write             # only put what is there on the page
+
+The rows say which versions compiled them; rows of other versions count as not there.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import harness
+
+IMAGES_PER_CHIP = 32
+RESULTS = harness.RESULTS / "scaling.jsonl"
+PAGE = harness.RESULTS.parents[1] / "docs" / "scaling.md"
+EVERY = ("v5e:16x16",)  # compiled for all networks
+MORE = ("v4:4x4x8", "v5p:4x4x8")  # and for these
+MORE_MODELS = ("A0", "B1", "B3")
+
+
+def config_of(model: str, topology: str) -> Any:
+    """A run of `model` on ImageNet's shapes, 32 images a chip of the slice."""
+    from repvgg_jax.training.ahead import chips_in
+    from repvgg_jax.training.config import default_config
+
+    config = default_config(model)
+    config.data.source = "imagenet"  # of which only the shapes are needed
+    config.model.dtype = "bfloat16"
+    config.bn.group_size = IMAGES_PER_CHIP
+    config.train.batch_size = config.eval.batch_size = IMAGES_PER_CHIP * chips_in(topology)
+    return config
+
+
+def row_of(model: str, topology: str, timeout: float) -> dict[str, Any]:
+    """Compiles one program and returns its row; one that fails has `error`."""
+    import dataclasses
+
+    from repvgg_jax.training.ahead import compile_ahead
+
+    row: dict[str, Any] = {"model": model, "topology": topology, "versions": harness.versions()}
+    began = time.monotonic()
+    try:
+        program = compile_ahead(config_of(model, topology), topology, timeout=timeout)
+    except (ValueError, OSError) as error:
+        row["error"] = str(error)
+    else:
+        row |= dataclasses.asdict(program)
+    return row | {"wall_seconds": round(time.monotonic() - began, 1)}
+
+
+def stored(versions: dict[str, str]) -> list[dict[str, Any]]:
+    """Rows of these versions, the newest of each program."""
+    if not RESULTS.exists():
+        return []
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines() if line.strip()]
+    newest = {(row["model"], row["topology"]): row for row in rows if row["versions"] == versions}
+    return list(newest.values())
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown; all numbers but the first two are of one chip and step."""
+    cells = []
+    for row in rows:
+        cell = {"model": row["model"], "slice": row["topology"]}
+        names = (
+            "M params", "GFLOP", "GB accessed", "peak MiB", "of HBM", "collectives", "compile s",
+        )  # fmt: skip
+        if "error" in row:
+            cells.append(cell | dict.fromkeys(names) | {"collectives": row["error"][:80]})
+            continue
+        kinds = [f"{count} {kind}" for kind, count in sorted(row["collectives"].items())]
+        values = (
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['flops'] / 1e9:,.0f}",
+            f"{row['accessed'] / 1e9:.1f}",
+            f"{row['peak'] / 2**20:,.0f}",
+            f"{row['peak'] / row['hbm']:.1%}",
+            ", ".join(kinds) or "none",
+            f"{row['compile_seconds']:.0f}",
+        )
+        cells.append(cell | dict(zip(names, values, strict=True)))
+    return harness.table(cells)
+
+
+def fill(page: pathlib.Path, text: str) -> None:
+    """Puts a table between the marks of a page."""
+    before, _, rest = page.read_text().partition("<!-- table -->\n")
+    _, _, after = rest.partition("<!-- /table -->")
+    unfinished = page.with_suffix(".tmp")
+    unfinished.write_text(f"{before}<!-- table -->\n{text}\n<!-- /table -->{after}")
+    unfinished.replace(page)
+
+
+def main() -> None:
+    """Compiles what is missing, a row at a time, and prints the table."""
+    from repvgg_jax import VARIANTS
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", help="by default all")
+    parser.add_argument("--topologies", nargs="+", help="by default those of docs/scaling.md")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one program")
+    parser.add_argument("--table", action="store_true", help="compile nothing")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/scaling.md")
+    args = parser.parse_args()
+
+    models = args.models or list(VARIANTS)
+    if args.topologies:
+        programs = [(model, topology) for topology in args.topologies for model in models]
+    else:
+        programs = [(model, topology) for topology in EVERY for model in models]
+        programs += [(model, t) for t in MORE for model in MORE_MODELS if model in models]
+    versions = harness.versions()
+    done = {(row["model"], row["topology"]) for row in stored(versions) if "error" not in row}
+    for model, topology in [] if args.table else programs:
+        if (model, topology) in done:
+            continue
+        row = row_of(model, topology, args.timeout)
+        RESULTS.parent.mkdir(exist_ok=True)
+        with pathlib.Path(RESULTS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"{model} {topology}: {row.get('error', 'done')}, {row['wall_seconds']} s", flush=True
+        )
+    rows = sorted(stored(versions), key=lambda row: _order(row, list(VARIANTS)))
+    facts = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if args.write:
+        fill(PAGE, f"{table(rows)}\n\n{facts}.")
+    print(f"{table(rows)}\n\n{facts}")
+
+
+def _order(row: dict[str, Any], models: list[str]) -> tuple[int, int]:
+    topologies = [*EVERY, *MORE]
+    known = row["topology"] in topologies
+    return (
+        topologies.index(row["topology"]) if known else len(topologies),
+        models.index(row["model"]) if row["model"] in models else len(models),
+    )
+
+
+if __name__ == "__main__":
+    main()
