@@ -17,9 +17,7 @@ from tests.trees import TINY_AUXILIARY, paths, random_variables
 
 
 def train_step_of(run: Run):
-    return make_train_step(
-        run.model, run.task, run.optimizer, run.normalise, run.augment, run.config.seed
-    )
+    return make_train_step(run.model, run.task, run.optimizer, run.augment, run.config.seed)
 
 
 def batch_of(run: Run, size: int = 64):

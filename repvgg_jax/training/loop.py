@@ -157,9 +157,7 @@ def _train_steps(
 
 def _compile(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
     """The train step as a program; unlike a jitted function it cannot compile again."""
-    train_step = make_train_step(
-        run.model, run.task, run.optimizer, run.normalise, run.augment, run.config.seed
-    )
+    train_step = make_train_step(run.model, run.task, run.optimizer, run.augment, run.config.seed)
     jitted = jax.jit(train_step, out_shardings=run.replicated, donate_argnums=0)
     return jitted.lower(run.abstract_state(), run.abstract_batch()).compile()
 

@@ -8,7 +8,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from repvgg_jax.data.augment import Augment, Normalise, make_augment
+from repvgg_jax.data.augment import Augmentation, Normalise, make_augmentation
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.model import RepVGG
 from repvgg_jax.training import config as configs
@@ -28,7 +28,7 @@ class Run:
       task: loss and metrics.
       optimizer: the gradient transformation.
       normalise: pixels to what the network takes.
-      augment: or None.
+      augment: the same with augmentation, for training.
       mesh: all devices, on one axis `data`.
       steps_per_epoch: whole batches in the training images.
       total_steps: of the run.
@@ -40,7 +40,7 @@ class Run:
     task: Classification
     optimizer: optax.GradientTransformation
     normalise: Normalise
-    augment: Augment | None
+    augment: Augmentation
     mesh: Mesh
     steps_per_epoch: int
     total_steps: int
@@ -69,6 +69,7 @@ class Run:
         steps_per_epoch = len(dataset.train) // batch_size
         total_steps = config.train.epochs * steps_per_epoch
         settings = config.optimizer
+        normalise = Normalise(tuple(config.data.mean), tuple(config.data.std))
         return cls(
             config=config,
             dataset=dataset,
@@ -89,8 +90,8 @@ class Run:
                 nesterov=settings.nesterov,
                 weight_decay=settings.weight_decay,
             ),
-            normalise=Normalise(tuple(config.data.mean), tuple(config.data.std)),
-            augment=make_augment(config.data.augment, **config.data.affine),
+            normalise=normalise,
+            augment=make_augmentation(config.augment, normalise),
             # Explicit axes, today's default, break gathers on a sharded batch.
             mesh=jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)),
             steps_per_epoch=steps_per_epoch,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from repvgg_jax.data.augment import Augment, Normalise
+from repvgg_jax.data.augment import Augmentation, Normalise
 from repvgg_jax.training.state import TrainState
 from repvgg_jax.training.task import Classification, Sums
 
@@ -19,8 +19,7 @@ def make_train_step(
     model: nn.Module,
     task: Classification,
     optimizer: optax.GradientTransformation,
-    normalise: Normalise,
-    augment: Augment | None,
+    augment: Augmentation,
     seed: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Builds `train_step(state, batch) -> (state, metrics)`.
@@ -34,7 +33,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        images = normalise(batch["image"], augment, key)
+        images = augment(key, batch["image"])
 
         def loss_of(params: Any) -> tuple[jax.Array, tuple[Sums, Any]]:
             logits, updated = model.apply(
