@@ -42,9 +42,11 @@ def smooth(images: jax.Array) -> jax.Array:
     rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
     around = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
     row, column = jnp.arange(height), jnp.arange(width)
-    inside = ((row > 0) & (row < height - 1))[:, None] & ((column > 0) & (column < width - 1))
+    rows_inside = ((row > 0) & (row < height - 1))[:, None]
+    columns_inside = ((column > 0) & (column < width - 1))[None, :]
+    inside = (rows_inside & columns_inside)[None, :, :, None]
     rounded = (2 * (around + 4 * values) + 13) // 26
-    return jnp.where(inside[None, :, :, None], rounded, values)
+    return jnp.where(inside, rounded, values)
 
 
 def turn_hue(images: jax.Array, turn: jax.Array) -> jax.Array:
@@ -69,12 +71,19 @@ def _to_hsv(images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     to_red, to_green, to_blue = (
         (most - channel).astype(jnp.float32) / divisor for channel in (red, green, blue)
     )
+
+    def sector_of(base: int, up: jax.Array, down: jax.Array) -> jax.Array:
+        """`base + up - down`, of which one is 1, rounded once: Pillow adds in double precision."""
+        return jnp.where(up == 1, (base + 1) - down, (base - 1) + up)
+
     sector = jnp.where(
         red == most,
-        to_blue - to_green,
-        jnp.where(green == most, 2 + (to_red - to_blue), 4 + (to_green - to_red)),
+        sector_of(0, to_blue, to_green),
+        jnp.where(green == most, sector_of(2, to_red, to_blue), sector_of(4, to_green, to_red)),
     )
     turn = sector / 6
+    # XLA multiplies by a rounded 1/6; the remainder, exact in float32, puts that right.
+    turn += (sector - 4 * turn - 2 * turn) / 6
     hue = _times_255(jnp.where(turn < 0, 1 + turn, turn))
     saturation = _times_255(spread.astype(jnp.float32) / jnp.maximum(most, 1).astype(jnp.float32))
     return jnp.where(spread > 0, hue, 0), jnp.where(spread > 0, saturation, 0), most

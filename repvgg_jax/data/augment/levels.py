@@ -10,7 +10,6 @@ from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from repvgg_jax.data.augment.kinds import Kind
 
@@ -86,9 +85,9 @@ RAUG15: Mapping[Kind, Rule] = MappingProxyType(
 """RepVGG's 16 operations. At level 0 … 2 its posterize keeps no bit: the image is black."""
 
 
-def arguments_of(rules: Mapping[Kind, Rule], levels: np.ndarray) -> np.ndarray:
+def arguments_of(rules: Mapping[Kind, Rule], levels: jax.Array) -> jax.Array:
     """A table of arguments: float32 (kinds, levels, 2), the last axis for the signs -1 and 1."""
-    level = jnp.asarray(levels, jnp.float32)[:, None]
-    sign = jnp.array([[-1.0, 1.0]])
-    level, sign = jnp.broadcast_arrays(level, sign)
-    return np.stack([np.asarray(rule(level, sign), np.float32) for rule in rules.values()])
+    level, sign = jnp.broadcast_arrays(
+        levels.astype(jnp.float32)[:, None], jnp.array([[-1.0, 1.0]])
+    )
+    return jnp.stack([rule(level, sign) for rule in rules.values()])

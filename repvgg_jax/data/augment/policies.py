@@ -1,12 +1,10 @@
 """Named policies: which operations an image gets, and how much of each."""
 
 import dataclasses
-from functools import cached_property
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from repvgg_jax.data.augment import levels
 from repvgg_jax.data.augment.autoaugment import IMAGENET, SubPolicy
@@ -90,10 +88,6 @@ class Raug15:
         """RepVGG's 16 operations."""
         return frozenset(levels.RAUG15)
 
-    @cached_property
-    def _arguments(self) -> np.ndarray:
-        return levels.arguments_of(levels.RAUG15, np.arange(15))
-
     def draw(self, key: jax.Array) -> Choice:
         """See `Policy`."""
         which, strength, way, rest = jax.random.split(key, 4)
@@ -101,7 +95,8 @@ class Raug15:
         level = jax.random.randint(strength, (2,), 0, 15)
         sign = jax.random.bernoulli(way, shape=(2,)).astype(jnp.int32)
         kinds = jnp.array(list(levels.RAUG15), jnp.int32)[drawn]
-        return _choice(rest, kinds, jnp.asarray(self._arguments)[drawn, level, sign])
+        arguments = levels.arguments_of(levels.RAUG15, jnp.arange(15))
+        return _choice(rest, kinds, arguments[drawn, level, sign])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,28 +118,24 @@ class AutoAugment:
         """Operations of the sub-policies."""
         return frozenset(kind for pair in self.sub_policies for kind, _, _ in pair)
 
-    @cached_property
-    def _table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Kinds and probabilities (pairs, 2), arguments (pairs, 2, signs)."""
-        arguments = levels.arguments_of(levels.AUTOAUGMENT, np.arange(11))
-        of = dict(zip(levels.AUTOAUGMENT, arguments, strict=True))
-        entries = [entry for pair in self.sub_policies for entry in pair]
-        shape = (len(self.sub_policies), 2)
-        return (
-            np.array([kind for kind, _, _ in entries], np.int32).reshape(shape),
-            np.array([chance for _, chance, _ in entries], np.float32).reshape(shape),
-            np.stack([of[kind][level] for kind, _, level in entries]).reshape(*shape, 2),
-        )
-
     def draw(self, key: jax.Array) -> Choice:
         """See `Policy`."""
         which, way, whether, rest = jax.random.split(key, 4)
-        kinds, chances, arguments = map(jnp.asarray, self._table)
+        rules = list(levels.AUTOAUGMENT)
+        kinds, chances, strengths = (
+            jnp.array([[entry[column] for entry in pair] for pair in self.sub_policies])
+            for column in range(3)
+        )
+        rows = jnp.array([[rules.index(kind) for kind, _, _ in p] for p in self.sub_policies])
+        arguments = levels.arguments_of(levels.AUTOAUGMENT, jnp.arange(11))
         drawn = jax.random.randint(which, (), 0, len(self.sub_policies))
         sign = jax.random.bernoulli(way, shape=(2,)).astype(jnp.int32)
         applied = jax.random.uniform(whether, (2,)) < chances[drawn]
-        argument = jnp.take_along_axis(arguments[drawn], sign[:, None], axis=1)[:, 0]
-        return _choice(rest, jnp.where(applied, kinds[drawn], Kind.IDENTITY), argument)
+        return _choice(
+            rest,
+            jnp.where(applied, kinds[drawn], Kind.IDENTITY),
+            arguments[rows[drawn], strengths[drawn], sign],
+        )
 
 
 def _choice(key: jax.Array, kind: jax.Array, argument: jax.Array) -> Choice:
