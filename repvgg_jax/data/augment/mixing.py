@@ -49,31 +49,37 @@ class Mixing:
                 f"config.augment.mix_group={group} does not divide a batch of {count} images"
             )
         keys = image_keys(stage_key(key, Stage.MIX), count // group)
-        masks = jax.vmap(lambda one: self.share(one, height, width))(keys)
-        kept = masks.mean((1, 2))[:, None, None]
+        masks, kept = jax.vmap(lambda one: self.shares(one, height, width))(keys)
 
         def mix(values: jax.Array, share: jax.Array) -> jax.Array:
             grouped = values.reshape(count // group, group, *values.shape[1:])
             return (grouped * share + grouped[:, ::-1] * (1 - share)).reshape(values.shape)
 
-        return mix(images, masks[:, None, :, :, None]), mix(targets, kept)
+        return mix(images, masks[:, None, :, :, None]), mix(targets, kept[:, None, None])
 
-    def share(self, key: jax.Array, height: int, width: int) -> jax.Array:
-        """What a group's images keep of themselves at each pixel: float32 (height, width).
+    def shares(self, key: jax.Array, height: int, width: int) -> tuple[jax.Array, jax.Array]:
+        """What a group's images keep of themselves: at each pixel and of their targets.
 
-        One number for mixup; for cutmix 0 in a rectangle and 1 around it.
+        The first is one number for mixup; for cutmix it is 0 in a rectangle and 1 around it.
+
+        Returns:
+          float32 (height, width) and ().
         """
         coin, share, place = jax.random.split(key, 3)
-        blended = jnp.ones((height, width))
+        pixels, kept = jnp.ones((height, width)), jnp.ones(())
         if self.mixup:
-            blended = blended * jax.random.beta(share, self.mixup, self.mixup)
-        if not self.cutmix:
-            return blended
-        cut = self._cut(place, height, width)
-        return jnp.where(jax.random.bernoulli(coin), cut, blended) if self.mixup else cut
+            kept = jax.random.beta(share, self.mixup, self.mixup)
+            pixels = jnp.full((height, width), kept)
+        if self.cutmix:
+            around = self._around(place, height, width)
+            cut = jax.random.bernoulli(coin) if self.mixup else jnp.array(True)
+            pixels = jnp.where(cut, around, pixels)
+            # Counted in integers: a float32 mean would depend on the order of its sum.
+            kept = jnp.where(cut, around.sum() / (height * width), kept)
+        return pixels, kept
 
-    def _cut(self, key: jax.Array, height: int, width: int) -> jax.Array:
-        """A rectangle in the image's proportions, anywhere; what lies outside is cut off."""
+    def _around(self, key: jax.Array, height: int, width: int) -> jax.Array:
+        """All but a rectangle in the image's proportions, which can reach over the edges: bool."""
         share, down, right = jax.random.split(key, 3)
         side = jnp.sqrt(1 - jax.random.beta(share, self.cutmix, self.cutmix))
 
@@ -83,5 +89,4 @@ class Mixing:
             place = jnp.arange(size)
             return (place >= centre - half) & (place < centre + half)
 
-        inside = covered(down, height)[:, None] & covered(right, width)[None, :]
-        return 1.0 - inside
+        return ~(covered(down, height)[:, None] & covered(right, width)[None, :])
