@@ -1,6 +1,7 @@
 """Colour jitter: brightness, contrast, saturation and hue by chance, in an order by chance."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,8 @@ class Jitter:
         order, amount = jax.random.split(key)
         least, most = jnp.array(list(self._ranges.values())).T
         arguments = jax.random.uniform(amount, least.shape, minval=least, maxval=most)
-        turn = jax.random.permutation(order, len(self._ranges))
+        orders = jnp.array(list(itertools.permutations(range(len(self._ranges)))))
+        turn = orders[jax.random.randint(order, (), 0, len(orders))]
         unused = jnp.zeros(least.shape)
         return Choice(
             kind=jnp.array(list(self._ranges), jnp.int32)[turn],
