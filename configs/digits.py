@@ -24,11 +24,10 @@ def get_config():
     config = default_config(DIGITS)
     config.data.source = "digits"
     config.data.mean, config.data.std = (0.305,), (0.376,)  # of the training pixels
-    config.data.augment = "affine"
-    config.data.affine.rotation = 12.0
-    config.data.affine.scale = 0.15
-    config.data.affine.shear = 0.15
-    config.data.affine.shift = 0.12
+    config.augment.affine.rotation = 12.0
+    config.augment.affine.scale = 0.15
+    config.augment.affine.shear = 0.15
+    config.augment.affine.shift = 0.12
     config.train.batch_size = 64
     config.train.epochs = 20
     config.train.label_smoothing = 0.1

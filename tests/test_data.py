@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from repvgg_jax.data.arrays import ArraySource
-from repvgg_jax.data.augment import Normalise, RandomAffine, make_augment
 from repvgg_jax.data.batches import eval_batches, train_batches
 from repvgg_jax.data.dataset import load
 
@@ -98,49 +97,3 @@ def test_the_recipes_mean_and_deviation_are_those_of_the_training_pixels():
 def test_unknown_data_sets():
     with pytest.raises(ValueError, match=r"unknown data set 'digit'.*did you mean 'digits'"):
         load("digit")
-
-
-def test_normalise():
-    pixels = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1) * np.ones((1, 1, 1, 2), np.uint8)
-    out = Normalise((0.5, 0.0), (0.25, 2.0))(pixels)
-    np.testing.assert_allclose(out[:, 0, 0], [[-2, 0], [2, 0.5]])
-
-
-class TestRandomAffine:
-    images = np.random.default_rng(0).random((16, 9, 9, 2)).astype(np.float32)
-
-    def test_nothing_to_do_is_the_identity(self):
-        moved = RandomAffine()(jax.random.key(0), self.images)
-        np.testing.assert_allclose(moved, self.images, atol=1e-6)
-
-    def test_a_key_decides_and_every_image_has_its_own(self):
-        affine = RandomAffine(rotation=20, shift=0.2)
-        same = np.repeat(self.images[:1], 4, 0)
-        moved = affine(jax.random.key(0), same)
-        np.testing.assert_array_equal(moved, affine(jax.random.key(0), same))
-        assert np.abs(moved[0] - moved[1]).max() > 0.1
-        assert np.abs(moved - affine(jax.random.key(1), same)).max() > 0.1
-
-    def test_shifts_reach_exactly_as_far_as_asked(self):
-        dot = np.zeros((400, 9, 9, 1), np.float32)
-        dot[:, 4, 4] = 1
-        moved = np.asarray(RandomAffine(shift=2 / 9)(jax.random.key(0), dot))[..., 0]
-        rows = (moved.sum(2) * np.arange(9)).sum(1) - 4
-        np.testing.assert_allclose(moved.sum((1, 2)), 1, atol=1e-5)
-        assert 1.9 < rows.max() <= 2
-        assert -2 <= rows.min() < -1.9
-        assert abs(rows.mean()) < 0.2
-
-    def test_rotations_turn_about_the_centre(self):
-        bar = np.zeros((200, 9, 9, 1), np.float32)
-        bar[:, 4, 1:8] = 1
-        moved = np.asarray(RandomAffine(rotation=90)(jax.random.key(0), bar))[..., 0]
-        np.testing.assert_allclose(moved[:, 4, 4], 1, atol=1e-5)
-        upright = np.abs(moved[:, :, 4].sum(1) - 7) < 0.5
-        assert 0 < upright.sum() < 60
-
-    def test_names(self):
-        assert make_augment("none") is None
-        assert make_augment("affine", shift=0.1) == RandomAffine(shift=0.1)
-        with pytest.raises(ValueError, match="unknown augmentation 'afine'"):
-            make_augment("afine")

@@ -39,13 +39,40 @@ def default_config(variant: str | Variant = "A0") -> ConfigDict:
                 "source": "digits",
                 "mean": (0.485, 0.456, 0.406),  # per channel, pixels on the scale 0 … 1
                 "std": (0.229, 0.224, 0.225),
-                "augment": "none",  # none or affine
+            },
+            "augment": {  # on the device; docs/augmentation.md
+                "flip": 0.0,  # probability of a mirror image
+                "policy": "none",  # none, autoaugment, randaugment or raug15
+                "resampling": "bilinear",  # of autoaugment and randaugment; or bicubic, random
+                "randaugment": {  # timm's rand-m9-mstd0.5-inc1
+                    "ops": 2,  # an image
+                    "magnitude": 9.0,  # mean level, 0 … 10
+                    "deviation": 0.5,  # of the level
+                    "increasing": True,  # a higher level always changes more
+                    "probability": 0.5,  # of each operation
+                },
+                "jitter": {  # factors within 1 ± these
+                    "brightness": 0.0,
+                    "contrast": 0.0,
+                    "saturation": 0.0,
+                    "hue": 0.0,  # share of the colour circle, 0 … 0.5
+                },
                 "affine": {
                     "rotation": 0.0,  # degrees
                     "scale": 0.0,  # relative
                     "shear": 0.0,  # columns per row
                     "shift": 0.0,  # share of the image's size
                 },
+                "erase": {
+                    "probability": 0.0,
+                    "mode": "pixel",  # normal noise; or colour, zero
+                    "least_area": 0.02,  # share of the image
+                    "most_area": 1 / 3,
+                    "least_aspect": 0.3,  # height over width; the most is one over this
+                },
+                "mixup": 0.0,  # alpha; 0: off. With both, a coin decides
+                "cutmix": 0.0,  # alpha; 0: off
+                "mix_group": 0,  # images that are mixed among themselves; 0: the whole batch
             },
             "train": {
                 "batch_size": 256,  # images of all devices together

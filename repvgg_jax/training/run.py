@@ -9,7 +9,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from repvgg_jax.data.augment import Augment, Normalise, make_augment
+from repvgg_jax.data.augment import (
+    Augmentation,
+    Mixing,
+    Normalise,
+    make_augmentation,
+    make_mixing,
+)
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.model import RepVGG
 from repvgg_jax.training import config as configs
@@ -31,7 +37,8 @@ class Run:
       task: loss and metrics.
       optimizer: the gradient transformation.
       normalise: pixels to what the network takes.
-      augment: or None.
+      augment: the same with augmentation, for training.
+      mixing: of images and targets, or None.
       mesh: all devices, on one axis `data`.
       steps_per_epoch: whole batches in the training images.
       total_steps: of the run.
@@ -43,7 +50,8 @@ class Run:
     task: Classification
     optimizer: optax.GradientTransformation
     normalise: Normalise
-    augment: Augment | None
+    augment: Augmentation
+    mixing: Mixing | None
     mesh: Mesh
     steps_per_epoch: int
     total_steps: int
@@ -82,6 +90,7 @@ class Run:
             )
         steps_per_epoch = len(dataset.train) // batch_size
         total_steps = config.train.epochs * steps_per_epoch
+        normalise = Normalise(tuple(config.data.mean), tuple(config.data.std))
         return cls(
             config=config,
             dataset=dataset,
@@ -97,8 +106,9 @@ class Run:
                 steps_per_epoch=steps_per_epoch,
                 total_steps=total_steps,
             ),
-            normalise=Normalise(tuple(config.data.mean), tuple(config.data.std)),
-            augment=make_augment(config.data.augment, **config.data.affine),
+            normalise=normalise,
+            augment=make_augmentation(config.augment, normalise),
+            mixing=make_mixing(config.augment),
             mesh=data_mesh(jax.devices() if devices is None else devices),
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
@@ -112,8 +122,8 @@ class Run:
             model=self.model,
             task=self.task,
             optimizer=self.optimizer,
-            normalise=self.normalise,
             augment=self.augment,
+            mixing=self.mixing,
             seed=self.config.seed,
             equivalent_l2=settings.weight_decay if settings.equivalent_l2 else 0.0,
             ema_decay=self.config.ema.decay,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from repvgg_jax.data.augment import Augment, Normalise
+from repvgg_jax.data.augment import Augmentation, Mixing, Normalise
 from repvgg_jax.fuse.penalty import equivalent_l2
 from repvgg_jax.training.state import TrainState
 from repvgg_jax.training.task import Classification, Sums
@@ -31,8 +31,8 @@ class TrainStep:
       model: the network in training form.
       task: loss and metrics.
       optimizer: from a gradient to an update.
-      normalise: pixels to what the network takes.
-      augment: of the pixels, or None.
+      augment: pixels to what the network takes, augmented.
+      mixing: of images and targets, or None.
       seed: of the augmentation.
       equivalent_l2: weight decay of the equivalent kernel (`repvgg_jax.fuse.penalty`).
       ema_decay: a step, of the moving averages in the state, if it has any.
@@ -44,8 +44,8 @@ class TrainStep:
     model: nn.Module
     task: Classification
     optimizer: optax.GradientTransformation
-    normalise: Normalise
-    augment: Augment | None
+    augment: Augmentation
+    mixing: Mixing | None
     seed: int
     equivalent_l2: float = 0.0
     ema_decay: float = 0.0
@@ -56,8 +56,10 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         """Takes one step on `batch`, images (n, height, width, channels) uint8, labels (n,)."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        images = self.normalise(batch["image"], self.augment, key)
+        images = self.augment(key, batch["image"])
         targets = self.task.targets(batch["label"])
+        if self.mixing is not None:
+            images, targets = self.mixing(key, images, targets)
         gradients, batch_stats, metrics = self._gradients(state, images, targets)
         if self.equivalent_l2:
             penalty = jax.grad(

@@ -1,48 +1,11 @@
-"""What happens to images on the device, inside the compiled step."""
+"""Small random rotations, scales, shears and shifts, for images that are small themselves."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-Augment = Callable[[jax.Array, jax.Array], jax.Array]
-"""(key, float images in [0, 1]) -> images of the same shape."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Normalise:
-    """Pixels 0 … 255 to zero mean and unit deviation per channel.
-
-    Attributes:
-      mean: of every channel, on the scale 0 … 1.
-      std: of every channel, on the scale 0 … 1.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(
-        self,
-        images: jax.Array | np.ndarray,
-        augment: Augment | None = None,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """float32 images from uint8 ones (images, height, width, channels).
-
-        Args:
-          images: as the source gives them.
-          augment: applied in between, to pixels in [0, 1].
-          key: of the augmentation.
-        """
-        pixels = jnp.asarray(images, jnp.float32) / 255
-        if augment is not None and key is not None:
-            pixels = augment(key, pixels)
-        mean, std = (
-            np.reshape(np.array(v, np.float32), (1, 1, 1, -1)) for v in (self.mean, self.std)
-        )
-        return (pixels - mean) / std
+from repvgg_jax.data.augment.keys import image_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +28,7 @@ class RandomAffine:
 
     def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """Transforms (images, height, width, channels), each by its own key."""
-        return jax.vmap(self._one)(jax.random.split(key, images.shape[0]), images)
+        return jax.vmap(self._one)(image_keys(key, images.shape[0]), images)
 
     def _one(self, key: jax.Array, image: jax.Array) -> jax.Array:
         height, width, _ = image.shape
@@ -88,18 +51,3 @@ class RandomAffine:
             out_axes=-1,
         )(image)
         return moved.reshape(image.shape)
-
-
-def make_augment(name: str, **options: float) -> Augment | None:
-    """The augmentation that `config.data.augment` names; `none` gives None.
-
-    Raises:
-      ValueError: unknown name.
-    """
-    if name == "none":
-        return None
-    if name == "affine":
-        return RandomAffine(**options)
-    raise ValueError(
-        f"unknown augmentation {name!r} in config.data.augment; there are: none, affine"
-    )

@@ -1,0 +1,323 @@
+"""The composition: order, keys, sharding, settings; erasing, mixing and affine changes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from repvgg_jax.data.augment import (
+    Augmentation,
+    Mixing,
+    Normalise,
+    RandomAffine,
+    make_augmentation,
+    make_mixing,
+)
+from repvgg_jax.data.augment.erasing import Erasing
+from repvgg_jax.data.augment.keys import Stage
+from repvgg_jax.data.augment.policies import AutoAugment, RandAugment, Raug15
+from repvgg_jax.data.photos import crops
+from repvgg_jax.training.config import default_config
+
+MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+OVER_BATCH = jax.sharding.NamedSharding(MESH, jax.sharding.PartitionSpec("data"))
+COLOUR = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+GREY = Normalise((0.5,), (0.25,))
+PHOTOS = crops(40, 16)[:, :, :33]
+KEY = jax.random.key(0)
+
+
+def settings_of(**changes):
+    """`config.augment` with changes as `jitter__hue=0.1`."""
+    settings = default_config().augment
+    with settings.unlocked():
+        changes = {name.replace("__", "."): value for name, value in changes.items()}
+        settings.update_from_flattened_dict(changes)
+    return settings
+
+
+def everything(**changes):
+    return settings_of(
+        flip=0.5,
+        policy="raug15",
+        jitter__brightness=0.4,
+        jitter__saturation=0.4,
+        jitter__hue=0.1,
+        affine__rotation=5.0,
+        erase__probability=0.5,
+        **changes,
+    )
+
+
+def collectives(compiled):
+    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return set(re.findall(rf"({names})(?:-start)?\(", compiled.as_text()))
+
+
+def test_normalise():
+    pixels = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1) * np.ones((1, 1, 1, 2), np.uint8)
+    out = Normalise((0.5, 0.0), (0.25, 2.0))(pixels)
+    np.testing.assert_allclose(out[:, 0, 0], [[-2, 0], [2, 0.5]])
+
+
+def test_without_any_setting_images_are_normalised_and_no_more():
+    augment = make_augmentation(settings_of(), COLOUR)
+    assert augment == Augmentation(COLOUR, fill=(124, 116, 104))
+    np.testing.assert_array_equal(augment(KEY, PHOTOS), COLOUR(PHOTOS))
+    assert make_mixing(settings_of()) is None
+
+
+def test_settings_become_stages():
+    made = make_augmentation(
+        settings_of(flip=0.5, policy="randaugment", resampling="bicubic", randaugment__ops=3),
+        COLOUR,
+    )
+    assert made.flip == 0.5
+    assert made.policy == RandAugment(ops=3, resampling="bicubic")
+    assert made.fill == (124, 116, 104)  # the mean colour
+    assert made.jitter is made.affine is made.erase is None
+    assert make_augmentation(settings_of(policy="autoaugment"), COLOUR).policy == AutoAugment()
+    raug15 = make_augmentation(settings_of(policy="raug15"), COLOUR)
+    assert raug15.policy == Raug15(resampling="random")
+    assert raug15.fill == (128, 128, 128)
+    assert make_mixing(settings_of(cutmix=1.0, mix_group=32)) == Mixing(0.0, 1.0, 32)
+    recipe = make_augmentation(digits.get_config().augment, GREY)
+    assert recipe == Augmentation(GREY, fill=(128,), affine=RandomAffine(12.0, 0.15, 0.15, 0.12))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy": "autoaug"}, "policy='autoaug'; there are: none, autoaugment, randaugment, rau"),
+        ({"resampling": "nearest"}, "resampling='nearest'; there are: bilinear, bicubic, random"),
+        ({"flip": 1.5}, "flip=1.5 must be from 0 to 1"),
+        ({"randaugment__magnitude": 15.0}, "randaugment.magnitude=15.0 must be from 0 to 10"),
+        ({"randaugment__ops": 0}, "randaugment.ops=0 must be from 1 to 16"),
+        ({"jitter__hue": 0.6}, "jitter.hue=0.6 must be from 0 to 0.5"),
+        ({"jitter__contrast": -1.0}, "jitter.contrast=-1.0 must be 0 or more"),
+        ({"erase__mode": "noise"}, "erase.mode='noise'; there are: pixel, colour, zero"),
+        ({"erase__least_area": 0.5}, "least_area=0.5 is more than config.augment.erase.most_area"),
+        ({"erase__least_aspect": 0.0}, "least_aspect=0.0 must be above 0"),
+        ({"mixup": -0.2}, "mixup=-0.2 must be 0 or more"),
+        ({"mixup": float("nan")}, "mixup=nan must be 0 or more"),
+    ],
+)
+def test_bad_settings_are_named_with_what_would_be_right(changes, message):
+    with pytest.raises(ValueError, match=f"config.augment.*{re.escape(message)}") as error:
+        make_augmentation(settings_of(**changes), COLOUR)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"policy": "raug15"}, {"policy": "autoaugment"}, {"jitter__hue": 0.1}],
+)
+def test_colour_operations_are_refused_for_images_without_colour(changes):
+    with pytest.raises(ValueError, match="takes images of 3 channels; these have 1"):
+        make_augmentation(settings_of(**changes), GREY)
+
+
+def test_all_that_needs_no_colour_works_on_one_channel():
+    augment = make_augmentation(
+        settings_of(flip=0.5, jitter__brightness=0.4, jitter__contrast=0.4, erase__probability=1.0),
+        GREY,
+    )
+    out = jax.jit(augment)(KEY, PHOTOS[..., :1])
+    assert out.shape == (16, 40, 33, 1)
+    assert np.isfinite(out).all()
+
+
+@pytest.fixture(scope="module")
+def augment():
+    return make_augmentation(everything(), COLOUR)
+
+
+@pytest.fixture(scope="module")
+def alone(augment):
+    return np.asarray(jax.jit(augment)(KEY, PHOTOS))
+
+
+class TestKeys:
+    """What happens to an image is a function of the key and of its index in the batch."""
+
+    def test_eight_devices_give_what_one_gives_and_talk_to_nobody(self, augment, alone):
+        program = jax.jit(augment, in_shardings=(None, OVER_BATCH), out_shardings=OVER_BATCH)
+        compiled = program.lower(KEY, PHOTOS).compile()
+        assert collectives(compiled) == set()
+        images = jax.device_put(PHOTOS, OVER_BATCH)
+        np.testing.assert_array_equal(compiled(KEY, images), alone)
+
+    def test_the_rest_of_the_batch_does_not_matter(self, augment, alone):
+        others = np.concatenate([PHOTOS[:5], PHOTOS[:6]])
+        np.testing.assert_array_equal(jax.jit(augment)(KEY, others)[:5], alone[:5])
+
+    def test_every_image_and_every_step_differs(self, augment):
+        same = np.repeat(PHOTOS[:1], 16, 0)
+        program = jax.jit(augment)
+        first, second = (np.asarray(program(jax.random.key(k), same)) for k in (0, 1))
+        rows = {image.tobytes() for image in [*first, *second]}
+        assert len(rows) == 32
+
+    def test_a_stage_more_leaves_the_draws_of_the_others(self):
+        plain = make_augmentation(settings_of(flip=0.5), COLOUR)(KEY, PHOTOS)
+        erased = make_augmentation(
+            settings_of(flip=0.5, erase__probability=1.0, erase__mode="zero"), COLOUR
+        )(KEY, PHOTOS)
+        untouched = np.asarray(erased) != 0
+        assert 0.5 < untouched.mean() < 1
+        np.testing.assert_array_equal(np.asarray(erased)[untouched], np.asarray(plain)[untouched])
+
+    def test_no_stage_shares_the_key_of_an_image(self):
+        assert min(stage.value for stage in Stage) > 2**31
+        assert len({stage.value for stage in Stage}) == len(Stage)
+
+
+def test_flips_mirror_columns_as_often_as_asked():
+    numbered = np.arange(3, dtype=np.uint8).reshape(1, 1, 3, 1).repeat(4000, 0)
+    out = np.asarray(Augmentation(GREY, flip=0.3).integers(KEY, numbered))[:, 0, :, 0]
+    mirrored = (out == [2, 1, 0]).all(1)
+    assert (mirrored | (out == [0, 1, 2]).all(1)).all()
+    assert abs(mirrored.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 4000)
+
+
+class TestErasing:
+    images = jnp.full((600, 20, 24, 2), 7.0)
+
+    def erased(self, **settings):
+        out = np.asarray(jax.jit(Erasing(**settings))(KEY, self.images))
+        return out, out[..., 0] != 7
+
+    def test_rectangles_have_the_areas_and_aspects_asked_for(self):
+        _, gone = self.erased(probability=0.6, mode="pixel")
+        hit = gone.any((1, 2))
+        assert abs(hit.mean() - 0.6) < 5 * np.sqrt(0.6 * 0.4 / 600)
+        tall, wide = gone.any(2).sum(1)[hit], gone.any(1).sum(1)[hit]
+        np.testing.assert_array_equal(tall * wide, gone.sum((1, 2))[hit])  # no holes
+        assert (tall < 20).all()
+        assert (wide < 24).all()
+        # Sides are rounded to whole pixels.
+        assert ((tall + 0.5) * (wide + 0.5) >= 0.02 * 480).all()
+        assert ((tall - 0.5) * (wide - 0.5) <= 480 / 3).all()
+        assert ((tall - 0.5) / (wide + 0.5) <= 1 / 0.3).all()
+        assert ((tall + 0.5) / (wide - 0.5) >= 0.3).all()
+        assert (tall > wide).any()
+        assert (tall < wide).any()
+        assert gone.any(0).all()  # every pixel can go
+
+    def test_what_comes_instead(self):
+        noise, gone = self.erased(probability=1.0, mode="pixel")
+        values = noise[gone]
+        assert abs(values.mean()) < 5 / np.sqrt(values.size)
+        assert abs(values.std() - 1) < 5 / np.sqrt(2 * values.size)
+        colour, gone = self.erased(probability=1.0, mode="colour")
+        for image, where in zip(colour[:50], gone[:50], strict=True):
+            assert len(np.unique(image[where], axis=0)) == 1
+        assert len(np.unique(colour[gone])) > 300
+        zero, gone = self.erased(probability=1.0, mode="zero")
+        assert (zero[gone] == 0).all()
+
+
+class TestMixing:
+    images = COLOUR(PHOTOS)
+    targets = jax.nn.one_hot(jnp.arange(16), 16)
+
+    def mixed(self, mixing, key=KEY):
+        return (np.asarray(values) for values in jax.jit(mixing)(key, self.images, self.targets))
+
+    @pytest.mark.parametrize("group", [0, 4])
+    def test_mixup_blends_images_and_targets_by_one_share_a_group(self, group):
+        images, targets = self.mixed(Mixing(mixup=1.0, group=group))
+        size = group or 16
+        kept = np.diagonal(targets)
+        for index in range(16):
+            start = index // size * size
+            other = 2 * start + size - 1 - index
+            share = kept[index]
+            assert share == pytest.approx(kept[start])
+            expected = share * self.images[index] + (1 - share) * self.images[other]
+            np.testing.assert_allclose(images[index], expected, atol=1e-5)
+            assert targets[index, other] == pytest.approx(1 - share, abs=1e-6)
+        np.testing.assert_allclose(targets.sum(1), 1, atol=1e-6)
+        assert len(np.unique(kept.round(5))) == 16 // size
+
+    def test_cutmix_pastes_a_rectangle_and_counts_its_pixels(self):
+        for seed in range(8):
+            images, targets = self.mixed(Mixing(cutmix=1.0), jax.random.key(seed))
+            own = (images == self.images).all((0, 3))
+            other = (images == self.images[::-1]).all((0, 3))
+            assert (own | other).all()
+            np.testing.assert_allclose(np.diagonal(targets), own.mean(), atol=1e-6)
+            rows, columns = (~own).any(1), (~own).any(0)
+            assert (~own).sum() == rows.sum() * columns.sum()
+
+    def test_shares_follow_beta(self):
+        keys = jax.random.split(KEY, 4000)
+        share = jax.jit(jax.vmap(lambda k: Mixing(mixup=0.2).shares(k, 1, 1)))(keys)[1]
+        assert abs(share.mean() - 0.5) < 0.04
+        # Beta(a, a) has the variance 1 / (4 (2 a + 1)).
+        assert share.var() == pytest.approx(1 / 5.6, rel=0.03)
+
+    def test_with_both_a_coin_decides(self):
+        keys = jax.random.split(KEY, 1000)
+        masks = jax.jit(jax.vmap(lambda k: Mixing(0.4, 1.0).shares(k, 16, 16)))(keys)[0]
+        cut = np.asarray(((masks == 0) | (masks == 1)).all((1, 2)))
+        assert abs(cut.mean() - 0.5) < 5 * np.sqrt(0.25 / 1000) + 0.02  # a share can round to 1
+
+    def test_eight_devices_give_what_one_gives(self):
+        # The all-reduce is one flag of the sampler's loop; images stay where they are.
+        allowed = {0: {"collective-permute"}, 2: {"all-reduce"}}
+        images, targets = (
+            jax.device_put(values, OVER_BATCH) for values in (self.images, self.targets)
+        )
+        for group, talk in allowed.items():
+            mixing = Mixing(0.2, 1.0, group)
+            program = jax.jit(
+                mixing,
+                in_shardings=(None, OVER_BATCH, OVER_BATCH),
+                out_shardings=(OVER_BATCH, OVER_BATCH),
+            )
+            compiled = program.lower(KEY, images, targets).compile()
+            assert collectives(compiled) <= talk
+            for ours, whole in zip(compiled(KEY, images, targets), self.mixed(mixing), strict=True):
+                np.testing.assert_allclose(ours, whole, atol=1e-6)
+
+    def test_a_group_that_does_not_divide_the_batch(self):
+        with pytest.raises(ValueError, match="mix_group=5 does not divide a batch of 16 images"):
+            Mixing(mixup=0.2, group=5)(KEY, self.images, self.targets)
+
+
+class TestRandomAffine:
+    images = np.random.default_rng(0).random((16, 9, 9, 2)).astype(np.float32)
+
+    def test_nothing_to_do_is_the_identity(self):
+        moved = RandomAffine()(jax.random.key(0), self.images)
+        np.testing.assert_allclose(moved, self.images, atol=1e-6)
+
+    def test_a_key_decides_and_every_image_has_its_own(self):
+        affine = RandomAffine(rotation=20, shift=0.2)
+        same = np.repeat(self.images[:1], 4, 0)
+        moved = affine(jax.random.key(0), same)
+        np.testing.assert_array_equal(moved, affine(jax.random.key(0), same))
+        assert np.abs(moved[0] - moved[1]).max() > 0.1
+        assert np.abs(moved - affine(jax.random.key(1), same)).max() > 0.1
+
+    def test_shifts_reach_exactly_as_far_as_asked(self):
+        dot = np.zeros((400, 9, 9, 1), np.float32)
+        dot[:, 4, 4] = 1
+        moved = np.asarray(RandomAffine(shift=2 / 9)(jax.random.key(0), dot))[..., 0]
+        rows = (moved.sum(2) * np.arange(9)).sum(1) - 4
+        np.testing.assert_allclose(moved.sum((1, 2)), 1, atol=1e-5)
+        assert 1.9 < rows.max() <= 2
+        assert -2 <= rows.min() < -1.9
+        assert abs(rows.mean()) < 0.2
+
+    def test_rotations_turn_about_the_centre(self):
+        bar = np.zeros((200, 9, 9, 1), np.float32)
+        bar[:, 4, 1:8] = 1
+        moved = np.asarray(RandomAffine(rotation=90)(jax.random.key(0), bar))[..., 0]
+        np.testing.assert_allclose(moved[:, 4, 4], 1, atol=1e-5)
+        upright = np.abs(moved[:, :, 4].sum(1) - 7) < 0.5
+        assert 0 < upright.sum() < 60
