@@ -34,7 +34,20 @@ def default_config(variant: str | Variant = "A0") -> ConfigDict:
                 "group_size": 0,  # images that share batch statistics; 0: the whole batch
             },
             "data": {
+                # digits, fake, tfds:NAME, folder:DIRECTORY or records:DIRECTORY (docs/data.md)
                 "source": "digits",
+                "directory": "",  # where TFDS prepared tfds:NAME; empty: its own default
+                "train_split": "train",  # of tfds:NAME
+                "eval_split": "validation",
+                "num_classes": 0,  # a check; 0: whatever the data have
+                "train_size": 0,  # height and width, pixels; 0: as they are, digits and fake only
+                "eval_size": 0,  # 0: as train_size
+                "eval_crop": 0.875,  # share of the resized image's short side that is seen
+                "crop_scale": (0.08, 1.0),  # of the area, random crop in training
+                "crop_ratio": (3 / 4, 4 / 3),  # width / height
+                "workers": 0,  # processes that read, for each process of the run; 0: threads
+                "threads": 1,  # that read in each of them
+                "max_bad": 0,  # images that may be undecodable; one more stops the run
                 "mean": (0.485, 0.456, 0.406),  # per channel, pixels on the scale 0 … 1
                 "std": (0.229, 0.224, 0.225),
                 "augment": "none",  # none or affine

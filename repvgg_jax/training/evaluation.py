@@ -31,7 +31,7 @@ class Evaluation:
         if model not in self._steps:
             self._steps[model] = jax.jit(make_eval_step(model, run.task, run.normalise))
         batches = eval_batches(
-            run.dataset.evaluation,
+            run.dataset,
             batch_size=run.config.eval.batch_size,
             sharding=run.over_batch,
         )

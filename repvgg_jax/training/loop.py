@@ -84,6 +84,7 @@ def train(config: ConfigDict, path: str | pathlib.Path) -> Outcome:
         )
         stack.callback(report.close)
         stop = stack.enter_context(StopRequest())
+        run.dataset.undecodable.say = report.say
         for warning in warnings:
             report.say(warning)
         report.say(f"{run.describe()} -> {workdir.path}")
@@ -123,7 +124,7 @@ def _train_steps(
     if start_step and every(config.eval.every_epochs, start_step) and not report.tested(start_step):
         test(start_step)  # the run was stopped before it could
     batches = train_batches(
-        run.dataset.train,
+        run.dataset,
         batch_size=config.train.batch_size,
         seed=config.seed,
         start_step=start_step,

@@ -52,7 +52,7 @@ class Run:
         Raises:
           ValueError: the first setting that cannot work, and what would.
         """
-        dataset = load(config.data.source)
+        dataset = load(config.data)
         channels = dataset.image_shape[-1]
         for name in ("mean", "std"):
             if len(config.data[name]) != channels:
@@ -125,10 +125,9 @@ class Run:
     def abstract_batch(self) -> dict[str, Any]:
         """Shapes, dtypes and shardings of a training batch."""
         batch = self.config.train.batch_size
-        image = self.dataset.train[0]["image"]
         return {
             "image": jax.ShapeDtypeStruct(
-                (batch, *image.shape), image.dtype, sharding=self.over_batch
+                (batch, *self.dataset.image_shape), "uint8", sharding=self.over_batch
             ),
             "label": jax.ShapeDtypeStruct((batch,), "int32", sharding=self.over_batch),
         }
