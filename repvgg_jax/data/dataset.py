@@ -99,22 +99,23 @@ def load(settings: ConfigDict) -> Dataset:
             f"config.data.num_classes={settings.num_classes}, but {name} has {len(classes)} "
             f"classes; 0 takes what the data have"
         )
-    in_memory = kind in ("digits", "fake")
-    own = tuple(train[0]["image"].shape) if in_memory else None
-    train_size = settings.train_size
-    eval_size = settings.eval_size or train_size
-    if own is None and not train_size:
+    train_size, eval_size = settings.train_size, settings.eval_size or settings.train_size
+    if "image" in (first := train[0]):
+        height, width, channels = first["image"].shape
+    elif train_size:
+        height = width = 0
+        channels = 3
+    else:
         raise ValueError(
             f"config.data.train_size=0, but the images of {name} have many sizes; "
             f"--config.data.train_size=224 is ImageNet's usual one"
         )
-    channels = own[-1] if own else 3
     return Dataset(
         name=name,
         train=train,
         evaluation=evaluation,
-        image_shape=(train_size, train_size, channels) if train_size else own,
-        eval_shape=(eval_size, eval_size, channels) if eval_size else own,
+        image_shape=(train_size or height, train_size or width, channels),
+        eval_shape=(eval_size or height, eval_size or width, channels),
         classes=classes,
         train_crop=(
             RandomResizedCrop(tuple(settings.crop_scale), tuple(settings.crop_ratio))

@@ -50,7 +50,9 @@ class TrainReader:
         for failed in range(self.attempts):
             try:
                 # A stream of its own for every image in every epoch.
-                key = np.random.Philox(key=[self.seed, 0], counter=[0, 0, position // count, number])
+                key = np.random.Philox(
+                    key=[self.seed, 0], counter=[0, 0, position // count, number]
+                )
                 example = self.source[(number + failed) % count]
                 if self.crop is None:
                     image = example["image"]

@@ -87,9 +87,7 @@ def load(
                 f"{builder.data_dir}: {len(absent)} of {len(files)} shards of {split!r} missing: "
                 f"{', '.join(absent[:3])}{' …' if len(absent) > 3 else ''}"
             )
-        examples = builder.as_data_source(
-            split=split, decoders={image: tfds.decode.SkipDecoding()}
-        )
+        examples = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()})
         return TfdsSource(examples, split, image, label, file_name)
 
     return (

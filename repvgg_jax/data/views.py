@@ -54,13 +54,11 @@ class RandomResizedCrop:
         """
         if "image" in example:
             pixels = example["image"]
-            top, left, height, width = self.part(*pixels.shape[:2], rng)
+            top, left, height, width = self.part(pixels.shape[0], pixels.shape[1], rng)
         else:
             full_height, full_width = decoding.size(example["encoded"])
             top, left, height, width = self.part(full_height, full_width, rng)
-            reduction = next(
-                (r for r in decoding.REDUCTIONS if min(height, width) >= r * size), 1
-            )
+            reduction = next((r for r in decoding.REDUCTIONS if min(height, width) >= r * size), 1)
             pixels = decoding.decode(example["encoded"], reduction)
             if pixels.shape[:2] != (full_height, full_width):
                 top, left, height, width = (
@@ -68,9 +66,7 @@ class RandomResizedCrop:
                 )
         return resize_quickly(pixels[top : top + height, left : left + width], size, size)
 
-    def part(
-        self, height: int, width: int, rng: np.random.Generator
-    ) -> tuple[int, int, int, int]:
+    def part(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Top, left, height and width of a random part of an image, in pixels."""
         low, high = (math.log(ratio) for ratio in self.ratio)
         for _ in range(ATTEMPTS):
@@ -108,10 +104,7 @@ class CentreCrop:
         Raises:
           UndecodableError: the image is damaged.
         """
-        if "image" in example:
-            pixels = example["image"]
-        else:
-            pixels = decoding.decode(example["encoded"])
+        pixels = example["image"] if "image" in example else decoding.decode(example["encoded"])
         short = math.floor(self.size / self.fraction)
         height, width = pixels.shape[:2]
         if height <= width:
