@@ -58,15 +58,14 @@ def from_run(path: pathlib.Path, *, say: Callable[[str], None] = print) -> Origi
         state = checkpoints.restore(run.abstract_state())
     if state is None:
         raise ValueError(f"{path} holds no checkpoint yet; train further, then convert")
-    source, step = run.dataset.evaluation, int(state.step)
-    count = min(len(source), PROOF_IMAGES)
+    step = int(state.step)
     return Origin(
         title=f"RepVGG {run.model.variant.name}, step {step} of {path}",
         # The proof is about the function, not about the rounding of a half-precision run.
         model=run.model.clone(dtype=np.float32, remat=False),
         variables=jax.device_get(state.result),
         deploy=False,
-        images=np.stack([source[i]["image"] for i in range(count)]),
+        images=run.dataset.evaluation_images(PROOF_IMAGES),
         metadata=Metadata(run.normalise.mean, run.normalise.std, run.dataset.classes),
         details={"workdir": str(path), "step": step},
     )

@@ -257,9 +257,9 @@ def _compile(config: ConfigDict, topology: str) -> Program:
 def _dataset(config: ConfigDict) -> Dataset:
     """The configuration's data set, or one of ImageNet's shapes and of nothing else."""
     if config.data.source in _BUILT_IN:
-        return load(config.data.source)
-    size = config.data.get("train_size", 224)
-    shape = (size, size, 3)
+        return load(config.data)
+    size, eval_size = config.data.train_size or 224, config.data.eval_size
+    shape, eval_shape = (size, size, 3), (eval_size or size, eval_size or size, 3)
 
     def blank(count: int) -> ArraySource:
         # One blank image, seen `count` times: no memory behind it.
@@ -267,7 +267,8 @@ def _dataset(config: ConfigDict) -> Dataset:
         return ArraySource(images, np.broadcast_to(np.int32(0), (count,)))
 
     classes = tuple(f"class {i}" for i in range(1000))
-    return Dataset(config.data.source, blank(1_281_167), blank(50_000), shape, classes)
+    train, evaluation = blank(1_281_167), blank(50_000)
+    return Dataset(config.data.source, train, evaluation, shape, eval_shape, classes)
 
 
 def _reason(status: int, output: str) -> str:

@@ -1,6 +1,7 @@
 """Every setting of a run, with its default; a recipe in `configs/` changes a few of them."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,7 +37,21 @@ def default_config(variant: str | Variant = "A0") -> ConfigDict:
                 "group_size": FieldReference("global", field_type=object),
             },
             "data": {
+                # digits, fake, tfds:NAME, folder:DIRECTORY or records:DIRECTORY (docs/data.md)
                 "source": "digits",
+                "directory": "",  # where TFDS prepared tfds:NAME; empty: its own default
+                "train_split": "train",  # of tfds:NAME
+                "eval_split": "validation",
+                "num_classes": 0,  # a check; 0: whatever the data have
+                "train_size": 0,  # height and width, pixels; 0: as they are, digits and fake only
+                "sizes": (),  # (epoch, train size) from which it changes: ((0, 128), (60, 224))
+                "eval_size": 0,  # 0: as train_size
+                "eval_crop": 0.875,  # share of the resized image's short side that is seen
+                "crop_scale": (0.08, 1.0),  # of the area, random crop in training
+                "crop_ratio": (3 / 4, 4 / 3),  # width / height
+                "workers": 0,  # processes that read, for each process of the run; 0: threads
+                "threads": 1,  # that read in each of them
+                "max_bad": 0,  # images that may be undecodable; one more stops the run
                 "mean": (0.485, 0.456, 0.406),  # per channel, pixels on the scale 0 … 1
                 "std": (0.229, 0.224, 0.225),
             },
@@ -256,6 +271,12 @@ def check(config: ConfigDict, *, devices: int, processes: int = 1) -> None:
         raise ValueError(
             f"config.optimizer.warmup_epochs={config.optimizer.warmup_epochs} leaves nothing of "
             f"config.train.epochs={config.train.epochs}"
+        )
+    sizes = config.data.sizes
+    if sizes and (sizes[0][0] != 0 or any(a[0] >= b[0] for a, b in itertools.pairwise(sizes))):
+        raise ValueError(
+            f"config.data.sizes={sizes} must start with epoch 0 and go up in epochs, "
+            "as ((0, 128), (60, 192), (90, 224)) does"
         )
     shares = {
         "train.label_smoothing": config.train.label_smoothing,

@@ -37,7 +37,7 @@ class Evaluation:
         if model not in self._steps:
             self._steps[model] = jax.jit(EvalStep(model, run.task, run.normalise))
         batches = eval_batches(
-            run.dataset.evaluation,
+            run.dataset,
             batch_size=run.config.eval.batch_size,
             sharding=run.over_batch,
         )

@@ -5,6 +5,7 @@ It reads from top to bottom in the order in which things happen.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import signal
 import time
@@ -96,6 +97,7 @@ def train(
         )
         stack.callback(report.close)
         stop = stack.enter_context(StopRequest(distributed.agree_to_stop))
+        run.dataset.undecodable.say = report.say
         for warning in warnings:
             report.say(warning)
         report.say(f"{run.describe()} -> {workdir.path}")
@@ -135,26 +137,33 @@ def _train_steps(
         report.draw()
         return float(means["accuracy"])
 
-    began = time.monotonic()
     # Unlike a jitted function, a compiled one cannot compile again.
-    train_step = run.lower_step().compile()
-    distributed.meet("compiled")
-    report.say(f"compiled in {time.monotonic() - began:.1f} s")
+    @functools.cache
+    def compiled(size: int) -> jax.stages.Compiled:
+        began = time.monotonic()
+        program = run.lower_step(size).compile()
+        pixels = f" for images of {size}x{size}" if config.data.sizes else ""
+        report.say(f"compiled{pixels} in {time.monotonic() - began:.1f} s")
+        distributed.meet(f"compiled {size}")
+        return program
+
+    compiled(run.size_at(start_step // run.steps_per_epoch))
     untested = start_step and every(config.eval.every_epochs, start_step)
     if untested and not distributed.first_says(report.tested(start_step)):
         test(start_step)  # the run was stopped before it could
     batches = train_batches(
-        run.dataset.train,
+        run.dataset,
         batch_size=config.train.batch_size,
         seed=config.seed,
         start_step=start_step,
         sharding=run.over_batch,
+        size_at=run.size_at if config.data.sizes else None,
     )
     meter = Meter(run, report, checkpoints)
     for step in range(start_step + 1, run.total_steps + 1):
         profile.before(step)
         batch = meter.wait_for(batches)
-        state, metrics = train_step(state, batch)
+        state, metrics = compiled(batch["image"].shape[1])(state, batch)
         profile.after(step, metrics)
         # The device is busy with this step now, so the numbers of the one before cost nothing.
         meter.take(step, metrics)

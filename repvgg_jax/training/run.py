@@ -74,7 +74,7 @@ class Run:
         Raises:
           ValueError: the first setting that cannot work, and what would.
         """
-        dataset = load(config.data.source) if dataset is None else dataset
+        dataset = load(config.data) if dataset is None else dataset
         channels = dataset.image_shape[-1]
         for name in ("mean", "std"):
             if len(config.data[name]) != channels:
@@ -172,27 +172,34 @@ class Run:
             self.state_sharding(),
         )
 
-    def lower_step(self) -> jax.stages.Lowered:
+    def size_at(self, epoch: int) -> int:
+        """Height and width of the training images of an epoch, counted from 0."""
+        begun = [size for first, size in self.config.data.sizes if first <= epoch]
+        return begun[-1] if begun else self.dataset.image_shape[0]
+
+    def lower_step(self, size: int | None = None) -> jax.stages.Lowered:
         """The train step for the devices of the mesh, ready to be compiled.
 
         Compiled, it takes a state, which it consumes, and a batch, and returns the next state
         and the metrics.
+
+        Args:
+          size: height and width of the images; None for what the data set has.
         """
         jitted = jax.jit(
             self.train_step,
             out_shardings=(self.state_sharding(), self.replicated),
             donate_argnums=0,
         )
-        return jitted.lower(self.abstract_state(), self.abstract_batch())
+        return jitted.lower(self.abstract_state(), self.abstract_batch(size))
 
-    def abstract_batch(self) -> dict[str, Any]:
+    def abstract_batch(self, size: int | None = None) -> dict[str, Any]:
         """Shapes, dtypes and shardings of a training batch."""
         batch = self.config.train.batch_size
-        image = self.dataset.train[0]["image"]
+        height, width, channels = self.dataset.image_shape
+        shape = (batch, size or height, size or width, channels)
         return {
-            "image": jax.ShapeDtypeStruct(
-                (batch, *image.shape), image.dtype, sharding=self.over_batch
-            ),
+            "image": jax.ShapeDtypeStruct(shape, "uint8", sharding=self.over_batch),
             "label": jax.ShapeDtypeStruct((batch,), "int32", sharding=self.over_batch),
         }
 

@@ -1,0 +1,143 @@
+"""Images in ArrayRecord files, as `python -m repvgg_jax.data.prepare` writes them.
+
+A directory holds `manifest.json` and the shards `train-00000-of-00626.array_record` …
+`val-…`. A record is a msgpack map: `encoded` (the image file), `label`, `name`.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+def pack(*, encoded: bytes, label: int, name: str) -> bytes:
+    """A record."""
+    return msgpack.packb({"encoded": encoded, "label": label, "name": name})
+
+
+def unpack(record: bytes) -> dict[str, Any]:
+    """What `pack` was given."""
+    return msgpack.unpackb(record)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A finished file of records.
+
+    Attributes:
+      file: its name in the directory.
+      images: records in it.
+      bytes: its size.
+      sha256: of all of it, hexadecimal.
+    """
+
+    file: str
+    images: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a directory of records holds.
+
+    Attributes:
+      classes: names, by label.
+      splits: the shards of `train` and of `val`.
+      details: how they were made.
+    """
+
+    classes: tuple[str, ...]
+    splits: dict[str, tuple[Shard, ...]]
+    details: dict[str, Any]
+
+    @classmethod
+    def read(cls, root: pathlib.Path) -> "Manifest":
+        """The manifest of a directory.
+
+        Raises:
+          ValueError: there is none, or it is not one of ours.
+        """
+        path = root / MANIFEST
+        if not path.is_file():
+            raise ValueError(
+                f"{root} holds no {MANIFEST}: it was not made by python -m "
+                f"repvgg_jax.data.prepare, or that has not finished; the same command continues"
+            )
+        try:
+            content = json.loads(path.read_text())
+            if content["version"] != VERSION:
+                raise ValueError(f"version {content['version']}, this is {VERSION}")
+            splits = {
+                split: tuple(Shard(**shard) for shard in shards)
+                for split, shards in content["splits"].items()
+            }
+            return cls(tuple(content["classes"]), splits, content["details"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; prepare the data again") from error
+
+    def write(self, root: pathlib.Path) -> None:
+        """Writes it, whole or not at all."""
+        content = {"version": VERSION, **dataclasses.asdict(self)}
+        unfinished = root / f"{MANIFEST}.unfinished"
+        unfinished.write_text(json.dumps(content, indent=1))
+        unfinished.replace(root / MANIFEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSource:
+    """The records of one split.
+
+    Attributes:
+      records: random access to their bytes; can be pickled.
+    """
+
+    records: Sequence[bytes]
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The file's bytes, its label, its name when it was prepared."""
+        return unpack(self.records[index])
+
+
+def load(root: pathlib.Path) -> tuple[RecordSource, RecordSource, tuple[str, ...]]:
+    """Training images, held-out images and class names.
+
+    Raises:
+      ValueError: no finished directory of records, or shards missing or cut short.
+    """
+    manifest = Manifest.read(root)
+    absent, cut = [], []
+    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        path = root / shard.file
+        if not path.is_file():
+            absent.append(shard.file)
+        elif path.stat().st_size != shard.bytes:
+            cut.append(f"{shard.file} ({path.stat().st_size:,} bytes of {shard.bytes:,})")
+    for what, files in (("missing", absent), ("of the wrong size", cut)):
+        if files:
+            total = sum(map(len, manifest.splits.values()))
+            raise ValueError(
+                f"{root}: {len(files)} of {total} shards {what}: {', '.join(files[:3])}"
+                f"{' …' if len(files) > 3 else ''}; prepare the data again, what is sound is kept"
+            )
+    train, val = (
+        RecordSource(open_shards(root, manifest.splits[split])) for split in ("train", "val")
+    )
+    return train, val, manifest.classes
+
+
+def open_shards(root: pathlib.Path, shards: Sequence[Shard]) -> Sequence[bytes]:
+    """Random access to the records of several files, in the order of the files."""
+    from grain.sources import ArrayRecordDataSource
+
+    return ArrayRecordDataSource([str(root / shard.file) for shard in shards])

@@ -1,0 +1,174 @@
+"""Decoding, resizing and cropping against Pillow."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repvgg_jax.data import decoding
+from repvgg_jax.data.resizing import resize_quickly
+from repvgg_jax.data.views import CentreCrop, RandomResizedCrop
+from tests.pictures import damaged, encoded, photo, pixels
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype == np.uint8
+    return np.abs(a.astype(int) - b.astype(int))
+
+
+class TestDecoding:
+    files = {
+        "jpeg": encoded(photo(0)),
+        "progressive": encoded(photo(1), progressive=True),
+        "grey": encoded(photo(2).convert("L")),
+        "cmyk": encoded(photo(3).convert("CMYK")),
+        "png": encoded(photo(4), "PNG"),
+        "grey png": encoded(photo(4).convert("L"), "PNG"),
+        "palette": encoded(photo(5).quantize(16), "GIF"),
+        "transparent": encoded(photo(6).convert("RGBA"), "PNG"),
+        "webp": encoded(photo(7), "WEBP"),
+        "odd": encoded(photo(8, 61, 83)),
+        "trailing": encoded(photo(9)) + b"rubbish",
+    }
+
+    @pytest.mark.parametrize("name", files)
+    def test_is_what_pillow_decodes(self, name):
+        content = self.files[name]
+        assert difference(decoding.decode(content), pixels(content)).max() <= 1
+        assert decoding.size(content) == pixels(content).shape[:2]
+
+    @pytest.mark.parametrize("reduction", decoding.REDUCTIONS)
+    @pytest.mark.parametrize("name", ["jpeg", "odd", "grey", "progressive"])
+    def test_a_reduced_jpeg_is_the_average_of_its_pixels(self, name, reduction):
+        content = self.files[name]
+        small, full = decoding.decode(content, reduction), pixels(content)
+        height, width = (-(-length // reduction) for length in full.shape[:2])
+        assert small.shape == (height, width, 3)
+        inside = full[: full.shape[0] // reduction * reduction][
+            :, : full.shape[1] // reduction * reduction
+        ]
+        rows, columns = (length // reduction for length in inside.shape[:2])
+        mean = inside.reshape(rows, reduction, columns, reduction, 3).mean((1, 3))
+        assert np.abs(mean - small[:rows, :columns]).mean() < 2.5
+
+    @pytest.mark.parametrize("name", ["cmyk", "png"])
+    def test_what_cannot_be_reduced_is_decoded_whole(self, name):
+        assert decoding.decode(self.files[name], 2).shape == (60, 80, 3)
+
+    @pytest.mark.parametrize("name", ["jpeg", "png", "cmyk", "progressive", "webp"])
+    def test_damage_is_an_error(self, name):
+        with pytest.raises(decoding.UndecodableError, match=r"\w"):
+            decoding.decode(damaged(self.files[name]))
+
+    @pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8", b"\x89PNG\r\n\x1a\n"])
+    def test_what_is_no_image_is_an_error(self, content):
+        for read in (decoding.decode, decoding.size):
+            with pytest.raises(decoding.UndecodableError) as error:
+                read(content)
+            assert "0x" not in str(error.value)
+
+
+class TestResizing:
+    full = np.asarray(photo(0, 300, 400))
+
+    @pytest.mark.parametrize("shape", [(90, 70), (100, 128), (128, 128), (128, 40)])
+    def test_growing_is_pillows_to_a_grey_level(self, shape):
+        part = self.full[: shape[0], : shape[1]]
+        assert difference(resize_quickly(part, 128, 128), self._pillow(part)).max() <= 1
+
+    @pytest.mark.parametrize("shape", [(140, 130), (160, 200), (256, 180), (256, 256), (250, 60)])
+    def test_shrinking_is_close_to_pillows_and_does_not_alias(self, shape):
+        part = self.full[: shape[0], : shape[1]]
+        assert difference(resize_quickly(part, 128, 128), self._pillow(part)).mean() < 2
+
+    def test_shrinking_to_half_is_the_same_filter(self):
+        part = self.full[:256, :256]
+        assert difference(resize_quickly(part, 128, 128), self._pillow(part)).max() <= 2
+
+    def test_shrinking_further_is_pillows(self):
+        part = self.full[:290, :100]
+        np.testing.assert_array_equal(resize_quickly(part, 128, 128), self._pillow(part))
+
+    def test_a_pattern_that_would_alias_becomes_grey(self):
+        stripes = np.zeros((256, 256, 1), np.uint8)
+        stripes[::2] = 255
+        small = resize_quickly(stripes, 128, 128)
+        assert small.shape == (128, 128, 1)
+        assert np.abs(small[1:-1].astype(int) - 127.5).max() <= 1
+
+    @staticmethod
+    def _pillow(part):
+        return np.asarray(Image.fromarray(part).resize((128, 128), Image.Resampling.BILINEAR))
+
+
+class TestCentreCrop:
+    @pytest.mark.parametrize("shape", [(60, 80), (81, 60), (33, 200), (64, 64), (20, 25)])
+    @pytest.mark.parametrize("fraction", [0.875, 1.0])
+    def test_is_pillows_resize_and_crop(self, shape, fraction):
+        content = encoded(photo(3, *shape))
+        seen = CentreCrop(56, fraction)({"encoded": content})
+        image, short = Image.fromarray(pixels(content)), int(56 / fraction)
+        longer = int(short * max(shape) / min(shape))
+        width, height = (longer, short) if shape[1] >= shape[0] else (short, longer)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = round((width - 56) / 2), round((height - 56) / 2)
+        expected = np.asarray(image.crop((left, top, left + 56, top + 56)))
+        assert difference(seen, expected).max() <= 1
+
+    def test_arrays_too(self):
+        image = np.asarray(photo(1).convert("L"))[..., None]
+        assert CentreCrop(32)({"image": image}).shape == (32, 32, 1)
+
+
+class TestRandomResizedCrop:
+    def test_parts_have_the_shares_and_shapes_that_were_asked_for(self):
+        crop, rng = RandomResizedCrop((0.2, 0.6), (0.5, 2.0)), np.random.default_rng(0)
+        parts = np.array([crop.part(300, 400, rng) for _ in range(4000)])
+        top, left, height, width = parts.T
+        assert (top >= 0).all()
+        assert (left >= 0).all()
+        assert (top + height).max() == 300
+        assert (left + width).max() == 400
+        share, ratio = height * width / 120_000, width / height
+        assert 0.198 < share.min() < 0.21
+        assert 0.58 < share.max() < 0.602
+        assert 0.49 < ratio.min() < 0.52
+        assert 1.9 < ratio.max() < 2.02
+        assert abs(np.log(ratio)).max() > 0.6
+
+    def test_shares_are_uniform_where_every_part_fits(self):
+        crop, rng = RandomResizedCrop((0.1, 0.5), (1.0, 1.0)), np.random.default_rng(0)
+        shares = [np.prod(crop.part(500, 500, rng)[2:]) / 250_000 for _ in range(4000)]
+        histogram = np.histogram(shares, 4, (0.1, 0.5))[0] / 4000
+        np.testing.assert_allclose(histogram, 0.25, atol=0.03)
+
+    @pytest.mark.parametrize(("shape", "expected"), [((10, 400), (10, 13)), ((400, 9), (12, 9))])
+    def test_a_strip_gives_its_centre(self, shape, expected):
+        top, left, *part = RandomResizedCrop((0.5, 1.0)).part(*shape, np.random.default_rng(0))
+        assert tuple(part) == expected
+        assert (top, left) == ((shape[0] - part[0]) // 2, (shape[1] - part[1]) // 2)
+
+    @pytest.mark.parametrize("seed", range(12))
+    @pytest.mark.parametrize("form", ["JPEG", "PNG"])
+    def test_is_nearly_pillows_resize_of_the_part(self, form, seed):
+        """Also where a large JPEG is decoded at a fraction of its size."""
+        image = photo(seed, 427, 640)
+        content, crop = encoded(image, form), RandomResizedCrop()
+        seen = crop({"encoded": content}, 48, np.random.default_rng(seed))
+        assert seen.shape == (48, 48, 3)
+        top, left, height, width = crop.part(427, 640, np.random.default_rng(seed))
+        # A JPEG's part is decoded at a fraction, and its edges are multiples of that.
+        fractions = [r for r in (8, 4, 2) if min(height, width) >= 48 * r and form == "JPEG"]
+        step = max(fractions, default=1)
+        top, left, height, width = (round(n / step) * step for n in (top, left, height, width))
+        part = pixels(content)[top : top + height, left : left + width]
+        image = Image.fromarray(part).resize((48, 48), Image.Resampling.BILINEAR)
+        assert difference(seen, np.asarray(image)).mean() < 4
+
+    def test_rng_decides(self):
+        content, crop = encoded(photo(0)), RandomResizedCrop()
+        first, again, other = (
+            crop({"encoded": content}, 24, np.random.default_rng(seed)) for seed in (0, 0, 1)
+        )
+        np.testing.assert_array_equal(first, again)
+        assert (first != other).any()
