@@ -10,12 +10,14 @@ command.
     python benchmarks/scaling.py --models A0 --topologies v5e:2x2
     python benchmarks/scaling.py --table --write             # only put what is there on the page
 
-The rows say which versions compiled them; rows of other versions count as not there.
+The settings are those of the network's recipe in configs/, the defaults where it has none. Rows
+of other versions, or from before a network had its recipe, count as not there.
 """
 
 import argparse
 import json
 import pathlib
+import runpy
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -24,18 +26,26 @@ import harness
 
 IMAGES_PER_CHIP = 32
 RESULTS = harness.RESULTS / "scaling.jsonl"
+CONFIGS = harness.RESULTS.parents[1] / "configs"
 PAGE = harness.RESULTS.parents[1] / "docs" / "scaling.md"
 EVERY = ("v5e:16x16",)  # compiled for all networks
 MORE = ("v4:4x4x8", "v5p:4x4x8")  # and for these
 MORE_MODELS = ("A0", "B1", "B3")
 
 
+def recipe_of(model: str) -> pathlib.Path | None:
+    """The recipe of `model` in configs/, or None where there is none."""
+    path = CONFIGS / f"{model.lower().replace('-', '_')}.py"
+    return path if path.exists() else None
+
+
 def config_of(model: str, topology: str) -> Any:
-    """A run of `model` on ImageNet's shapes, 32 images a chip of the slice."""
+    """The recipe of `model`, 32 images a chip of the slice; without one, the default settings."""
     from repvgg_jax.training.ahead import chips_in
     from repvgg_jax.training.config import default_config
 
-    config = default_config(model)
+    recipe = recipe_of(model)
+    config = runpy.run_path(str(recipe))["get_config"]() if recipe else default_config(model)
     config.data.source = "imagenet"  # of which only the shapes are needed
     config.model.dtype = "bfloat16"
     config.bn.group_size = IMAGES_PER_CHIP
@@ -49,7 +59,7 @@ def row_of(model: str, topology: str, timeout: float) -> dict[str, Any]:
 
     from repvgg_jax.training.ahead import compile_ahead
 
-    row: dict[str, Any] = {"model": model, "topology": topology, "versions": harness.versions()}
+    row: dict[str, Any] = facts_of(model) | {"model": model, "topology": topology}
     began = time.monotonic()
     try:
         program = compile_ahead(config_of(model, topology), topology, timeout=timeout)
@@ -60,12 +70,20 @@ def row_of(model: str, topology: str, timeout: float) -> dict[str, Any]:
     return row | {"wall_seconds": round(time.monotonic() - began, 1)}
 
 
-def stored(versions: dict[str, str]) -> list[dict[str, Any]]:
-    """Rows of these versions, the newest of each program."""
+def facts_of(model: str) -> dict[str, Any]:
+    """What a row depends on beside its program's name."""
+    recipe = recipe_of(model)
+    return {"recipe": recipe.name if recipe else None, "versions": harness.versions()}
+
+
+def stored() -> list[dict[str, Any]]:
+    """Rows of these versions and recipes, the newest of each program."""
     if not RESULTS.exists():
         return []
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines() if line.strip()]
-    newest = {(row["model"], row["topology"]): row for row in rows if row["versions"] == versions}
+    newest = {
+        (row["model"], row["topology"]): row for row in rows if row | facts_of(row["model"]) == row
+    }
     return list(newest.values())
 
 
@@ -123,8 +141,7 @@ def main() -> None:
     else:
         programs = [(model, topology) for topology in EVERY for model in models]
         programs += [(model, t) for t in MORE for model in MORE_MODELS if model in models]
-    versions = harness.versions()
-    done = {(row["model"], row["topology"]) for row in stored(versions) if "error" not in row}
+    done = {(row["model"], row["topology"]) for row in stored() if "error" not in row}
     for model, topology in [] if args.table else programs:
         if (model, topology) in done:
             continue
@@ -135,8 +152,8 @@ def main() -> None:
         print(
             f"{model} {topology}: {row.get('error', 'done')}, {row['wall_seconds']} s", flush=True
         )
-    rows = sorted(stored(versions), key=lambda row: _order(row, list(VARIANTS)))
-    facts = ", ".join(f"{name} {version}" for name, version in versions.items())
+    rows = sorted(stored(), key=lambda row: _order(row, list(VARIANTS)))
+    facts = ", ".join(f"{name} {version}" for name, version in harness.versions().items())
     if args.write:
         fill(PAGE, f"{table(rows)}\n\n{facts}.")
     print(f"{table(rows)}\n\n{facts}")

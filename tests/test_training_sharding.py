@@ -104,7 +104,7 @@ def test_the_largest_axis_that_can_be_is_split(shape, spec):
 def test_any_optimizer_is_split():
     """Moments of AdamW are, its count is not."""
     params = nn.Dense(64).init(jax.random.key(0), np.zeros((1, 64)))
-    state = TrainState(0, params, {}, optax.adamw(1e-3).init(params))
+    state = TrainState(0, params, {}, optax.adamw(1e-3).init(params), {"params": params})
     shapes = jax.eval_shape(lambda: state)
     specs = state_sharding(shapes, data_mesh(jax.devices()), shard_optimizer=True)
     kernels = [
@@ -113,4 +113,6 @@ def test_any_optimizer_is_split():
         if jax.tree_util.keystr(path).endswith("['kernel']")
     ]
     assert [tuple(spec) for spec in kernels] == [("data", None)] * 2
+    averaged = jax.tree.leaves(specs.ema["params"]["params"]["kernel"])
+    assert [tuple(s.spec) for s in averaged] == [("data", None)]
     assert all(s.spec == PartitionSpec() for s in jax.tree.leaves(specs.params))
