@@ -3,8 +3,11 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import chex
 import jax
@@ -16,9 +19,12 @@ from tensorboardX.record_writer import RecordWriter
 from repvgg_jax import fuse_params, save_weights
 from repvgg_jax.training import config as configs
 from repvgg_jax.training import loop, report
+from repvgg_jax.training import step as step_module
+from repvgg_jax.training.assessment import assess
 from repvgg_jax.training.checkpoint import Checkpoints
 from repvgg_jax.training.checksum import checksums
 from repvgg_jax.training.loop import train
+from repvgg_jax.training.profile import parse_steps
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.start import starting_state
 from repvgg_jax.training.workdir import Workdir
@@ -59,6 +65,7 @@ def test_what_a_run_leaves(straight):
         "metrics.jsonl",
         "tensorboard",
         "curves.png",
+        "report.html",
     }
     assert json.loads((path / "config.json").read_text()) == configs.plain(small_config())
     assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -90,6 +97,191 @@ def test_tensorboard_events_hold_the_same_numbers(straight):
         for name, value in row.items():
             if "/" in name:
                 assert found[name, row["step"]] == pytest.approx(value, rel=1e-6)
+
+
+def test_the_page_holds_everything_and_needs_nothing(straight):
+    path, outcome = straight
+    text = (path / "report.html").read_text()
+    assert f"{outcome.accuracy:.4f}" in text
+    for words in (
+        "three branches",
+        "fused",
+        "finished at step 22",
+        "config",
+        "batch_size",
+        "jaxlib",
+    ):
+        assert words in text
+    assert "data:image/png;base64," in text
+    assert not re.search(r"(src|href)=\"(?!data:)", text)  # nothing is loaded from anywhere
+
+
+def test_a_directory_in_use_is_refused(tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    with workdir.claimed(small_config()), pytest.raises(ValueError, match=r"is in use by another"):
+        train(small_config(), workdir.path)
+    with workdir.claimed(small_config()):
+        pass  # and is free afterwards
+
+
+def test_a_signal_inside_evaluation_saves_and_stops_there(straight, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run"
+    real = step_module.EvalStep.__call__
+    calls = []
+
+    def signals(self, variables, batch):
+        calls.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, variables, batch)
+
+    monkeypatch.setattr(step_module.EvalStep, "__call__", signals)
+    outcome = train(small_config(), path)
+    assert (outcome.step, outcome.stopped_by, len(calls)) == (11, signal.SIGTERM, 1)
+    assert not any("eval/loss" in row for row in rows(path))
+    monkeypatch.setattr(step_module.EvalStep, "__call__", real)
+    train(small_config(), path)
+    config = small_config()
+    chex.assert_trees_all_equal(final_state(path, config), final_state(straight[0], config))
+    assert numbers(path) == numbers(straight[0])
+
+
+def test_a_trace_of_some_steps(straight, tmp_path, capsys):
+    path = tmp_path / "run"
+    train(small_config(train__epochs=1), path, profile_steps=parse_steps("3:5"))
+    assert f"trace: {path / 'profile'}" in capsys.readouterr().out
+    assert list((path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("text", ["3", "5:3", "0:4", "a:b", "-1:3"])
+def test_steps_that_cannot_be_traced(text):
+    with pytest.raises(ValueError, match=rf"--profile_steps={text} is not FIRST:END"):
+        parse_steps(text)
+    assert parse_steps("") == range(0)
+
+
+class TestAssessment:
+    """`--eval_only`: the same numbers as at the end of training, in both forms."""
+
+    def test_a_run(self, straight):
+        found = assess(small_config(), straight[0])
+        last = rows(straight[0])[-1]
+        for name in ("accuracy", "loss", "top5"):
+            assert found.trained[name] == pytest.approx(last[f"final/{name}"], rel=1e-6)
+            assert found.fused[name] == pytest.approx(last[f"final/{name}_fused"], rel=1e-6)
+        lines = found.lines(by_class=True)
+        assert lines[0] == f"step 22 of {straight[0]}: 360 images"
+        assert len(lines) == 2 + 3 + 10
+
+    def test_an_earlier_step_at_another_batch(self, straight):
+        found = assess(small_config(eval__batch_size=360), straight[0], step=11)
+        row = next(r for r in rows(straight[0]) if r["step"] == 11 and "eval/loss" in r)
+        assert found.trained["accuracy"] == pytest.approx(row["eval/accuracy"], rel=1e-6)
+
+    def test_a_file(self, straight, tmp_path):
+        variables = final_state(straight[0], small_config()).variables
+        save_weights(tmp_path / "w.npz", fuse_params(variables), family="flax", variant=SMALL)
+        found = assess(small_config(init_from=str(tmp_path / "w.npz")), tmp_path / "nothing")
+        last = rows(straight[0])[-1]
+        assert found.fused["accuracy"] == pytest.approx(last["final/accuracy_fused"], rel=1e-6)
+
+    def test_a_head_of_other_classes(self, straight, tmp_path):
+        variables = final_state(straight[0], small_config()).variables
+        head = {"kernel": np.zeros((16, 7), np.float32), "bias": np.zeros(7, np.float32)}
+        other = {**variables, "params": {**variables["params"], "head": head}}
+        save_weights(tmp_path / "w.npz", other, family="flax", variant=SMALL)
+        with pytest.raises(ValueError, match=r"has no head for the 10 classes of digits"):
+            assess(small_config(init_from=str(tmp_path / "w.npz")), tmp_path / "nothing")
+
+    def test_another_network(self, straight):
+        with pytest.raises(ValueError, match=r"another network: config\.ema\.decay: 0.0 -> 0.9"):
+            assess(small_config(ema__decay=0.9), straight[0])
+
+    def test_no_such_step(self, straight):
+        with pytest.raises(ValueError, match=r"no checkpoint of step 5; there are those of 11, 22"):
+            assess(small_config(), straight[0], step=5)
+
+
+class TestSaving:
+    """What is on disk stays until something newer is whole."""
+
+    @pytest.fixture
+    def state(self):
+        return Run.from_config(small_config()).initial_state()
+
+    def at(self, state, step):
+        return state.replace(step=state.step + step)
+
+    def test_the_newest_and_the_best_stay(self, state, tmp_path):
+        with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+            for step, accuracy in ((1, 0.5), (2, 0.9), (3, None), (4, 0.6), (5, 0.7), (6, 0.1)):
+                checkpoints.save(self.at(state, step), accuracy=accuracy)
+        with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+            assert checkpoints.best() == 2
+            checkpoints.save(self.at(state, 7), accuracy=0.2, wait=True)
+            assert checkpoints.best() == 2
+            assert int(checkpoints.restore(state, step=2).step) == 2
+        assert {p.name for p in (tmp_path / "c").iterdir() if p.is_dir()} == {"2", "6", "7"}
+
+    @pytest.mark.parametrize("failures", [2, 3])
+    def test_a_save_is_tried_three_times(self, state, tmp_path, monkeypatch, failures):
+        said, left = [], [failures]
+        with Checkpoints(tmp_path / "c", say=said.append, pause=0.0) as checkpoints:
+            checkpoints.save(self.at(state, 1), wait=True)
+            real = checkpoints._manager.save
+
+            def fails(*args, **options):
+                if left[0]:
+                    left[0] -= 1
+                    raise OSError("no route to disk")
+                return real(*args, **options)
+
+            monkeypatch.setattr(checkpoints._manager, "save", fails)
+            if failures == 2:
+                checkpoints.save(self.at(state, 2), wait=True)
+                assert checkpoints.newest() == 2
+            else:
+                with pytest.raises(
+                    OSError, match=r"step 2 failed 3 times; .*that of step 1: no ro"
+                ):
+                    checkpoints.save(self.at(state, 2), wait=True)
+                assert checkpoints.newest() == 1
+        assert said == ["saving at step 2 failed, trying again: no route to disk"] * 2
+
+    def test_a_full_disk_keeps_the_last_good_checkpoint(self, tmp_path):
+        """A real one: no file may grow beyond some kilobytes in a process of its own."""
+        script = """
+import resource, sys, pathlib
+from repvgg_jax.training.checkpoint import Checkpoints
+from repvgg_jax.training.run import Run
+from tests.runs import small_config
+path = pathlib.Path(sys.argv[1])
+state = Run.from_config(small_config()).initial_state()
+with Checkpoints(path, pause=0.0, say=print) as checkpoints:
+    checkpoints.save(state.replace(step=state.step + 1), wait=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+    try:
+        checkpoints.save(state.replace(step=state.step + 2), wait=True)
+    except OSError as error:
+        print("raised:", error)
+    print("left:", sorted(p.name for p in path.iterdir()))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    checkpoints.save(state.replace(step=state.step + 3), wait=True)
+    print("then:", checkpoints.newest(), int(checkpoints.restore(state, step=1).step))
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "c")],
+            capture_output=True,
+            text=True,
+            cwd=pathlib.Path(__file__).parents[1],
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        out = done.stdout
+        assert out.count("saving at step 2 failed, trying again") == 2
+        assert "raised: saving at step 2 failed 3 times; the last good checkpoint is that of" in out
+        assert "left: ['1']" in out
+        assert "then: 3 1" in out
+        assert "Traceback" not in done.stderr
 
 
 class Killed(BaseException):
@@ -326,6 +518,17 @@ class TestCheckpoints:
         assert "continuing from step 11 of 22" in out
         config = small_config()
         chex.assert_trees_all_equal(final_state(workdir, config), final_state(straight[0], config))
+
+    def test_checksums_do_not_depend_on_where_arrays_are(self):
+        run = Run.from_config(small_config())
+        tree = {
+            "a": np.arange(64, dtype=np.float32).reshape(8, 8),
+            "b": np.arange(8, dtype=np.int8),
+        }
+        tree["c"] = np.ones((2, 3), "bfloat16")
+        assert checksums(tree) == checksums(jax.device_put(tree, run.replicated))
+        split = {n: jax.device_put(v, run.over_batch) for n, v in tree.items() if n != "c"}
+        assert checksums({**tree, **split}) == checksums(tree)
 
     def test_checksums_see_every_bit(self):
         tree = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.int32(3)}
