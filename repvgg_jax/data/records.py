@@ -106,7 +106,10 @@ class RecordSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The file's bytes, its label, its name when it was prepared."""
-        return unpack(self.records[index])
+        try:
+            return unpack(self.records[index])
+        except (RuntimeError, ValueError) as error:
+            raise OSError(f"a damaged record: {error}") from error
 
 
 def load(root: pathlib.Path) -> tuple[RecordSource, RecordSource, tuple[str, ...]]:
@@ -116,6 +119,25 @@ def load(root: pathlib.Path) -> tuple[RecordSource, RecordSource, tuple[str, ...
       ValueError: no finished directory of records, or shards missing or cut short.
     """
     manifest = Manifest.read(root)
+    check_files(root, manifest)
+    try:
+        train, val = (
+            RecordSource(open_shards(root, manifest.splits[split])) for split in ("train", "val")
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"{root} holds a damaged shard, see python -m repvgg_jax.data.prepare "
+            f"--verify={root}: {error}"
+        ) from error
+    return train, val, manifest.classes
+
+
+def check_files(root: pathlib.Path, manifest: Manifest) -> None:
+    """Checks that every shard is there and as long as it was written.
+
+    Raises:
+      ValueError: shards are missing or cut short.
+    """
     absent, cut = [], []
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
         path = root / shard.file
@@ -130,10 +152,6 @@ def load(root: pathlib.Path) -> tuple[RecordSource, RecordSource, tuple[str, ...
                 f"{root}: {len(files)} of {total} shards {what}: {', '.join(files[:3])}"
                 f"{' …' if len(files) > 3 else ''}; prepare the data again, what is sound is kept"
             )
-    train, val = (
-        RecordSource(open_shards(root, manifest.splits[split])) for split in ("train", "val")
-    )
-    return train, val, manifest.classes
 
 
 def open_shards(root: pathlib.Path, shards: Sequence[Shard]) -> Sequence[bytes]:

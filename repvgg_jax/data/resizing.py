@@ -1,7 +1,7 @@
 """Changing the size of images: exactly as Pillow does, and several times faster.
 
 Pillow's bilinear filter widens with the scale, so that nothing aliases when images shrink.
-OpenCV's does not widen, but takes an eighth of the time. `resize_quickly` has both: before it
+OpenCV's does not widen, but is several times faster. `resize_quickly` has both: before it
 shrinks an image by s it blurs it with [k, 1 - 2k, k], k = (s² - 1)/12, which gives the two
 steps together the variance of the widened filter, s²/6; at s = 2 they are the same filter.
 """

@@ -1,0 +1,66 @@
+"""Prepares ImageNet, or a folder tree, for training: sharded ArrayRecord files.
+
+python -m repvgg_jax.data.prepare --source /data/imagenet-tars --output /data/imagenet
+python -m repvgg_jax.data.prepare --verify /data/imagenet
+"""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from repvgg_jax import cli
+
+SOURCE = flags.DEFINE_string(
+    "source", None, "ImageNet's tar files, or train/ and val/ with a folder for every class."
+)
+OUTPUT = flags.DEFINE_string("output", None, "The directory to write; a second call continues.")
+SHORT_SIDE = flags.DEFINE_integer(
+    "short_side", 0, "Shrink larger images to this short side, in pixels; 0 keeps the files."
+)
+QUALITY = flags.DEFINE_integer(
+    "quality", 95, "JPEG quality of images that are written anew.", lower_bound=1, upper_bound=100
+)
+SHARD_IMAGES = flags.DEFINE_integer("shard_images", 2048, "Images in a shard.", lower_bound=1)
+PROCESSES = flags.DEFINE_integer("processes", 0, "That work; 0: one for every core.")
+MAX_BAD = flags.DEFINE_integer("max_bad", 0, "Undecodable images that may be left out.")
+VERIFY = flags.DEFINE_string(
+    "verify", None, "Check this prepared directory instead, image by image."
+)
+
+
+def main(_: Sequence[str]) -> int:
+    """Prepares or verifies; returns the exit status."""
+    from repvgg_jax.data.prepare import inputs, preparing, shards
+
+    processes = PROCESSES.value or os.cpu_count() or 1
+    if VERIFY.value is not None:
+        preparing.verify(pathlib.Path(VERIFY.value), processes=processes)
+        print(f"{VERIFY.value}: every shard is what was written, every image can be decoded")
+        return 0
+    if SOURCE.value is None or OUTPUT.value is None:
+        raise ValueError(
+            "give --source, where the images are, and --output, the directory to write; or --verify"
+        )
+    if SHORT_SIDE.value < 0:
+        raise ValueError(f"--short_side={SHORT_SIDE.value} must be 0 or more")
+    output = pathlib.Path(OUTPUT.value)
+    manifest = preparing.prepare(
+        inputs.find(pathlib.Path(SOURCE.value)),
+        output,
+        preparing.Settings(
+            form=shards.Form(SHORT_SIDE.value, QUALITY.value),
+            shard_images=SHARD_IMAGES.value,
+            processes=processes,
+            max_bad=MAX_BAD.value,
+        ),
+    )
+    total = sum(shard.bytes for split in manifest.splits.values() for shard in split)
+    print(f"{output}: {total / 1e6:,.2f} MB in {sum(map(len, manifest.splits.values()))} shards")
+    print(f"next: python train.py --config.data.source=records:{output.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

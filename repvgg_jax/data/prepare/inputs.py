@@ -1,0 +1,188 @@
+"""Where the images to prepare are: in ImageNet's tar files, or in a class-per-folder tree.
+
+Nothing is unpacked: a tar of tars is a file, and every image is so many bytes from there on.
+"""
+
+import dataclasses
+import io
+import os
+import pathlib
+import tarfile
+from collections.abc import Iterator
+
+from repvgg_jax.data import folder
+
+TRAIN_TAR = "ILSVRC2012_img_train.tar"
+VAL_TAR = "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+VAL_LABELS = "val_labels.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """An image to prepare.
+
+    Attributes:
+      name: `train/n01440764/n01440764_10026.JPEG`.
+      label: its class's number.
+      file: where its bytes are.
+      offset: where they begin.
+      size: how many.
+    """
+
+    name: str
+    label: int
+    file: pathlib.Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The image's file.
+
+        Raises:
+          OSError: it cannot be read, or not whole.
+        """
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) != self.size:
+            raise OSError(f"{self.file} ends within {self.name}")
+        return content
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """All that is to be prepared.
+
+    Attributes:
+      classes: names, by label.
+      splits: the images of `train` and of `val`, in the order of their names.
+    """
+
+    classes: tuple[str, ...]
+    splits: dict[str, list[Item]]
+
+
+def find(root: pathlib.Path) -> Inputs:
+    """Images of a directory with ImageNet's tar files, or else of a class-per-folder tree.
+
+    Raises:
+      ValueError: neither; says all that is missing.
+    """
+    if not root.is_dir():
+        raise ValueError(f"--source={root} is no directory")
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        return _tree(root)
+    if missing := _missing_tars(root):
+        raise ValueError(
+            f"{root} holds neither train/ and val/ with a folder for every class, nor ImageNet's "
+            f"files; missing: {'; '.join(missing)}"
+        )
+    return _tars(root)
+
+
+def _missing_tars(root: pathlib.Path) -> list[str]:
+    missing = []
+    if not (root / TRAIN_TAR).is_file():
+        missing.append(f"{TRAIN_TAR} (138 GB, image-net.org)")
+    if not (root / VAL_TAR).is_file():
+        missing.append(f"{VAL_TAR} (6.3 GB, image-net.org)")
+    if not (root / DEVKIT).is_file() and not (root / VAL_LABELS).is_file():
+        missing.append(
+            f"{DEVKIT} (2.5 MB, image-net.org), or {VAL_LABELS}: a line for every held-out image, "
+            f"in the order of their names, each the name of its class, n01440764"
+        )
+    return missing
+
+
+def _tree(root: pathlib.Path) -> Inputs:
+    *sources, classes = folder.load(root)
+    splits = {}
+    for split, source in zip(folder.SPLITS, sources, strict=True):
+        splits[split] = [
+            Item(
+                name=f"{split}/{os.fsdecode(source.names[i])}",
+                label=int(source.labels[i]),
+                file=source.path(i),
+                offset=0,
+                size=source.path(i).stat().st_size,
+            )
+            for i in range(len(source))
+        ]
+    return Inputs(classes, splits)
+
+
+def _tars(root: pathlib.Path) -> Inputs:
+    train: dict[str, list[tuple[str, int, int]]] = {}
+    with open(root / TRAIN_TAR, "rb") as outer:
+        for name, offset, size in _members(outer, 0, (root / TRAIN_TAR).stat().st_size, TRAIN_TAR):
+            inner = _members(outer, offset, size, f"{name} in {TRAIN_TAR}")
+            train[name.removesuffix(".tar")] = sorted(inner)
+    classes = tuple(sorted(train))
+    if empty := [name for name in classes if not train[name]]:
+        raise ValueError(f"{root / TRAIN_TAR}: no images of class {', '.join(empty[:5])}")
+    with open(root / VAL_TAR, "rb") as flat:
+        val = sorted(_members(flat, 0, (root / VAL_TAR).stat().st_size, VAL_TAR))
+    labels = _val_labels(root)
+    if len(labels) != len(val):
+        raise ValueError(
+            f"{VAL_TAR} holds {len(val):,} images, but there are {len(labels):,} labels for them"
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    if unknown := sorted({label for label in labels if label not in numbers}):
+        raise ValueError(f"held-out images of classes that {TRAIN_TAR} lacks: {unknown[:5]}")
+    held_out = [
+        Item(f"val/{label}/{name}", numbers[label], root / VAL_TAR, offset, size)
+        for label, (name, offset, size) in zip(labels, val, strict=True)
+    ]
+    return Inputs(
+        classes,
+        {
+            "train": [
+                Item(f"train/{label}/{name}", numbers[label], root / TRAIN_TAR, offset, size)
+                for label in classes
+                for name, offset, size in train[label]
+            ],
+            "val": sorted(held_out, key=lambda item: item.name),
+        },
+    )
+
+
+def _members(
+    file: io.BufferedReader, start: int, size: int, title: str
+) -> Iterator[tuple[str, int, int]]:
+    """Name, offset in the file and size of the regular files of a tar within a file."""
+    file.seek(start)
+    found = []
+    try:
+        # Headers only: tarfile seeks from one to the next.
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    found.append((member.name.rpartition("/")[2], member.offset_data, member.size))
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{title} is damaged or was not downloaded whole: {error}") from error
+    if found and found[-1][1] + found[-1][2] > start + size:
+        raise ValueError(f"{title} was not downloaded whole: it ends within {found[-1][0]}")
+    yield from found
+
+
+def _val_labels(root: pathlib.Path) -> list[str]:
+    if (root / VAL_LABELS).is_file():
+        return (root / VAL_LABELS).read_text().split()
+    from scipy.io import loadmat
+
+    with tarfile.open(root / DEVKIT) as tar:
+        files = {}
+        for member in tar:
+            name = member.name.rpartition("/")[2]
+            if name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
+                content = tar.extractfile(member)
+                assert content is not None
+                files[name] = content.read()
+    if len(files) != 2:
+        raise ValueError(f"{root / DEVKIT} lacks meta.mat or the validation ground truth")
+    synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
+    names = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+    truth = files["ILSVRC2012_validation_ground_truth.txt"].split()
+    return [names[int(number)] for number in truth]

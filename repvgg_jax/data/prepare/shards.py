@@ -1,0 +1,188 @@
+"""One shard: images in, a finished and verified ArrayRecord file out; runs in the workers."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+
+import simplejpeg
+from PIL import Image
+
+from repvgg_jax.data import decoding, records
+from repvgg_jax.data.prepare.inputs import Item
+from repvgg_jax.data.resizing import resize
+
+UNFINISHED = ".unfinished"
+DONE = ".done.json"
+JPEG_QUALITY = 95  # of images that change, unless another one was asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How images are stored.
+
+    Attributes:
+      short_side: larger images are shrunk to it, in pixels; 0 keeps their size.
+      quality: of JPEGs that are written anew.
+    """
+
+    short_side: int = 0
+    quality: int = JPEG_QUALITY
+
+    def apply(self, content: bytes) -> bytes:
+        """The bytes to store: those given wherever they are a JPEG of the wanted size.
+
+        CMYK JPEGs, PNGs and others become RGB JPEGs.
+
+        Raises:
+          UndecodableError: they are damaged.
+        """
+        pixels = decoding.decode(content)
+        height, width = pixels.shape[:2]
+        short = min(height, width)
+        smaller = 0 < self.short_side < short
+        if not smaller and decoding.is_plain_jpeg(content):
+            return content
+        if smaller:
+            height, width = (round(length * self.short_side / short) for length in (height, width))
+            pixels = resize(pixels, height, width)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=self.quality)
+        return file.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A shard to write.
+
+    Attributes:
+      path: of the finished file.
+      items: its images.
+      form: how they are stored.
+    """
+
+    path: pathlib.Path
+    items: tuple[Item, ...]
+    form: Form
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what goes in; a finished shard of another one does not count."""
+        content = [[item.name, item.label, item.size] for item in self.items]
+        text = json.dumps([records.VERSION, dataclasses.asdict(self.form), content])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What became of a job.
+
+    Attributes:
+      shard: the file.
+      changed: names of images that were no RGB or grey JPEG and now are.
+      bad: names of images that cannot be decoded, with the reason; they are not in the file.
+    """
+
+    shard: records.Shard
+    changed: tuple[str, ...]
+    bad: tuple[str, ...]
+
+
+def finished(job: Job) -> Done | None:
+    """What an earlier call left for this very job, if it is all there."""
+    note = job.path.with_name(job.path.name + DONE)
+    try:
+        content = json.loads(note.read_text())
+        shard = records.Shard(**content["shard"])
+        whole = job.path.stat().st_size == shard.bytes
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not whole or content["fingerprint"] != job.fingerprint:
+        return None
+    return Done(shard, tuple(content["changed"]), tuple(content["bad"]))
+
+
+def write(job: Job) -> Done:
+    """Writes a shard under a temporary name, verifies it, and only then gives it its own.
+
+    Raises:
+      OSError: an image cannot be read, or the disk is full.
+      ValueError: the file does not hold what was written.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    unfinished = job.path.with_name(job.path.name + UNFINISHED)
+    changed, bad, digests = [], [], []
+    writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
+    for item in job.items:
+        content = item.read()
+        try:
+            stored = job.form.apply(content)
+        except decoding.UndecodableError as error:
+            bad.append(f"{item.name}: {error}")
+            continue
+        if not decoding.is_plain_jpeg(content):
+            changed.append(item.name)
+        record = records.pack(encoded=stored, label=item.label, name=item.name)
+        digests.append(hashlib.sha256(record).digest())
+        writer.write(record)
+    writer.close()
+    _verify(unfinished, digests)
+    shard = records.Shard(
+        job.path.name, len(digests), unfinished.stat().st_size, sha256(unfinished)
+    )
+    _sync(unfinished)
+    unfinished.replace(job.path)
+    done = Done(shard, tuple(changed), tuple(bad))
+    note = job.path.with_name(job.path.name + DONE)
+    temporary = note.with_name(note.name + UNFINISHED)
+    temporary.write_text(json.dumps({"fingerprint": job.fingerprint, **dataclasses.asdict(done)}))
+    temporary.replace(note)
+    return done
+
+
+def check(path: pathlib.Path, shard: records.Shard, classes: int) -> str | None:
+    """What is wrong with a shard: its checksum, its count, a label, an image; None if nothing."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if sha256(path) != shard.sha256:
+        return f"{path.name} is not what was written: its checksum differs"
+    stored = records.open_shards(path.parent, [shard])
+    if len(stored) != shard.images:
+        return f"{path.name} holds {len(stored)} images of {shard.images}"
+    for index in range(len(stored)):
+        record = records.unpack(stored[index])
+        if not 0 <= record["label"] < classes:
+            return f"{path.name}: {record['name']} has label {record['label']} of {classes}"
+        try:
+            simplejpeg.decode_jpeg_header(record["encoded"])
+            decoding.decode(record["encoded"])
+        except ValueError as error:
+            return f"{path.name}: {record['name']} cannot be decoded: {error}"
+    return None
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(path: pathlib.Path, digests: list[bytes]) -> None:
+    if not digests:
+        return
+    shard = records.Shard(path.name, len(digests), 0, "")
+    stored = records.open_shards(path.parent, [shard])
+    found = [hashlib.sha256(stored[index]).digest() for index in range(len(stored))]
+    if found != digests:
+        raise ValueError(f"{path} does not hold what was written to it; look for a failing disk")
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,234 @@
+"""Preparing: what comes out is what went in, whatever went wrong in between."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repvgg_jax.data import decoding, records
+from repvgg_jax.data.dataset import load
+from repvgg_jax.data.prepare import inputs, preparing, shards
+from tests.pictures import damaged, encoded, images, pixels, settings, write_tars, write_tree
+
+FILES = images()
+CMYK, PNG = "train/n02/n02_001.JPEG", "train/n03/n03_002.JPEG"
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Work in this process; the command's own processes are tested with the command."""
+
+    class Pool:
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+        shutdown = lambda self, **_: None  # noqa: E731
+
+        def submit(self, work, *arguments):
+            import concurrent.futures
+
+            future = concurrent.futures.Future()
+            try:
+                future.set_result(work(*arguments))
+            except Exception as error:
+                future.set_exception(error)
+            return future
+
+    monkeypatch.setattr(preparing, "_pool", lambda processes: Pool())
+
+
+def prepare(source, output, **changes):
+    lines = []
+    config = preparing.Settings(**{"shard_images": 4} | changes)
+    return preparing.prepare(inputs.find(source), output, config, say=lines.append), lines
+
+
+def stored(output, split="train"):
+    data = load(settings(f"records:{output}", train_size=8))
+    source = data.train if split == "train" else data.evaluation
+    return {
+        (e := source[i])["name"]: (e["encoded"], data.classes[e["label"]])
+        for i in range(len(source))
+    }
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "repvgg_jax.data.prepare", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.usefixtures("in_process")
+class TestPreparing:
+    @pytest.mark.parametrize("write", [write_tree, write_tars])
+    def test_every_image_is_stored_with_its_class(self, tmp_path, write):
+        manifest, _ = prepare(write(tmp_path / "in", FILES), tmp_path / "out")
+        found = stored(tmp_path / "out")
+        assert set(found) == {name for name in FILES if name.startswith("train")}
+        for name, (content, label) in found.items():
+            assert label == name.split("/")[1]
+            if name in (CMYK, PNG):
+                assert decoding.is_plain_jpeg(content)
+                assert np.abs(pixels(content).astype(int) - pixels(FILES[name])).mean() < 3
+            else:
+                assert content == FILES[name]
+        assert manifest.details["changed_to_rgb_jpeg"] == [CMYK, PNG]
+        held_out = stored(tmp_path / "out", "val")
+        assert sorted(held_out.values()) == sorted(
+            (content, name.split("/")[1])
+            for name, content in FILES.items()
+            if name.startswith("val")
+        )
+        assert [shard.images for shard in manifest.splits["train"]] == [4, 4, 4]
+        preparing.verify(tmp_path / "out")
+
+    def test_smaller(self, tmp_path):
+        form = shards.Form(short_side=40, quality=90)
+        prepare(write_tree(tmp_path / "in", FILES), tmp_path / "out", form=form)
+        for name, (content, _) in stored(tmp_path / "out").items():
+            height, width = pixels(FILES[name]).shape[:2]
+            scale = 40 / min(height, width)
+            expected = Image.fromarray(pixels(FILES[name])).resize(
+                (round(width * scale), round(height * scale)), Image.Resampling.BILINEAR
+            )
+            expected = pixels(encoded(expected, quality=90))
+            assert np.abs(pixels(content).astype(int) - expected).mean() < 0.5
+            assert min(pixels(content).shape[:2]) == 40
+
+    def test_images_never_grow(self, tmp_path):
+        form = shards.Form(short_side=400)
+        prepare(write_tree(tmp_path / "in", FILES), tmp_path / "out", form=form)
+        name = "train/n01/n01_000.JPEG"
+        assert stored(tmp_path / "out")[name][0] == FILES[name]
+
+    def test_finished_shards_are_kept_and_the_others_written(self, tmp_path):
+        source, output = write_tree(tmp_path / "in", FILES), tmp_path / "out"
+        prepare(source, output)
+        kept, lost, cut = sorted(output.glob("train*.array_record"))
+        before = {path.name: path.read_bytes() for path in (kept, lost, cut)}
+        stamp = kept.stat().st_mtime_ns
+        lost.unlink()
+        cut.write_bytes(cut.read_bytes()[:100])
+        (output / "train-00001-of-00003.array_record.unfinished").write_bytes(b"half")
+        _, lines = prepare(source, output)
+        assert any("3 of 5 shards are finished" in line for line in lines)
+        assert kept.stat().st_mtime_ns == stamp
+        assert set(stored(output)) == {n for n in FILES if n.startswith("train")}
+        assert not list(output.glob("*.unfinished"))
+        assert {path.name for path in output.glob("train*.array_record")} == set(before)
+
+    def test_another_form_starts_again(self, tmp_path):
+        source, output = write_tree(tmp_path / "in", FILES), tmp_path / "out"
+        prepare(source, output)
+        _, lines = prepare(source, output, form=shards.Form(short_side=30))
+        assert any("0 of 5 shards are finished" in line for line in lines)
+        assert {min(pixels(content).shape[:2]) for content, _ in stored(output).values()} == {30}
+
+    def test_undecodable_images_stop_it_or_are_left_out_and_named(self, tmp_path):
+        bad = "train/n01/n01_006.JPEG"
+        source = write_tree(tmp_path / "in", FILES | {bad: damaged(FILES[bad])})
+        with pytest.raises(ValueError, match=f"1 images cannot be decoded: {bad}: .*--max_bad=1"):
+            prepare(source, tmp_path / "out")
+        assert not (tmp_path / "out" / "manifest.json").exists()
+        manifest, lines = prepare(source, tmp_path / "out", max_bad=1)
+        assert bad not in stored(tmp_path / "out")
+        assert len(stored(tmp_path / "out")) == 11
+        assert manifest.details["bad"][0].startswith(bad)
+        assert any(f"left out: {bad}" in line for line in lines)
+
+    def test_a_disk_that_is_too_small(self, tmp_path, monkeypatch):
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 0, 10_000))
+        with pytest.raises(ValueError, match=r"0.01 MB free, about 0.\d+ MB are needed; .*256"):
+            prepare(write_tree(tmp_path / "in", FILES), tmp_path / "out")
+
+    def test_verifying_finds_a_flipped_bit(self, tmp_path):
+        prepare(write_tree(tmp_path / "in", FILES), tmp_path / "out")
+        shard = tmp_path / "out" / "train-00002-of-00003.array_record"
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 4
+        shard.write_bytes(content)
+        with pytest.raises(ValueError, match=r"1 of 5 shards are bad: train-00002.* checksum"):
+            preparing.verify(tmp_path / "out")
+        with pytest.raises(ValueError, match=r"damaged shard, see .*--verify="):
+            stored(tmp_path / "out")
+
+
+class TestInputs:
+    def test_what_is_missing_is_said_at_once(self, tmp_path):
+        with pytest.raises(ValueError, match=r"img_train.tar.*img_val.tar.*devkit_t12.*val_labels"):
+            inputs.find(tmp_path)
+        write_tars(tmp_path, FILES)
+        (tmp_path / "ILSVRC2012_img_val.tar").unlink()
+        with pytest.raises(ValueError, match=r"missing: ILSVRC2012_img_val.tar \(6.3 GB"):
+            inputs.find(tmp_path)
+
+    def test_no_directory(self, tmp_path):
+        with pytest.raises(ValueError, match=r"--source=.*/none is no directory"):
+            inputs.find(tmp_path / "none")
+
+    def test_a_tar_that_was_not_downloaded_whole(self, tmp_path):
+        path = write_tars(tmp_path, FILES) / "ILSVRC2012_img_train.tar"
+        path.write_bytes(path.read_bytes()[:30_000])
+        with pytest.raises(ValueError, match=r"was not downloaded whole"):
+            inputs.find(tmp_path)
+
+    def test_labels_that_do_not_fit(self, tmp_path):
+        labels = write_tars(tmp_path, FILES) / "val_labels.txt"
+        labels.write_text("n01\nn02\n")
+        with pytest.raises(ValueError, match=r"holds 5 images, but there are 2 labels"):
+            inputs.find(tmp_path)
+        labels.write_text("n01 n02 n03 n01 n09")
+        with pytest.raises(ValueError, match=r"classes that .* lacks: \['n09'\]"):
+            inputs.find(tmp_path)
+
+    def test_labels_of_the_development_kit(self, tmp_path):
+        import tarfile
+
+        from scipy.io import savemat
+
+        write_tars(tmp_path, FILES)
+        expected = inputs.find(tmp_path).splits["val"]
+        (tmp_path / "val_labels.txt").unlink()
+        synsets = np.zeros(3, [("ILSVRC2012_ID", "i4"), ("WNID", "O")])
+        synsets["ILSVRC2012_ID"], synsets["WNID"] = [3, 1, 2], ["n01", "n02", "n03"]
+        meta = io.BytesIO()
+        savemat(meta, {"synsets": synsets})
+        truth = "\n".join(str({0: 3, 1: 1, 2: 2}[i % 3]) for i in range(5)).encode()
+        with tarfile.open(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+            for name, content in (
+                ("meta.mat", meta.getvalue()),
+                ("ILSVRC2012_validation_ground_truth.txt", truth),
+            ):
+                member = tarfile.TarInfo(f"ILSVRC2012_devkit_t12/data/{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        assert inputs.find(tmp_path).splits["val"] == expected
+
+
+def test_the_command(tmp_path):
+    source, output = write_tars(tmp_path / "in", FILES), tmp_path / "out"
+    arguments = (f"--source={source}", f"--output={output}", "--shard_images=5", "--processes=2")
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "")
+    assert "train: 12 images of 3 classes" in out
+    assert f"--config.data.source=records:{output}" in out
+    manifest = json.loads((output / records.MANIFEST).read_text())
+    assert manifest["classes"] == ["n01", "n02", "n03"]
+    assert len(stored(output)) == 12
+    status, out, err = run("--verify", output)
+    assert (status, err) == (0, "")
+    assert "every image can be decoded" in out
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    status, _, err = run(f"--source={tmp_path}", f"--output={tmp_path}/o")
+    assert status == 1
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "o").exists()
