@@ -107,7 +107,7 @@ def test_the_page_holds_everything_and_needs_nothing(straight):
         "three branches",
         "fused",
         "finished at step 22",
-        "config",
+        "Configuration",
         "batch_size",
         "jaxlib",
     ):
@@ -543,8 +543,8 @@ class TestCheckpoints:
     ("text", "message"),
     [
         ("{", r"config\.json cannot be read: Expecting"),
-        ("[]", r"cannot be read: .*missing \[config\.bn\.group_size, .*unknown \[config\]"),
-        ('{"seed": 3}', r"cannot be read: .*missing \[config\.bn\.group_size, "),
+        ("[]", r"cannot be read: .*missing \[config\.augment\.affine\.rotation, .*unknown \[config\]"),
+        ('{"seed": 3}', r"cannot be read: .*missing \[config\.augment\.affine\.rotation, "),
     ],
 )
 def test_workdir_of_a_damaged_configuration(tmp_path, text, message):

@@ -168,7 +168,7 @@ def _train_steps(
         # The device is busy with this step now, so the numbers of the one before cost nothing.
         meter.take(step, metrics)
 
-        test_now = every(config.eval.every_epochs, step) and not stop.poll()
+        test_now = not stop.poll() and every(config.eval.every_epochs, step)
         save_now = every(config.checkpoint.every_epochs, step)
         if test_now or save_now or stop:
             meter.flush()  # raises before a state that is not finite could be saved
