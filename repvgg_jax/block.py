@@ -30,6 +30,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repvgg_jax import covariance
+from repvgg_jax import lowering as lowerings
+from repvgg_jax.lowering import Lowering
 from repvgg_jax.norm import BatchNorm, image_groups, updated
 from repvgg_jax.variants import SqueezeExcite
 
@@ -63,6 +65,8 @@ class RepVGGBlock(nn.Module):
       bn_group_size: images that share batch statistics in training; None for all of them.
       train_form: how training computes the branches: "branches" as they are drawn, or
         "covariance", the same function in fewer passes over memory (`repvgg_jax.covariance`).
+      lowering: how the deploy form's convolution is computed: "auto", on CPUs in the way that
+        was measured to be fastest (`repvgg_jax.lowering`), or "plain", as drawn everywhere.
       dtype: of the convolutions; parameters, statistics and batch normalisation stay float32.
       param_dtype: of the parameters.
     """
@@ -76,6 +80,7 @@ class RepVGGBlock(nn.Module):
     deploy: bool = False
     bn_group_size: int | None = None
     train_form: TrainForm = "branches"
+    lowering: Lowering = "auto"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
 
@@ -154,6 +159,9 @@ class RepVGGBlock(nn.Module):
             kernel_init=torch_kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            conv_general_dilated=(
+                lowerings.conv_general_dilated if self.deploy and self.lowering == "auto" else None
+            ),
             name=name,
         )
 

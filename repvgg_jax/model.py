@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from repvgg_jax import lowering as lowerings
 from repvgg_jax.block import RepVGGBlock, TrainForm, torch_bias_init, torch_kernel_init
+from repvgg_jax.lowering import Lowering
 from repvgg_jax.norm import BatchNorm
 from repvgg_jax.variants import Layer, Variant, get_variant
 
@@ -25,6 +27,7 @@ def create_model(
     output_stride: int | None = None,
     bn_group_size: int | None = None,
     train_form: TrainForm = "branches",
+    lowering: Lowering = "auto",
     remat: bool = False,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
@@ -43,13 +46,15 @@ def create_model(
       train_form: "branches" trains the three branches as they are drawn; "covariance"
         computes the same function, statistics and gradients in fewer passes over memory
         (`docs/covariance.md`). Variables are the same.
+      lowering: "auto" computes the deploy form's convolutions on CPUs in ways they are good at
+        (`repvgg_jax.lowering`); "plain" leaves them as they are on every platform.
       remat: recompute every block's activations in the backward pass instead of keeping them.
       dtype: of the convolutions, float32 or bfloat16. Parameters, statistics, batch
         normalisation and the classifier stay float32.
       param_dtype: of the parameters; float64 is for proofs.
 
     Raises:
-      ValueError: unknown variant or train form, or an output stride it cannot have.
+      ValueError: unknown variant, train form or lowering, or an output stride it cannot have.
     """
     variant = get_variant(name)
     variant.layers(output_stride)  # raises where the stride cannot be had
@@ -59,6 +64,7 @@ def create_model(
         raise ValueError(
             f"train_form={train_form!r} must be one of {', '.join(map(repr, get_args(TrainForm)))}"
         )
+    lowerings.check(lowering)
     return RepVGG(
         variant=variant,
         num_classes=num_classes,
@@ -66,6 +72,7 @@ def create_model(
         output_stride=output_stride,
         bn_group_size=bn_group_size,
         train_form=train_form,
+        lowering=lowering,
         remat=remat,
         dtype=dtype,
         param_dtype=param_dtype,
@@ -81,6 +88,7 @@ class RepVGG(nn.Module):
     output_stride: int | None = None
     bn_group_size: int | None = None
     train_form: TrainForm = "branches"
+    lowering: Lowering = "auto"
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -153,6 +161,7 @@ class RepVGG(nn.Module):
             deploy=self.deploy,
             bn_group_size=self.bn_group_size,
             train_form=self.train_form,
+            lowering=self.lowering,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )

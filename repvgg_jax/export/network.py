@@ -56,7 +56,11 @@ class Network:
             not finite, images or metadata that do not fit.
         """
         self.model = model.clone(
-            deploy=True, remat=False, dtype=jnp.float32, param_dtype=jnp.float32
+            deploy=True,
+            lowering="plain",  # an artefact runs where this machine does not decide
+            remat=False,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
         )
         self.metadata = metadata
         self.with_preprocessing = with_preprocessing

@@ -1,0 +1,130 @@
+"""Images a second of inference: deployed and training form, ours and PyTorch's.
+
+Runners are timed in turn, A B C A B C …, in one process; ratios are to the first one's median.
+Ours runs in JAX and, where `repvgg_jax.export` and the runtime are installed, exported to
+ONNX and run by onnxruntime and OpenVINO. "deploy plain" leaves every convolution to XLA
+(`lowering="plain"`). On a GPU everything is bfloat16, on a CPU float32.
+
+    python benchmarks/infer.py --models A0 B1 B1g4 --batch 1 8 32 --write
+    python benchmarks/infer.py --runners deploy "torch compile" "timm compile" --batch 256
+"""
+
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import numpy as np
+import torch_peer
+
+RUNNERS = (
+    "deploy", "deploy plain", "train form", "onnxruntime", "openvino",
+    "torch", "torch channels_last", "torch compile", "torch train form",
+    "timm channels_last", "timm compile",
+)  # fmt: skip
+
+
+def missing(kind: str) -> str | None:
+    """The package that this runner needs and that is not installed."""
+    if kind in ("onnxruntime", "openvino"):
+        needed = ["onnx", kind]
+        if not torch_peer.installed("repvgg_jax.export"):
+            return "repvgg_jax.export"
+    else:
+        needed = [word for word in (kind.partition(" ")[0],) if word in ("torch", "timm")]
+    return next((package for package in needed if not torch_peer.installed(package)), None)
+
+
+def runner(kind: str, name: str, images: np.ndarray) -> Callable[[], Any]:
+    """A function that computes the logits of `images` and waits for them."""
+    if kind.startswith(("torch", "timm")):
+        import torch
+
+        build = torch_peer.build_timm if kind.startswith("timm") else torch_peer.build
+        return torch_peer.predictor(
+            build(name, deploy="train form" not in kind),
+            images,
+            channels_last="channels_last" in kind or "compile" in kind,
+            compile="compile" in kind,
+            bf16=torch.cuda.is_available(),
+        )
+    import jax
+    import jax.numpy as jnp
+
+    import repvgg_jax as rv
+
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    model = rv.create_model(name, dtype=dtype)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    if kind != "train form":
+        lowering = "plain" if kind == "deploy plain" else "auto"
+        model, variables = model.clone(deploy=True, lowering=lowering), rv.fuse_params(variables)
+    if kind in ("onnxruntime", "openvino"):
+        return exported(kind, model, variables, images)
+    apply, x = jax.jit(model.apply), jax.device_put(images.astype(dtype))
+    return lambda: jax.block_until_ready(apply(variables, x))
+
+
+def exported(kind: str, model: Any, variables: Any, images: np.ndarray) -> Callable[[], Any]:
+    """The deployed network as ONNX in another runtime."""
+    from repvgg_jax.export import Metadata, Network, get_format
+
+    form = get_format("onnx")
+    unused = Metadata(mean=(0.0,), std=(1.0,))  # images are normalised already
+    network = Network(model, variables, images=images, metadata=unused)
+    runtime = next(runtime for runtime in form.runtimes if runtime.name == kind)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / form.filename
+        form.write(network, path, "float32")
+        run = runtime.open(path, network)
+    return lambda: run(images)
+
+
+def main() -> None:
+    """Measures what was asked for and reports."""
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--models", nargs="+", default=["A0"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--image-size", type=int, default=224, help="pixels")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=list(RUNNERS))
+    args = parser.parse_args()
+    absent = {kind: package for kind in args.runners if (package := missing(kind))}
+    kinds = [kind for kind in args.runners if kind not in absent]
+    rows = []
+    for name in args.models:
+        for batch in args.batch:
+            shape = (batch, args.image_size, args.image_size, 3)
+            images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+            runs = {kind: runner(kind, name, images) for kind in kinds}
+            times = harness.take_turns(runs, rounds=args.rounds, seconds=0.2)
+            base = harness.summary(times[kinds[0]])["median"]
+            for kind in kinds:
+                took = harness.summary(times[kind])
+                rows.append(
+                    {
+                        "model": name,
+                        "batch": batch,
+                        "runner": kind,
+                        "images/s": batch / took["median"],
+                        "median ms": 1e3 * took["median"],
+                        "min ms": 1e3 * took["min"],
+                        "max ms": 1e3 * took["max"],
+                        "time x": took["median"] / base,
+                    }
+                )
+    harness.report(
+        "infer",
+        rows,
+        note=__doc__ or "",
+        write=args.write,
+        image_size=args.image_size,
+        rounds=args.rounds,
+        skipped=", ".join(f"{kind} (needs {package})" for kind, package in absent.items())
+        or "none",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax import create_model
+from repvgg_jax.block import RepVGGBlock
+from repvgg_jax.lowering import conv_general_dilated
+from tests.trees import random_images
+
+
+def operands(channels, features, groups, height, width):
+    """Positive pixels, as after a ReLU, and a kernel that keeps their scale."""
+    x = np.maximum(random_images((2, height, width, channels)), 0)
+    fan_in = 9 * channels // groups
+    kernel = random_images((3, 3, channels // groups, features), seed=1) * (2 / fan_in) ** 0.5
+    return x, kernel.astype(np.float32)
+
+
+def convolve(function, x, kernel, stride, groups):
+    return function(
+        x,
+        kernel,
+        (stride, stride),
+        [(1, 1), (1, 1)],
+        rhs_dilation=(1, 1),
+        feature_group_count=groups,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "features", "groups", "stride", "height", "width"),
+    [
+        (48, 48, 1, 1, 14, 17),  # Winograd, with an odd side
+        (64, 96, 2, 1, 15, 14),  # Winograd for each group
+        (64, 64, 2, 1, 30, 30),  # a convolution for each group
+        (16, 16, 4, 1, 6, 6),
+        (64, 64, 2, 2, 7, 6),
+        (48, 40, 1, 2, 15, 14),  # patches
+    ],
+)
+def test_substitutes_are_the_convolution_and_as_exact(
+    channels, features, groups, stride, height, width
+):
+    x, kernel = operands(channels, features, groups, height, width)
+    shape = (stride, groups)
+    fast = jax.jit(lambda x, k: convolve(conv_general_dilated, x, k, *shape))
+    plain = jax.jit(lambda x, k: convolve(jax.lax.conv_general_dilated, x, k, *shape))
+    assert "platform_index" in str(jax.make_jaxpr(fast)(x, kernel))
+    with jax.enable_x64(True):
+        truth = convolve(jax.lax.conv_general_dilated, np.float64(x), np.float64(kernel), *shape)
+    errors = [
+        float(np.sqrt(np.square(f(x, kernel) - np.asarray(truth)).mean())) for f in (fast, plain)
+    ]
+    assert errors[0] <= 4 * errors[1]
+    assert errors[1] < 1e-6
+
+
+def test_derivatives():
+    x, kernel = operands(48, 48, 1, 14, 14)
+    grads = [
+        jax.jit(jax.grad(lambda x, k, f=f: jnp.sin(convolve(f, x, k, 1, 1)).sum(), (0, 1)))(
+            x, kernel
+        )
+        for f in (conv_general_dilated, jax.lax.conv_general_dilated)
+    ]
+    for a, b in zip(*grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def lowered(lowering, platform):
+    block = RepVGGBlock(48, deploy=True, lowering=lowering)
+    x = jax.ShapeDtypeStruct((1, 14, 14, 48), jnp.float32)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x)
+    return jax.jit(block.apply).trace(variables, x).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_only_cpus_get_substitutes_and_only_if_wanted():
+    assert "stablehlo.convolution" not in lowered("auto", "cpu")
+    for lowering, platform in (("auto", "tpu"), ("auto", "cuda"), ("plain", "cpu")):
+        text = lowered(lowering, platform)
+        assert text.count("stablehlo.convolution") == 1
+        assert "dot_general" not in text
+
+
+@pytest.mark.parametrize("change", [{"dtype": jnp.bfloat16}, {"dilation": 2}, {"deploy": False}])
+def test_others_stay_plain(change):
+    block = RepVGGBlock(48, **{"deploy": True, **change})
+    x = jax.ShapeDtypeStruct((1, 14, 14, 48), jnp.float32)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x)
+    assert "platform_index" not in str(jax.make_jaxpr(block.apply)(variables, x))
+
+
+def test_unknown_lowering():
+    with pytest.raises(ValueError, match="lowering='fast' must be one of 'auto', 'plain'"):
+        create_model("A0", lowering="fast")
