@@ -73,7 +73,12 @@ def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, *_USER_ERRORS) as error:
         if flags.FLAGS.traceback:
             raise
-        return explain(error)
+        status = explain(error)
+        # Everything of ours is closed; a library's thread that waits for what failed, as Orbax's
+        # do for minutes where a disk is full, shall not keep the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def explain(error: BaseException) -> int:

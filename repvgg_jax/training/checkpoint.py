@@ -185,8 +185,13 @@ class Checkpoints:
 
     def _clear_unfinished(self) -> None:
         """Gives back the space of a save that failed."""
-        for unfinished in self._path.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        for _ in range(20):  # its other writers may still be at it
+            found = list(self._path.glob("*.orbax-checkpoint-tmp*"))
+            if not found:
+                break
+            for unfinished in found:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            time.sleep(0.05)
         self._manager.reload()
 
     def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState | None, str]:
