@@ -64,7 +64,7 @@ class RepVGGBlock(nn.Module):
       deploy: the fused form instead of the three branches.
       bn_group_size: images that share batch statistics in training; None for all of them.
       train_form: how training computes the branches: "branches" as they are drawn, or
-        "covariance", the same function in fewer passes over memory (`repvgg_jax.covariance`).
+        "covariance", the same function without holding two of them (`repvgg_jax.covariance`).
       lowering: how the deploy form's convolution is computed: "auto", on CPUs in the way that
         was measured to be fastest (`repvgg_jax.lowering`), or "plain", as drawn everywhere.
       dtype: of the convolutions; parameters, statistics and batch normalisation stay float32.
@@ -119,7 +119,7 @@ class RepVGGBlock(nn.Module):
         return attend(nn.relu(y)) if self.se.after_relu else nn.relu(attend(y))
 
     def _by_covariance(self, x: jax.Array) -> jax.Array:
-        """The branches in training in few passes over memory; ReLU included unless SE follows."""
+        """The branches in training by their statistics; ReLU included unless SE follows."""
         out_shape = (x.shape[0], *(-(-side // self.stride) for side in x.shape[1:3]), self.features)
         groups = image_groups(out_shape, self.bn_group_size)
         form = covariance.Form(

@@ -1,4 +1,4 @@
-"""The fast training pass of a block: two of the three branches never exist.
+"""Another training pass of a block: two of the three branches never exist.
 
 In training every branch is normalised by the statistics of its own output. For two of them
 these are known beforehand: with the mean mu and the covariance C of the block's *input* over

@@ -44,8 +44,8 @@ def create_model(
         parameters keep their shapes. None keeps the variant's own, 32 for the official ones.
       bn_group_size: images that share batch statistics in training; None for the whole batch.
       train_form: "branches" trains the three branches as they are drawn; "covariance"
-        computes the same function, statistics and gradients in fewer passes over memory
-        (`docs/covariance.md`). Variables are the same.
+        computes the same function, statistics and gradients without ever holding two of the
+        three (`docs/covariance.md`). Variables are the same.
       lowering: "auto" computes the deploy form's convolutions on CPUs in ways they are good at
         (`repvgg_jax.lowering`); "plain" leaves them as they are on every platform.
       remat: recompute every block's activations in the backward pass instead of keeping them.

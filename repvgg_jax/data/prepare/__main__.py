@@ -58,7 +58,10 @@ def main(_: Sequence[str]) -> int:
     )
     total = sum(shard.bytes for split in manifest.splits.values() for shard in split)
     print(f"{output}: {total / 1e6:,.2f} MB in {sum(map(len, manifest.splits.values()))} shards")
-    print(f"next: python train.py --config.data.source=records:{output.resolve()}")
+    print(
+        "next: python train.py --config configs/b1.py "
+        f"--config.data.source=records:{output.resolve()}"
+    )
     return 0
 
 
