@@ -137,7 +137,14 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_continues_with_the_same_command(tmp_path, number):
     arguments = ["--workdir=run", "--config.train.epochs=3", "--config.report.every_steps=1"]
     process = start("train.py", *arguments, cwd=tmp_path)
@@ -229,7 +236,7 @@ def test_a_tolerance_that_nothing_meets(place, tmp_path):
     check_one_line(tmp_path, 1, message, "convert.py", workdir, "--output=x", "--tolerance=0")
 
 
-@pytest.mark.parametrize("family", ["official", "timm"])
+@pytest.mark.parametrize("family", ["official", pytest.param("timm", marks=pytest.mark.slow)])
 def test_converting_a_checkpoint_of_another_project(tmp_path, family):
     """A published file in, a fused network out, proven on photographs."""
     trained = random_variables(create_model("A0", num_classes=7))

@@ -138,7 +138,7 @@ def test_all_fifteen_at_their_real_widths(name):
     assert relative(fused, trained) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["A0", "B1g4", "D2se", "plus-L2pse"])
+@pytest.mark.parametrize("name", ["A0", "plus-L2pse"])
 def test_float64_agrees_to_twelve_digits(name):
     with jax.enable_x64(True):
         model = create_model(
@@ -154,7 +154,7 @@ def test_float64_agrees_to_twelve_digits(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in VARIANTS if n not in ("A0", "B1g4", "D2se")])
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n not in ("A0", "plus-L2pse")])
 def test_float64_agrees_to_twelve_digits_everywhere(name):
     test_float64_agrees_to_twelve_digits(name)
 

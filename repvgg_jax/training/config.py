@@ -28,7 +28,7 @@ def default_config(variant: str | Variant = "A0") -> ConfigDict:
                     dataclasses.asdict(variant) if isinstance(variant, Variant) else variant
                 ),
                 "dtype": "float32",  # of the convolutions: float32 or bfloat16
-                "train_form": "branches",  # or covariance: the same without two of the branches (docs)
+                "train_form": "branches",  # or covariance (docs/covariance.md)
                 "remat": False,  # recompute activations in the backward pass: less memory
             },
             "bn": {
