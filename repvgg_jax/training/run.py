@@ -17,6 +17,7 @@ from repvgg_jax.data.augment import (
     make_mixing,
 )
 from repvgg_jax.data.dataset import Dataset, load
+from repvgg_jax.data.sizes import TrainSizes
 from repvgg_jax.model import RepVGG
 from repvgg_jax.training import config as configs
 from repvgg_jax.training.optimizer import make_optimizer
@@ -172,10 +173,11 @@ class Run:
             self.state_sharding(),
         )
 
-    def size_at(self, epoch: int) -> int:
+    @property
+    def size_at(self) -> TrainSizes:
         """Height and width of the training images of an epoch, counted from 0."""
-        begun = [size for first, size in self.config.data.sizes if first <= epoch]
-        return begun[-1] if begun else self.dataset.image_shape[0]
+        changes = tuple((epoch, size) for epoch, size in self.config.data.sizes)
+        return TrainSizes(changes, otherwise=self.dataset.image_shape[0])
 
     def lower_step(self, size: int | None = None) -> jax.stages.Lowered:
         """The train step for the devices of the mesh, ready to be compiled.
