@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import pickle
 import re
 import shutil
 import signal
@@ -367,6 +368,49 @@ def test_nan_stops_the_run_after_it_was_written_down(tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_another_number_of_devices_is_announced(straight, tmp_path, capsys):
+    path = tmp_path / "run"
+    shutil.copytree(straight[0], path)
+    shutil.rmtree(path / "checkpoints" / "22")
+    train(small_config(), path)
+    assert "it was saved by" not in capsys.readouterr().out
+    shutil.rmtree(path / "checkpoints" / "22")
+    manifest = path / "checkpoints" / "11" / "manifest" / "metadata"
+    text = manifest.read_text()
+    assert "8 cpu devices in 1 process" in text
+    manifest.write_text(text.replace("8 cpu devices in 1 process", "4 tpu devices in 2 processes"))
+    train(small_config(), path)
+    assert "it was saved by 4 tpu devices in 2 processes: from" in capsys.readouterr().out
+
+
+def test_train_sizes_by_epoch():
+    config = small_config(data__train_size=24, data__sizes=((0, 16), (2, 24), (5, 32)))
+    sizes = Run.from_config(config).size_at
+    assert [sizes(epoch) for epoch in range(7)] == [16, 16, 24, 24, 24, 32, 32]
+    assert pickle.loads(pickle.dumps(sizes)) == sizes  # it goes to the processes that read
+    with pytest.raises(ValueError, match=r"data.sizes=.* must start with epoch 0 and go up"):
+        configs.check(small_config(data__sizes=((1, 16),)), devices=8)
+
+
+@pytest.mark.slow
+def test_a_run_whose_images_grow(tmp_path, capsys):
+    config = small_config(
+        data__source="fake",
+        data__mean=(0.5,) * 3,
+        data__std=(0.3,) * 3,
+        data__train_size=24,
+        data__sizes=((0, 16), (1, 24)),
+        data__workers=1,
+        augment__mixup=0.2,
+        augment__policy="raug15",
+    )
+    train(config, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert "compiled for images of 16x16 in" in out
+    assert "compiled for images of 24x24 in" in out
+    assert rows(tmp_path / "run")[-1]["step"] == 8
+
+
 class TestInitFrom:
     """Fine-tuning starts from whatever somebody trained, and says from what."""
 
@@ -487,8 +531,8 @@ class TestCheckpoints:
         assert int(state.step) == 22
         assert "30 is not sound" in said[0]
 
-    def test_missing_checksums(self, path):
-        shutil.rmtree(path / "22" / "checksums")
+    def test_a_missing_manifest(self, path):
+        shutil.rmtree(path / "22" / "manifest")
         state, said = self.restore(path)
         assert int(state.step) == 11
         assert "22 is not sound" in said[0]

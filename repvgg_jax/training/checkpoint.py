@@ -28,6 +28,10 @@ class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last one.
 
     The newest `keep` stay, and the one with the best accuracy of those that were evaluated.
+
+    Attributes:
+      saved_on: how many devices and processes saved what `restore` returned, in words, where
+        these were others than now.
     """
 
     def __init__(
@@ -59,10 +63,11 @@ class Checkpoints:
                 best_mode="max",
                 create=False,
             ),
-            item_names=("state", "checksums"),
+            item_names=("state", "manifest"),
         )
         self._path = path
         self._unsound: list[int] = []
+        self.saved_on: str | None = None
 
     def save(self, state: TrainState, *, accuracy: float | None = None, wait: bool = False) -> None:
         """Saves in the background; what is there stays until the new one is whole.
@@ -86,7 +91,9 @@ class Checkpoints:
                     step,
                     args=ocp.args.Composite(
                         state=ocp.args.StandardSave(state),
-                        checksums=ocp.args.JsonSave(checksums(state)),
+                        manifest=ocp.args.JsonSave(
+                            {"checksums": checksums(state), "saved_on": _machine()}
+                        ),
                     ),
                     metrics=metrics,
                 )
@@ -201,7 +208,7 @@ class Checkpoints:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(like), checksums=ocp.args.JsonRestore()
+                    state=ocp.args.StandardRestore(like), manifest=ocp.args.JsonRestore()
                 ),
             )
         except Exception as error:  # Orbax raises whatever its readers raise
@@ -209,7 +216,7 @@ class Checkpoints:
         if not distributed.all_say(restored is not None):
             return None, reason
         assert restored is not None
-        found, stored = checksums(restored["state"]), restored["checksums"]
+        found, stored = checksums(restored["state"]), restored["manifest"]["checksums"]
         damaged = [name for name in found if found[name] != stored.get(name)]
         reason = "another process read damaged arrays"
         if found.keys() != stored.keys():
@@ -217,7 +224,15 @@ class Checkpoints:
         elif damaged:
             reason = f"{len(damaged)} of {len(found)} arrays are damaged, the first: {damaged[0]}"
         sound = distributed.all_say(found == stored)
+        saved_on = restored["manifest"]["saved_on"]
+        self.saved_on = None if saved_on == _machine() else saved_on
         return (restored["state"], "") if sound else (None, reason)
+
+
+def _machine() -> str:
+    devices, processes = jax.device_count(), jax.process_count()
+    kind = f"{devices} {jax.devices()[0].platform} device{'s' if devices > 1 else ''}"
+    return f"{kind} in {processes} process{'es' if processes > 1 else ''}"
 
 
 def _accuracy(metrics: Mapping[str, Any]) -> float:

@@ -105,6 +105,11 @@ def train(
             report.say(beginning)
         if restored is not None:
             report.say(f"continuing from step {int(state.step)} of {run.total_steps}")
+            if checkpoints.saved_on is not None:
+                report.say(
+                    f"it was saved by {checkpoints.saved_on}: from here on numbers agree with that "
+                    "run's to rounding, not to the bit"
+                )
 
         evaluate = Evaluation(run)
         if int(state.step) < run.total_steps:
