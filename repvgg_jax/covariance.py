@@ -165,9 +165,7 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     slope = dmoments.covariance + dmoments.covariance.swapaxes(-1, -2)
     slope = _round(slope / count, x.dtype)
     level = dmoments.mean / count - _apply(shift.x + moments.mean, slope)
-    dseen = _conv1x1(dz, folded.kernel.swapaxes(-1, -2)) + (
-        _conv1x1(seen, slope) + _at(seen, level)
-    )
+    dseen = _conv1x1_of_two(dz, folded.kernel.swapaxes(-1, -2), seen, slope) + _at(seen, level)
     if folded.skip is not None:
         dseen += _at(dz, folded.skip) * dz
     if form.stride > 1:
@@ -276,6 +274,18 @@ def _conv1x1(x: jax.Array, kernels: jax.Array, dtype: Any = None) -> jax.Array:
     parts = x.reshape(image_groups, -1, h, w, groups, kernels.shape[2])
     out = jnp.einsum("gnhwki,gkio->gnhwko", parts, kernels, preferred_element_type=dtype)
     return out.reshape(n, h, w, -1)
+
+
+def _conv1x1_of_two(
+    x: jax.Array, x_kernels: jax.Array, y: jax.Array, y_kernels: jax.Array
+) -> jax.Array:
+    """The sum of `_conv1x1` of `x` and of `y`, of equal shapes but for their channels."""
+    if x_kernels.shape[1] > 1:
+        return _conv1x1(x, x_kernels) + _conv1x1(y, y_kernels)
+    # Side by side they are one convolution, to which compilers attach what comes after it; the
+    # output of a second one would go through memory.
+    both = jnp.concatenate([x, y], axis=-1)
+    return _conv1x1(both, jnp.concatenate([x_kernels, y_kernels], axis=-2))
 
 
 def _outer(form: Form, x: jax.Array, y: jax.Array) -> jax.Array:
