@@ -1,0 +1,66 @@
+"""Bytes that a program compiled for a TPU moves to and from its main memory.
+
+XLA assigns every array of the scheduled program to a memory space, which its text shows in
+the layout: `S(1)` is the chip's fast memory (VMEM), nothing is the main memory (HBM).
+"""
+
+import re
+
+_BITS = {"pred": 8, "token": 0}
+_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+)\[([\d,]*)\](\{[^}]*\})?")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\(([^)]*)\)(.*)")
+# Names for what is already there, and the ends of copies that are counted where they start.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"} | {
+    "copy-done",
+    "slice-done",
+}
+
+
+def accessed(text: str) -> int:
+    """Bytes read from and written to HBM by the entry computation, in one execution.
+
+    Every operand and result in HBM counts once per instruction, as XLA's own count does; a
+    copy between memories counts on the side that is HBM. Padding of layouts is not counted,
+    and a called computation, such as a loop, counts by its operands.
+
+    Args:
+      text: the compiled program, `jax.stages.Compiled.as_text()`.
+    """
+    lines = text[text.index("\nENTRY ") :].split("\n")[2:]
+    shapes: dict[str, str] = {}
+    total = 0
+    for line in lines:
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        name, shape, operation, operands, rest = match.groups()
+        shapes[name] = shape
+        if operation in _FREE or '"ConcatBitcast"' in rest:
+            continue
+        names = re.findall(r"%([\w.\-]+)", operands)
+        if operation == "copy-start":
+            total += _in_hbm(shape)  # destination and source
+        elif operation == "slice-start":
+            # ((source), destination, ...): only the slice of the source is read.
+            arrays = _arrays(shape)
+            moved, to_vmem = arrays[-2]
+            total += moved * ((not to_vmem) + (not arrays[0][1]))
+        else:
+            total += _in_hbm(shape) + sum(_in_hbm(shapes.get(operand, "")) for operand in names)
+    return total
+
+
+def _in_hbm(shape: str) -> int:
+    return sum(size for size, in_vmem in _arrays(shape) if not in_vmem)
+
+
+def _arrays(shape: str) -> list[tuple[int, bool]]:
+    """Bytes of every array of a shape, and whether it lies in VMEM."""
+    arrays = []
+    for kind, sides, layout in _ARRAY.findall(shape):
+        bits = _BITS[kind] if kind in _BITS else int(re.sub(r"\D", "", kind))
+        count = 1
+        for side in filter(None, sides.split(",")):
+            count *= int(side)
+        arrays.append((count * bits // 8, "S(1)" in layout))
+    return arrays
