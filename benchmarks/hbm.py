@@ -1,7 +1,7 @@
 """Bytes that a program compiled for a TPU moves to and from its main memory.
 
 XLA assigns every array of the scheduled program to a memory space, which its text shows in
-the layout: `S(1)` is the chip's fast memory (VMEM), nothing is the main memory (HBM).
+the layout: `S(1)` is the chip's fast memory (VMEM), and none is the main memory (HBM).
 """
 
 import re
@@ -43,24 +43,24 @@ def accessed(text: str) -> int:
         elif operation == "slice-start":
             # ((source), destination, ...): only the slice of the source is read.
             arrays = _arrays(shape)
-            moved, to_vmem = arrays[-2]
-            total += moved * ((not to_vmem) + (not arrays[0][1]))
+            moved, elsewhere = arrays[-2]
+            total += moved * ((not elsewhere) + (not arrays[0][1]))
         else:
             total += _in_hbm(shape) + sum(_in_hbm(shapes.get(operand, "")) for operand in names)
     return total
 
 
 def _in_hbm(shape: str) -> int:
-    return sum(size for size, in_vmem in _arrays(shape) if not in_vmem)
+    return sum(size for size, elsewhere in _arrays(shape) if not elsewhere)
 
 
 def _arrays(shape: str) -> list[tuple[int, bool]]:
-    """Bytes of every array of a shape, and whether it lies in VMEM."""
+    """Bytes of every array of a shape, and whether it lies elsewhere than in HBM."""
     arrays = []
     for kind, sides, layout in _ARRAY.findall(shape):
         bits = _BITS[kind] if kind in _BITS else int(re.sub(r"\D", "", kind))
         count = 1
         for side in filter(None, sides.split(",")):
             count *= int(side)
-        arrays.append((count * bits // 8, "S(1)" in layout))
+        arrays.append((count * bits // 8, "S(" in layout))
     return arrays

@@ -1,0 +1,67 @@
+"""What `benchmarks/hbm.py` counts, on a program small enough to add up by hand."""
+
+import importlib.util
+import pathlib
+import types
+
+import pytest
+
+_FILE = pathlib.Path(__file__).parents[1] / "benchmarks" / "hbm.py"
+
+# One line an instruction, as XLA prints a scheduled TPU program; S(1) is the fast memory.
+_PROGRAM = """HloModule jit_run, is_scheduled=true
+
+%inner (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %n = bf16[4,8]{1,0} negate(%p)
+}
+
+ENTRY %main.1 (x.1: bf16[4,8], y.1: f32[16]) -> (f32[8], bf16[4,8]) {
+  %x.1 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %y.1 = f32[16]{0:T(128)} parameter(1)
+INSTRUCTIONS
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def hbm() -> types.ModuleType:
+    """The benchmark's module, which is not part of the package."""
+    spec = importlib.util.spec_from_file_location("hbm", _FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [
+        # Reads 64 bytes of x, writes 64.
+        ("%f = bf16[4,8]{1,0} fusion(%x.1), kind=kLoop, calls=%inner", 128),
+        # The result stays in fast memory.
+        ("%f = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} fusion(%x.1), kind=kLoop, calls=%inner", 64),
+        # Several results: 32 + 64 bytes, and x and y are read.
+        ("%f = (f32[8]{0}, bf16[4,8]{1,0}) fusion(%x.1, %y.1), kind=kOutput, calls=%inner", 224),
+        # Names for what is there cost nothing.
+        ("%f = bf16[32]{0} bitcast(%x.1)\n  %t = (bf16[32]{0}, f32[16]{0}) tuple(%f, %y.1)", 0),
+        # A copy to fast memory reads once; what uses it reads nothing more.
+        (
+            "%s = (bf16[4,8]{1,0:S(1)}, bf16[4,8]{1,0}, u32[]{:S(2)}) copy-start(%x.1)\n"
+            "  %d = bf16[4,8]{1,0:S(1)} copy-done(%s)\n"
+            "  %f = bf16[4,8]{1,0:S(1)} fusion(%d), kind=kLoop, calls=%inner",
+            64,
+        ),
+        # Half of x, 32 bytes, goes to fast memory.
+        (
+            "%s = ((bf16[4,8]{1,0}), bf16[2,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x.1), "
+            "slice={[0:2], [0:8]}\n"
+            "  %d = bf16[2,8]{1,0:S(1)} slice-done(%s)",
+            32,
+        ),
+    ],
+)  # fmt: skip
+def test_counts_what_lies_in_hbm(hbm: types.ModuleType, instructions: str, expected: int) -> None:
+    """Operands and results in HBM, each once an instruction."""
+    assert hbm.accessed(_PROGRAM.replace("INSTRUCTIONS", "  " + instructions)) == expected
