@@ -154,6 +154,10 @@ def main() -> None:
         )
     rows = sorted(stored(), key=lambda row: _order(row, list(VARIANTS)))
     facts = ", ".join(f"{name} {version}" for name, version in harness.versions().items())
+    if not rows:
+        raise SystemExit(
+            f"no row in {RESULTS.name} was measured with {facts}; the page is as it was"
+        )
     if args.write:
         fill(PAGE, f"{table(rows)}\n\n{facts}.")
     print(f"{table(rows)}\n\n{facts}")

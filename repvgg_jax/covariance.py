@@ -100,7 +100,6 @@ class Folded(NamedTuple):
     bias: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def train_block(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, Statistics]:
     """A block in training, with or without its ReLU.
 
@@ -114,6 +113,14 @@ def train_block(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, St
       batch normalisation the mean and the biased variance it used, (G, features) each, in
       float32 (float64 for float64 inputs).
     """
+    features = params["conv3x3"]["kernel"].shape[-1]
+    few = 9 * x.shape[-1] <= features and form.groups == 1
+    return (_by_patches if few else _by_branches)(form, x, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_branches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, Statistics]:
+    """The 3x3 branch is computed, the others fold into one 1x1 convolution."""
     return _forward(form, x, params)[0]
 
 
@@ -159,8 +166,6 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     dy3 = _at(y3, folded.scale) * dz + (_at(y3, slope) * y3 + _at(y3, level))
     dy3 = dy3.astype(x.dtype)
     (dkernel,) = jax.linear_transpose(lambda kernel: _conv3x3(form, x, kernel), kernel)(dy3)
-    (dx,) = jax.linear_transpose(lambda x: _conv3x3(form, x, kernel), x)(dy3)
-
     # The other two: x acts through the folded kernel, its mean and its covariance.
     slope = dmoments.covariance + dmoments.covariance.swapaxes(-1, -2)
     slope = _round(slope / count, x.dtype)
@@ -168,16 +173,66 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     dseen = _conv1x1_of_two(dz, folded.kernel.swapaxes(-1, -2), seen, slope) + _at(seen, level)
     if folded.skip is not None:
         dseen += _at(dz, folded.skip) * dz
-    if form.stride > 1:
-        # Rounded before it grows: most of it will be zeros.
-        dseen = _unseen(form, dseen.astype(x.dtype), x.shape)
-    dx = (dx + dseen).astype(x.dtype)
+    dx = _spread(form, dy3, kernel, dseen.astype(x.dtype), x)
 
     dkernel = dkernel.astype(params["conv3x3"]["kernel"].dtype)
     return dx, {**dparams, "conv3x3": {"kernel": dkernel}}
 
 
-train_block.defvjp(_forward, _backward)
+_by_branches.defvjp(_forward, _backward)
+
+
+def _by_patches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, Statistics]:
+    """Both convolutions fold into one: for a first layer, with more features than patch.
+
+    The nine pixels under a 3x3 kernel are a vector of 27 numbers on colour images, and every
+    branch is a linear map of it. Its covariance has the statistics of them all, so that the
+    output is the only large array. There is no identity: the channels differ.
+    """
+    dtype, wide = x.dtype, _wide(x.dtype)
+    seen = _patches(form, x)
+    mean = _sum(form, seen) / _count(form, seen)
+    near = lax.stop_gradient(mean.astype(dtype))
+    mean -= near
+    shifted = seen - _at(seen, near)
+    covariance = _outer(form, shifted, shifted) / _count(form, seen)
+    covariance -= _outer_small(form, mean, mean)
+
+    kernel3x3, kernel1x1 = (params[name]["kernel"] for name in ("conv3x3", "conv1x1"))
+    centred = jnp.pad(kernel1x1, ((1, 1), (1, 1), (0, 0), (0, 0)))
+    folded, bias, statistics = jnp.zeros(()), jnp.zeros(()), {}
+    for norm, kernel in (("bn3x3", kernel3x3), ("bn1x1", centred)):
+        kernel = _round(kernel.reshape(1, 1, seen.shape[-1], -1), dtype)
+        product = jnp.matmul(covariance, kernel, precision="highest")
+        var = jnp.maximum(_flat((kernel * product).sum(axis=-2)), 0)
+        statistics[norm] = (_apply(near.astype(wide) + mean, kernel), var)
+        scale = params[norm]["scale"][None] * lax.rsqrt(var + form.epsilon)
+        folded += kernel * _in_groups(form, scale)[..., None, :]
+        bias += params[norm]["bias"][None]
+    folded = _round(folded, dtype)
+    bias -= _apply(near.astype(wide) + mean, folded)
+
+    z = _conv1x1(seen, folded, wide)
+    z += _at(z, bias)
+    return (_relu(z, dtype) if form.relu else z.astype(dtype)), statistics
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _relu(z: jax.Array, dtype: Any) -> jax.Array:
+    """ReLU, rounded; its derivative needs the output only, which the next layer keeps anyway."""
+    return jnp.maximum(z, 0).astype(dtype)
+
+
+def _relu_forward(z: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    out = _relu(z, dtype)
+    return out, out
+
+
+def _relu_backward(dtype: Any, out: jax.Array, dout: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where(out > 0, dout, 0).astype(_wide(dtype)),)
+
+
+_relu.defvjp(_relu_forward, _relu_backward)
 
 
 def _measure(
@@ -314,6 +369,22 @@ def _at(x: jax.Array, per_group: jax.Array) -> jax.Array:
     return per_group.reshape(-1, 1, 1, channels)
 
 
+def _patches(form: Form, x: jax.Array) -> jax.Array:
+    """The nine pixels under the 3x3 kernel, (images, height/stride, width/stride, 9 channels)."""
+    pad = (form.dilation, form.dilation)
+    padded = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
+    shifts = [tap * form.dilation for tap in range(3)]
+    reach = 2 * form.dilation
+    height, width = (side - reach for side in padded.shape[1:3])
+    taps = [
+        padded[:, row : row + height : form.stride, column : column + width : form.stride]
+        for row in shifts
+        for column in shifts
+    ]
+    # As in `_seen`: made once.
+    return lax.optimization_barrier(jnp.concatenate(taps, axis=-1))
+
+
 def _seen(form: Form, x: jax.Array) -> jax.Array:
     """The pixels that a 1x1 kernel sees."""
     if form.stride == 1:
@@ -323,12 +394,29 @@ def _seen(form: Form, x: jax.Array) -> jax.Array:
     return lax.optimization_barrier(x[:, :: form.stride, :: form.stride])
 
 
-def _unseen(form: Form, seen: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The transpose of `_seen`: puts pixels back in their places, with zeros between them."""
-    gaps = [(0, 0, 0), *((0, 0, form.stride - 1),) * 2, (0, 0, 0)]
-    spread = [(n - 1) * (gap + 1) + 1 for n, (_, _, gap) in zip(seen.shape, gaps, strict=True)]
-    ends = [(0, full - n, gap) for full, n, (_, _, gap) in zip(shape, spread, gaps, strict=True)]
-    return lax.pad(seen, jnp.zeros((), seen.dtype), ends)
+def _spread(
+    form: Form, dy3: jax.Array, kernel: jax.Array, dseen: jax.Array, x: jax.Array
+) -> jax.Array:
+    """What `dy3` is under the 3x3 convolution's transpose, plus `dseen` where it was seen."""
+
+    def transpose(kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        (dx,) = jax.linear_transpose(lambda x: _conv3x3(form, x, kernel), x)(dy)
+        return dx
+
+    if form.stride == 1:
+        return transpose(kernel, dy3) + dseen
+    # Between the pixels of `dseen` would be zeros, in an array as large as x. Instead it goes
+    # through the same convolution, beside dy3, by a kernel that is 1 in the middle.
+    channels = x.shape[-1] // form.groups
+    one = jnp.zeros((3, 3, channels, channels), x.dtype).at[1, 1].set(jnp.eye(channels))
+    one = jnp.tile(one, form.groups)
+    return transpose(_side_by_side(form, kernel, one), _side_by_side(form, dy3, dseen))
+
+
+def _side_by_side(form: Form, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Their last axes joined, every channel group with its own."""
+    parts = [a.reshape(*a.shape[:-1], form.groups, -1) for a in (x, y)]
+    return jnp.concatenate(parts, axis=-1).reshape(*x.shape[:-1], -1)
 
 
 def _count(form: Form, y3: jax.Array) -> int:

@@ -73,6 +73,12 @@ CASES = [
         ("no-identity", 8, 8, {"identity": False}),
         ("wider", 6, 8, {}),
         ("stem", 3, 8, {"stride": 2}),
+        # Here features outnumber the patch: another computation, see `_by_patches`.
+        ("first-layer", 3, 32, {"stride": 2}),
+        ("first-layer-stride-1", 2, 18, {}),
+        ("first-layer-dilation", 1, 9, {"dilation": 2, "stride": 2}),
+        ("first-layer-image-groups", 3, 28, {"stride": 2, "bn_group_size": 2}),
+        ("first-layer-se", 3, 32, {"stride": 2, "se": SqueezeExcite(4)}),
         ("stride-groups", 8, 16, {"stride": 2, "groups": 2}),
         ("groups", 8, 8, {"groups": 4}),
         ("dilation", 8, 8, {"dilation": 2}),
