@@ -148,7 +148,7 @@ def _wait(result: Any) -> None:
 
 def _without_torchvision() -> None:
     """Lets timm import where torchvision is absent; only its data transforms would need it."""
-    if installed("torchvision") or "torchvision" in sys.modules:
+    if "torchvision" in sys.modules or installed("torchvision"):  # perhaps the stand-in below
         return
 
     def anything(_: Any, name: str) -> Any:

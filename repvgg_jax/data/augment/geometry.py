@@ -1,9 +1,12 @@
 """Operations that move pixels: one affine warp serves shears, translations and rotations."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repvgg_jax.data.augment import products
 from repvgg_jax.data.augment.kinds import Choice, Kind
 
 GEOMETRY_KINDS = frozenset(
@@ -11,6 +14,7 @@ GEOMETRY_KINDS = frozenset(
 )
 RESAMPLINGS = ("bilinear", "bicubic", "random")
 """`random`: one of the two by chance, for every image and operation."""
+_LINEAR, _CUBIC = (0, 1), (-1, 0, 1, 2)  # rows and columns around a place
 
 
 def warp(images: jax.Array, choice: Choice, fill: tuple[int, ...], resampling: str) -> jax.Array:
@@ -21,25 +25,73 @@ def warp(images: jax.Array, choice: Choice, fill: tuple[int, ...], resampling: s
 
     Args:
       images: uint8 (images, height, width, channels), at most 4 channels.
-      choice: kind, argument and resampling of each.
+      choice: kind, argument and resampling of each; rotations by at most 60 degrees.
       fill: of each channel, where the source lies outside the image.
       resampling: one of `RESAMPLINGS`, of the whole program: `random` reads 16 pixels for each
         one, `bilinear` 4.
     """
-    count, height, width, channels = images.shape
-    across, down = source_coordinates(choice, height, width)
-    inside = (across >= 0) & (across < width) & (down >= 0) & (down < height)
-    column, row = jnp.floor(across - 0.5), jnp.floor(down - 0.5)
-    right, below = across - 0.5 - column, down - 0.5 - row
-    left, top = column.astype(jnp.int32), row.astype(jnp.int32)
+    _, height, width, _ = images.shape
+    column = (jnp.arange(width, dtype=jnp.float32) + 0.5)[None, None, :]
+    row = (jnp.arange(height, dtype=jnp.float32) + 0.5)[None, :, None]
 
+    def source(row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return source_coordinates(choice, row, column, height, width)
+
+    def interpolate(read: products.Read, right: jax.Array, below: jax.Array) -> jax.Array:
+        def linear_row(rows: int) -> jax.Array:
+            return _line(read(rows, 0), read(rows, 1), right)
+
+        def cubic_row(rows: int) -> jax.Array:
+            before, first, second, after = (read(rows, columns) for columns in _CUBIC)
+            return _cubic(before, first, second, after, right)
+
+        def linear() -> jax.Array:
+            return _line(linear_row(0), linear_row(1), below)
+
+        def cubic() -> jax.Array:
+            before, first, second, after = map(cubic_row, _CUBIC)
+            return _cubic(before, first, second, after, below)
+
+        if resampling == "random":
+            return jnp.where(choice.cubic[:, None, None, None], cubic(), linear())
+        return cubic() if resampling == "bicubic" else linear()
+
+    taps = _LINEAR if resampling == "bilinear" else _CUBIC
+    moved = jax.lax.platform_dependent(
+        images,
+        tpu=lambda images: products.sample(images, source, interpolate, taps),
+        default=lambda images: sample(images, source(row), interpolate),
+    )
+    across, down = source(row)
+    inside = (across >= 0) & (across < width) & (down >= 0) & (down < height)
+    outside = np.array(fill, np.uint8).reshape(1, 1, 1, -1)
+    return jnp.where(inside[..., None], moved, outside)
+
+
+def sample(
+    images: jax.Array,
+    source: tuple[jax.Array, jax.Array],
+    interpolate: Callable[[products.Read, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Images read at other places, pixel by pixel.
+
+    Args:
+      images: uint8 (images, height, width, channels), at most 4 channels.
+      source: the columns and rows that pixels come from, float32 (images, height, width).
+      interpolate: from source pixels and the shares of the right and the lower one, float32
+        (images, height, width, 1), to values shaped as `images`.
+
+    Returns:
+      uint8, shaped as `images`; pixels at the edges are repeated beyond them.
+    """
+    count, height, width, channels = images.shape
+    (left, right), (top, below) = map(products.place, source)
     # A pixel's channels travel as one number of 32 bits: a read for each, not for each channel.
     packed = jax.lax.bitcast_convert_type(
         jnp.pad(images, ((0, 0), (0, 0), (0, 0), (0, 4 - channels))), jnp.uint32
     ).reshape(count, height * width)
 
     def read(rows: int, columns: int) -> jax.Array:
-        """float32 (images, height, width, channels) of source pixels, repeated at the edges."""
         index = jnp.clip(top + rows, 0, height - 1) * width + jnp.clip(left + columns, 0, width - 1)
         found = jnp.take_along_axis(
             packed, index.reshape(count, -1), axis=1, mode="promise_in_bounds"
@@ -47,34 +99,23 @@ def warp(images: jax.Array, choice: Choice, fill: tuple[int, ...], resampling: s
         pixels = jax.lax.bitcast_convert_type(found, jnp.uint8)[..., :channels]
         return pixels.reshape(images.shape).astype(jnp.float32)
 
-    right, below = right[..., None], below[..., None]
-
-    def linear_row(rows: int) -> jax.Array:
-        return _line(read(rows, 0), read(rows, 1), right)
-
-    def cubic_row(rows: int) -> jax.Array:
-        return _cubic(read(rows, -1), read(rows, 0), read(rows, 1), read(rows, 2), right)
-
-    def linear() -> jax.Array:
-        return _line(linear_row(0), linear_row(1), below)
-
-    def cubic() -> jax.Array:
-        return _cubic(cubic_row(-1), cubic_row(0), cubic_row(1), cubic_row(2), below)
-
-    if resampling == "random":
-        values = jnp.where(choice.cubic[:, None, None, None], cubic(), linear())
-    else:
-        values = cubic() if resampling == "bicubic" else linear()
-    moved = jnp.clip(values, 0, 255).astype(jnp.uint8)  # by cutting off, as Pillow
-    outside = np.array(fill, np.uint8).reshape(1, 1, 1, -1)
-    return jnp.where(inside[..., None], moved, outside)
+    return products.to_uint8(interpolate(read, right[..., None], below[..., None]))
 
 
-def source_coordinates(choice: Choice, height: int, width: int) -> tuple[jax.Array, jax.Array]:
-    """Where each pixel comes from: columns and rows, float32 (images, height, width).
+def source_coordinates(
+    choice: Choice, row: jax.Array, column: jax.Array, height: int, width: int
+) -> tuple[jax.Array, jax.Array]:
+    """Where pixels come from: columns and rows, float32 (images, rows, columns).
 
     Edges of the image are at 0 and at its size, so a pixel's middle is at a half. What is
     added to a pixel's own place is computed by itself, for float32's sake.
+
+    Args:
+      choice: what happens to each image.
+      row: of the pixels, float32, of a shape that fits.
+      column: likewise.
+      height: of the images.
+      width: likewise.
     """
     amount = choice.argument
 
@@ -84,8 +125,6 @@ def source_coordinates(choice: Choice, height: int, width: int) -> tuple[jax.Arr
     angle = jnp.deg2rad(amount)
     less = of(Kind.ROTATE, jnp.cos(angle) - 1)
     turn = of(Kind.ROTATE, jnp.sin(angle))
-    column = (jnp.arange(width, dtype=jnp.float32) + 0.5)[None, None, :]
-    row = (jnp.arange(height, dtype=jnp.float32) + 0.5)[None, :, None]
     from_middle, from_centre = column - width / 2, row - height / 2
     across = less * from_middle - turn * from_centre
     across += of(Kind.SHEAR_X, amount) * row + of(Kind.TRANSLATE_X, amount * width)

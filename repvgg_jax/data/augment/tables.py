@@ -5,6 +5,7 @@ from collections.abc import Set
 import jax
 import jax.numpy as jnp
 
+from repvgg_jax.data.augment import products
 from repvgg_jax.data.augment.kinds import Kind
 
 TABLE_KINDS = frozenset(
@@ -86,6 +87,10 @@ def make_tables(
 
 def look_up(images: jax.Array, tables: jax.Array) -> jax.Array:
     """Every pixel's entry: uint8, shaped as `images` (images, height, width, channels)."""
+    return jax.lax.platform_dependent(images, tables, tpu=products.look_up, default=_read_tables)
+
+
+def _read_tables(images: jax.Array, tables: jax.Array) -> jax.Array:
     count, _, _, channels = images.shape
     pixels = images.reshape(count, -1, channels).astype(jnp.int32)
     found = jnp.take_along_axis(tables.swapaxes(1, 2), pixels, axis=1, mode="promise_in_bounds")
