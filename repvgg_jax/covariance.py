@@ -166,6 +166,7 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     dy3 = _at(y3, folded.scale) * dz + (_at(y3, slope) * y3 + _at(y3, level))
     dy3 = dy3.astype(x.dtype)
     (dkernel,) = jax.linear_transpose(lambda kernel: _conv3x3(form, x, kernel), kernel)(dy3)
+
     # The other two: x acts through the folded kernel, its mean and its covariance.
     slope = dmoments.covariance + dmoments.covariance.swapaxes(-1, -2)
     slope = _round(slope / count, x.dtype)
@@ -173,7 +174,7 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     dseen = _conv1x1_of_two(dz, folded.kernel.swapaxes(-1, -2), seen, slope) + _at(seen, level)
     if folded.skip is not None:
         dseen += _at(dz, folded.skip) * dz
-    dx = _spread(form, dy3, kernel, dseen.astype(x.dtype), x)
+    dx = _spread(form, dy3, kernel, dseen, x)
 
     dkernel = dkernel.astype(params["conv3x3"]["kernel"].dtype)
     return dx, {**dparams, "conv3x3": {"kernel": dkernel}}
@@ -191,12 +192,7 @@ def _by_patches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, St
     """
     dtype, wide = x.dtype, _wide(x.dtype)
     seen = _patches(form, x)
-    mean = _sum(form, seen) / _count(form, seen)
-    near = lax.stop_gradient(mean.astype(dtype))
-    mean -= near
-    shifted = seen - _at(seen, near)
-    covariance = _outer(form, shifted, shifted) / _count(form, seen)
-    covariance -= _outer_small(form, mean, mean)
+    near, mean, covariance = _mean_and_covariance(form, seen)
 
     kernel3x3, kernel1x1 = (params[name]["kernel"] for name in ("conv3x3", "conv1x1"))
     centred = jnp.pad(kernel1x1, ((1, 1), (1, 1), (0, 0), (0, 0)))
@@ -240,12 +236,7 @@ def _measure(
 ) -> tuple[Shift, Moments]:
     """The moments of a block's input and of its 3x3 convolution's output."""
     count = _count(form, y3)
-    mean = _sum(form, seen) / count
-    # In the convolutions' dtype, so that subtracting it from x loses nothing more.
-    near = mean.astype(x.dtype)
-    shifted = seen - _at(seen, near)
-    mean -= near
-    covariance = _outer(form, shifted, shifted) / count - _outer_small(form, mean, mean)
+    near, mean, covariance = _mean_and_covariance(form, seen)
 
     # What the 3x3 convolution makes of a constant image, on average over pixels: its mean
     # up to the deviations of x. Near the border some taps see only padding.
@@ -255,6 +246,18 @@ def _measure(
     mean3 = _sum(form, shifted3) / count
     var3 = jnp.maximum(_sum(form, jnp.square(shifted3)) / count - jnp.square(mean3), 0)
     return Shift(near3, near.astype(mean.dtype)), Moments(mean3, var3, mean, covariance)
+
+
+def _mean_and_covariance(form: Form, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A constant near the mean, the mean relative to it, and the covariance."""
+    count = _count(form, seen)
+    mean = _sum(form, seen) / count
+    # In the convolutions' dtype, so that subtracting it from x loses nothing more.
+    near = lax.stop_gradient(mean.astype(seen.dtype))
+    shifted = seen - _at(seen, near)
+    mean -= near
+    covariance = _outer(form, shifted, shifted) / count - _outer_small(form, mean, mean)
+    return near, mean, covariance
 
 
 def _fold(
@@ -404,13 +407,15 @@ def _spread(
         return dx
 
     if form.stride == 1:
-        return transpose(kernel, dy3) + dseen
+        return (transpose(kernel, dy3) + dseen).astype(x.dtype)
     # Between the pixels of `dseen` would be zeros, in an array as large as x. Instead it goes
     # through the same convolution, beside dy3, by a kernel that is 1 in the middle.
     channels = x.shape[-1] // form.groups
     one = jnp.zeros((3, 3, channels, channels), x.dtype).at[1, 1].set(jnp.eye(channels))
     one = jnp.tile(one, form.groups)
-    return transpose(_side_by_side(form, kernel, one), _side_by_side(form, dy3, dseen))
+    return transpose(
+        _side_by_side(form, kernel, one), _side_by_side(form, dy3, dseen.astype(x.dtype))
+    )
 
 
 def _side_by_side(form: Form, x: jax.Array, y: jax.Array) -> jax.Array:

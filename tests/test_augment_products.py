@@ -65,7 +65,7 @@ def test_warp(monkeypatch, size, channels, resampling):
     np.testing.assert_array_equal(computed[5::6], images[5::6])
 
 
-def test_look_up(monkeypatch):
+def test_look_up():
     images, entries = some_images(5, 9, 14, 3), some_images(5, 3, 256)
     read = tables.look_up(images, entries)
     np.testing.assert_array_equal(products.look_up(images, entries), read)

@@ -56,13 +56,13 @@ def warp(images: jax.Array, choice: Choice, fill: tuple[int, ...], resampling: s
             return jnp.where(choice.cubic[:, None, None, None], cubic(), linear())
         return cubic() if resampling == "bicubic" else linear()
 
+    across, down = source(row)
     taps = _LINEAR if resampling == "bilinear" else _CUBIC
     moved = jax.lax.platform_dependent(
         images,
         tpu=lambda images: products.sample(images, source, interpolate, taps),
-        default=lambda images: sample(images, source(row), interpolate),
+        default=lambda images: sample(images, (across, down), interpolate),
     )
-    across, down = source(row)
     inside = (across >= 0) & (across < width) & (down >= 0) & (down < height)
     outside = np.array(fill, np.uint8).reshape(1, 1, 1, -1)
     return jnp.where(inside[..., None], moved, outside)

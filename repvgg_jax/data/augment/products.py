@@ -2,7 +2,8 @@
 
 A TPU reads an array by tiles of a thousand values, and one value by one such tile. Multiplying by
 a one-hot matrix instead is arithmetic that its matrix units do well, and exact: every sum has one
-term, and bfloat16 holds the integers 0 … 255. The results are those of the reads, bit for bit.
+term, and bfloat16 holds the integers 0 … 255. Of the same coordinates,
+the results are those of the reads, bit for bit.
 """
 
 from collections.abc import Callable, Sequence
