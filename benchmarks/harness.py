@@ -4,6 +4,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -18,6 +19,7 @@ PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "numpy",
     "libtpu", "torch", "timm", "onnx", "onnxruntime", "openvino",
 )  # fmt: skip
+CRASHED = object()
 
 
 def versions() -> dict[str, str]:
@@ -64,18 +66,71 @@ def take_turns(
     times: dict[str, list[float]] = {name: [] for name in runs}
     for counted in range(-1, rounds):
         for name, run in runs.items():
-            start, repeats = time.perf_counter(), 0
-            while repeats == 0 or time.perf_counter() - start < seconds:
-                run()
-                repeats += 1
+            took = _seconds(run, seconds)
             if counted >= 0:
-                times[name].append((time.perf_counter() - start) / repeats)
+                times[name].append(took)
     return times
+
+
+def take_turns_apart(
+    build: Callable[..., tuple[Callable[[], Any], float | None]],
+    names: Sequence[str],
+    arguments: tuple[Any, ...],
+    *,
+    rounds: int,
+    seconds: float = 0.0,
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """`take_turns` with a process for each run, of which one works at a time.
+
+    Libraries that share a process share its threads' and its allocator's state: on two cores
+    a train step in JAX took 1.4 times as long in a process where PyTorch had run. And one
+    that crashes takes no other with it.
+
+    Args:
+      build: called as build(name, *arguments) in the process, a function at the top level of
+        a module; returns what to time and one fact about it, say its memory.
+      names: of the runs.
+      arguments: sent to every process.
+      rounds: as in `take_turns`.
+      seconds: as in `take_turns`.
+
+    Returns:
+      Seconds by name and round, and the facts by name, of those runs that did not crash.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    workers, facts, times = {}, {}, {}
+    try:
+        for name in names:
+            ours, theirs = spawn.Pipe()
+            worker = spawn.Process(target=_serve, args=(theirs, build, name, arguments, seconds))
+            worker.start()
+            theirs.close()
+            workers[name] = ours, worker
+            facts[name], times[name] = _answer(name, ours), []
+            workers = {name: pair for name, pair in workers.items() if facts[name] is not CRASHED}
+        for counted in range(-1, rounds):
+            for name, (pipe, _) in list(workers.items()):
+                pipe.send("run")
+                took = _answer(name, pipe)
+                if took is CRASHED:
+                    del workers[name]
+                elif counted >= 0:
+                    times[name].append(took)
+    finally:
+        for pipe, worker in workers.values():
+            pipe.close()
+            worker.join()
+    return {name: times[name] for name in workers}, {name: facts[name] for name in workers}
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest."""
     return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+
+
+def ratio(took: Mapping[str, Mapping[str, float]], name: str, to: str) -> float | None:
+    """Of two medians among summaries; None where the second is missing."""
+    return took[name]["median"] / took[to]["median"] if to in took else None
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -164,6 +219,38 @@ def in_subprocess(
         last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         return {"error": f"exit {done.returncode}: {last[:300]}"}
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _serve(
+    pipe: Any, build: Callable[..., Any], name: str, arguments: tuple[Any, ...], seconds: float
+) -> None:
+    """A worker of `take_turns_apart`: builds, then times a run whenever it is asked to."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU's memory
+    run, fact = build(name, *arguments)
+    pipe.send(fact)
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_seconds(run, seconds))
+
+
+def _answer(name: str, pipe: Any) -> Any:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        print(f"{name}: its process ended; left out of the table", flush=True)
+        return CRASHED
+
+
+def _seconds(run: Callable[[], Any], least: float) -> float:
+    """The mean time of runs that together take at least `least` seconds."""
+    start, repeats = time.perf_counter(), 0
+    while repeats == 0 or time.perf_counter() - start < least:
+        run()
+        repeats += 1
+    return (time.perf_counter() - start) / repeats
 
 
 def _cell(value: Any) -> str:

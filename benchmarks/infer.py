@@ -1,6 +1,7 @@
 """Images a second of inference: deployed and training form, ours and PyTorch's.
 
-Runners are timed in turn, A B C A B C …, in one process; ratios are to the first one's median.
+Runners are timed in turn, A B C A B C …, each in its own process; ratios are to the first
+one's median.
 Ours runs in JAX and, where `repvgg_jax.export` and the runtime are installed, exported to
 ONNX and run by onnxruntime and OpenVINO. "deploy plain" leaves every convolution to XLA
 (`lowering="plain"`). On a GPU everything is bfloat16, on a CPU float32.
@@ -36,14 +37,19 @@ def missing(kind: str) -> str | None:
     return next((package for package in needed if not torch_peer.installed(package)), None)
 
 
+def build(kind: str, name: str, images: np.ndarray) -> tuple[Callable[[], Any], None]:
+    """`runner`, with no further fact about it."""
+    return runner(kind, name, images), None
+
+
 def runner(kind: str, name: str, images: np.ndarray) -> Callable[[], Any]:
     """A function that computes the logits of `images` and waits for them."""
     if kind.startswith(("torch", "timm")):
         import torch
 
-        build = torch_peer.build_timm if kind.startswith("timm") else torch_peer.build
+        peer = torch_peer.build_timm if kind.startswith("timm") else torch_peer.build
         return torch_peer.predictor(
-            build(name, deploy="train form" not in kind),
+            peer(name, deploy="train form" not in kind),
             images,
             channels_last="channels_last" in kind or "compile" in kind,
             compile="compile" in kind,
@@ -97,23 +103,23 @@ def main() -> None:
         for batch in args.batch:
             shape = (batch, args.image_size, args.image_size, 3)
             images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-            runs = {kind: runner(kind, name, images) for kind in kinds}
-            times = harness.take_turns(runs, rounds=args.rounds, seconds=0.2)
-            base = harness.summary(times[kinds[0]])["median"]
-            for kind in kinds:
-                took = harness.summary(times[kind])
-                rows.append(
-                    {
-                        "model": name,
-                        "batch": batch,
-                        "runner": kind,
-                        "images/s": batch / took["median"],
-                        "median ms": 1e3 * took["median"],
-                        "min ms": 1e3 * took["min"],
-                        "max ms": 1e3 * took["max"],
-                        "time x": took["median"] / base,
-                    }
-                )
+            times, _ = harness.take_turns_apart(
+                build, kinds, (name, images), rounds=args.rounds, seconds=0.2
+            )
+            took = {kind: harness.summary(times[kind]) for kind in times}
+            rows += [
+                {
+                    "model": name,
+                    "batch": batch,
+                    "runner": kind,
+                    "images/s": batch / took[kind]["median"],
+                    "median ms": 1e3 * took[kind]["median"],
+                    "min ms": 1e3 * took[kind]["min"],
+                    "max ms": 1e3 * took[kind]["max"],
+                    "time x": harness.ratio(took, kind, kinds[0]),
+                }
+                for kind in took
+            ]
     harness.report(
         "infer",
         rows,

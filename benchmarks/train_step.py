@@ -1,7 +1,7 @@
 """Images a second and peak memory of a whole train step: ours, plain Flax, and PyTorch.
 
-Forward, backward and SGD with momentum on random images that stay on the device. Each runner
-is timed in turn, A B C A B C …, in one process; ratios are to the first one's median.
+Forward, backward and SGD with momentum on random images that stay on the device. Every runner
+is timed in turn, A B C A B C …, each in its own process; ratios are to the first one's median.
 PyTorch's run where torch (and timm) are installed. On a GPU everything is bfloat16 with
 float32 parameters, on a CPU float32.
 
@@ -73,6 +73,16 @@ def torch_runner(
     )
 
 
+def runner(
+    kind: str, name: str, images: np.ndarray, labels: np.ndarray
+) -> tuple[Callable[[], None], float | None]:
+    """One step of any kind, and its memory in MiB where it is known."""
+    if kind.partition(" ")[0] not in ("torch", "timm"):
+        return jax_runner(kind, name, images, labels)
+    run = torch_runner(kind, name, images, labels)
+    return run, torch_peer.peak_mib(run) if torch_peer.on_gpu() else None
+
+
 def measure(
     name: str, batch: int, size: int, kinds: list[str], rounds: int
 ) -> list[dict[str, Any]]:
@@ -80,33 +90,22 @@ def measure(
     rng = np.random.default_rng(0)
     images = rng.normal(size=(batch, size, size, 3)).astype(np.float32)
     labels = rng.integers(0, 1000, batch).astype(np.int32)
-    runs, memory = {}, {}
-    for kind in kinds:
-        if kind.partition(" ")[0] in ("torch", "timm"):
-            runs[kind] = torch_runner(kind, name, images, labels)
-        else:
-            runs[kind], memory[kind] = jax_runner(kind, name, images, labels)
-    if torch_peer.on_gpu():
-        memory |= {kind: torch_peer.peak_mib(runs[kind]) for kind in kinds if kind not in memory}
-    times = harness.take_turns(runs, rounds=rounds)
-    base = harness.summary(times[kinds[0]])["median"]
-    rows = []
-    for kind in kinds:
-        took = harness.summary(times[kind])
-        rows.append(
-            {
-                "model": name,
-                "batch": batch,
-                "runner": kind,
-                "images/s": batch / took["median"],
-                "median s": took["median"],
-                "min s": took["min"],
-                "max s": took["max"],
-                "time x": took["median"] / base,
-                "memory MiB": memory.get(kind),
-            }
-        )
-    return rows
+    times, memory = harness.take_turns_apart(runner, kinds, (name, images, labels), rounds=rounds)
+    took = {kind: harness.summary(times[kind]) for kind in times}
+    return [
+        {
+            "model": name,
+            "batch": batch,
+            "runner": kind,
+            "images/s": batch / took[kind]["median"],
+            "median s": took[kind]["median"],
+            "min s": took[kind]["min"],
+            "max s": took[kind]["max"],
+            "time x": harness.ratio(took, kind, kinds[0]),
+            "memory MiB": memory[kind],
+        }
+        for kind in took
+    ]
 
 
 def main() -> None:

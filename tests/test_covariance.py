@@ -155,13 +155,20 @@ def test_bfloat16_is_no_further_from_the_truth(rng):
 
 
 @pytest.mark.parametrize("ratio", [10, 100, 1000])
-@pytest.mark.parametrize("identity", [True, False])
-def test_means_far_from_zero(ratio, identity, rng):
+@pytest.mark.parametrize(
+    ("channels", "options"),
+    [
+        pytest.param(8, {"features": 8}, id="identity"),
+        pytest.param(8, {"features": 8, "identity": False}, id="no-identity"),
+        pytest.param(3, {"features": 32, "stride": 2}, id="first-layer"),
+    ],
+)
+def test_means_far_from_zero(ratio, channels, options, rng):
     """Channel means up to 1000 deviations away: variances keep three digits in float32."""
-    branches, fast = pair(8, identity=identity)
-    deviations = rng.uniform(0.1, 10, 8)
-    signs = rng.choice([-1, 1], 8)
-    x = deviations * (rng.normal(size=(IMAGES, 16, 16, 8)) + ratio * signs)
+    branches, fast = pair(**options)
+    deviations = rng.uniform(0.1, 10, channels)
+    signs = rng.choice([-1, 1], channels)
+    x = deviations * (rng.normal(size=(IMAGES, 16, 16, channels)) + ratio * signs)
     x = np.asarray(x, np.float32)
     variables = some_variables(branches, x, rng)
 
