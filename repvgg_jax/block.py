@@ -65,8 +65,8 @@ class RepVGGBlock(nn.Module):
       bn_group_size: images that share batch statistics in training; None for all of them.
       train_form: how training computes the branches: "branches" as they are drawn, or
         "covariance", the same function without holding two of them (`repvgg_jax.covariance`).
-      lowering: how the deploy form's convolution is computed: "auto", on CPUs in the way that
-        was measured to be fastest (`repvgg_jax.lowering`), or "plain", as drawn everywhere.
+      lowering: how convolutions are computed: "auto", on CPUs in the way that was measured to
+        be fastest (`repvgg_jax.lowering`), or "plain", as drawn everywhere.
       dtype: of the convolutions; parameters, statistics and batch normalisation stay float32.
       param_dtype: of the parameters.
     """
@@ -159,11 +159,16 @@ class RepVGGBlock(nn.Module):
             kernel_init=torch_kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            conv_general_dilated=(
-                lowerings.conv_general_dilated if self.deploy and self.lowering == "auto" else None
-            ),
+            conv_general_dilated=self._lowered(),
             name=name,
         )
+
+    def _lowered(self) -> Callable[..., jax.Array] | None:
+        if self.lowering == "plain":
+            return None
+        if self.deploy:
+            return lowerings.conv_general_dilated
+        return lowerings.training_conv_general_dilated
 
     def _has_identity(self, x: jax.Array) -> bool:
         if self.identity is None:

@@ -1,19 +1,26 @@
-"""How the deploy form's 3x3 convolution is computed: plainly, but on CPUs in ways they are good at.
+"""How convolutions are computed: plainly, but on CPUs in ways they are good at.
 
-XLA's CPU backend hands convolutions to Eigen, which is slow at three kinds of them. The
-substitutes are the same mathematics in float32 and were measured on 2 cores at batch 8
-(`benchmarks/infer.py` times whole networks):
+XLA's CPU backend hands convolutions to Eigen, which is slow at some kinds of them. The
+substitutes are the same mathematics in float32. The deploy form's, measured on 2 cores at
+batch 8 (`benchmarks/infer.py` times whole networks):
 
     stride 1, one group      Winograd F(2x2, 3x3): 16 multiplications do the work of 36
     stride 1, groups         the same for each group; split groups above 28x28 pixels
     stride 2, one group      a matrix product with the patches, up to 56x56 pixels
     stride 2, groups         one convolution for each group
 
+In training a kernel's gradient counts too, and Eigen is slowest at it. The training form's,
+measured on 2 cores at batch 32 (`benchmarks/train_step.py`), all differentiated as written:
+
+    1x1, one group           a matrix product, after a slice at stride 2
+    stride 1, one group      Winograd, whose derivative is Winograd's too
+    stride 2, one group      a matrix product with the patches, at 14x14 pixels and more
+
 GPUs and TPUs get the plain convolution, and so do artefacts. `jax.lax.platform_dependent`
 chooses when a program is lowered, so programs for several platforms stay right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -21,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 Lowering = Literal["auto", "plain"]
+Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # Where the substitutes were measured: channels of a convolution, sides of its input in pixels.
@@ -39,62 +47,65 @@ def check(lowering: str) -> None:
 
 
 def conv_general_dilated(
-    x: jax.Array,
-    kernel: jax.Array,
-    window_strides: Sequence[int],
-    padding: Any,
-    *,
-    rhs_dilation: Sequence[int],
-    feature_group_count: int,
-    **settings: Any,
+    x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, replaced on CPUs where something faster is known.
 
-    For `flax.linen.Conv(conv_general_dilated=…)`. Replaced are float32 convolutions with a 3x3
-    kernel, padded by one, without dilation, that are large enough. Arguments, result and
-    derivatives are those of the original.
+    For `flax.linen.Conv(conv_general_dilated=…)` in inference. Replaced are float32
+    convolutions with a 3x3 kernel, padded by one, without dilation, that are large enough.
+    Arguments, result and derivatives are those of the original.
 
     Args:
       x: (images, height, width, channels).
       kernel: (height, width, channels / groups, features).
       window_strides: of both axes.
       padding: of both axes, low and high.
-      rhs_dilation: of the kernel.
-      feature_group_count: channel groups.
-      **settings: passed on.
+      **settings: the original's, among them `rhs_dilation` and `feature_group_count`.
     """
+    return _replaced(_for_inference, x, kernel, window_strides, padding, settings)
 
+
+def training_conv_general_dilated(
+    x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
+) -> jax.Array:
+    """`conv_general_dilated` for training, where the derivative counts too, and also for 1x1."""
+    return _replaced(_for_training, x, kernel, window_strides, padding, settings)
+
+
+def _replaced(
+    choose: Callable[..., Convolution | None],
+    x: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: Any,
+    settings: dict[str, Any],
+) -> jax.Array:
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides,
-            padding,
-            rhs_dilation=rhs_dilation,
-            feature_group_count=feature_group_count,
-            **settings,
-        )
+        return lax.conv_general_dilated(x, kernel, window_strides, padding, **settings)
 
+    pad = kernel.shape[0] // 2
     usual = (
         x.dtype == kernel.dtype == jnp.float32
-        and kernel.shape[:2] == (3, 3)
-        and tuple(map(tuple, padding)) == ((1, 1), (1, 1))
-        and tuple(rhs_dilation) == (1, 1)
+        and kernel.shape[:2] in ((1, 1), (3, 3))
+        and tuple(map(tuple, padding)) == ((pad, pad), (pad, pad))
+        and tuple(settings["rhs_dilation"]) == (1, 1)
         and window_strides[0] == window_strides[1]
     )
     if not usual:
         return plain(x, kernel)
-    fast = _for_cpu(x.shape, kernel.shape, window_strides[0], feature_group_count)
+    fast = choose(x.shape, kernel.shape, window_strides[0], settings["feature_group_count"])
     if fast is None:
         return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=fast, default=plain)
 
 
-def _for_cpu(
+def _for_inference(
     shape: tuple[int, ...], kernel: tuple[int, ...], stride: int, groups: int
-) -> Any | None:
-    """What to do instead of the plain convolution, `f(x, kernel)`, or None."""
+) -> Convolution | None:
+    """What to do in the deploy form instead of the plain convolution, if anything."""
     sides = set(shape[1:3])
+    if kernel[0] == 1:
+        return None
     if kernel[2] < _CHANNELS:
         return None if groups == 1 else _by_group(lambda x, k: _convolution(x, k, stride), groups)
     if stride == 1:
@@ -106,6 +117,35 @@ def _for_cpu(
         small = stride == 2 and sides <= set(_PATCHES_SIDES)
         return (lambda x, kernel: patches(x, kernel, stride)) if small else None
     return _by_group(lambda x, k: _convolution(x, k, stride), groups)
+
+
+def _for_training(
+    shape: tuple[int, ...], kernel: tuple[int, ...], stride: int, groups: int
+) -> Convolution | None:
+    """What to do in the training form instead of the plain convolution, if anything."""
+    if groups > 1:
+        return None
+    if kernel[0] == 1:
+        return lambda x, kernel: pointwise(x, kernel, stride)
+    sides = set(shape[1:3])
+    if stride == 1:
+        return winograd if kernel[2] >= _CHANNELS and sides <= set(_WINOGRAD_SIDES) else None
+    large = stride == 2 and min(sides) >= _PATCHES_SIDES.start
+    return (lambda x, kernel: patches(x, kernel, stride)) if large else None
+
+
+def pointwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A 1x1 convolution as a matrix product.
+
+    Args:
+      x: (images, height, width, channels).
+      kernel: (1, 1, channels, features).
+      stride: of both axes.
+
+    Returns:
+      (images, height / stride, width / stride, features), sides rounded up.
+    """
+    return x[:, ::stride, ::stride] @ kernel[0, 0]
 
 
 def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -126,12 +166,17 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     rows, columns = -(-height // 2), -(-width // 2)  # of tiles
     odd = (2 * rows - height, 2 * columns - width)
     x = jnp.pad(x, ((0, 0), (1, 1 + odd[0]), (1, 1 + odd[1]), (0, 0)))
+    # Even and odd rows and columns apart: neighbouring tiles then overlap in whole slices, in
+    # the derivative too.
+    x = x.reshape(n, rows + 1, 2, columns + 1, 2, channels).transpose(2, 4, 0, 1, 3, 5)
+
+    def pixel(i: int, j: int) -> jax.Array:
+        """The pixel (i, j) of every tile."""
+        return x[i % 2, j % 2, :, i // 2 : i // 2 + rows, j // 2 : j // 2 + columns]
 
     # Lists of slices, not one array: the additions then happen in registers.
-    across = _to_tiles([x[:, i : i + 2 * rows - 1 : 2] for i in range(4)])
-    pixels = [
-        _to_tiles([row[:, :, j : j + 2 * columns - 1 : 2] for j in range(4)]) for row in across
-    ]
+    across = [_to_tiles([pixel(i, j) for i in range(4)]) for j in range(4)]
+    pixels = [_to_tiles([column[i] for column in across]) for i in range(4)]
     weights = [_to_taps([row[j] for j in range(3)]) for row in _to_taps([*kernel])]
 
     products = [
@@ -169,7 +214,7 @@ def patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     return y.reshape(x.shape[0], height, width, -1)
 
 
-def _by_group(convolution: Any, groups: int) -> Any:
+def _by_group(convolution: Convolution, groups: int) -> Convolution:
     """Gives every channel group its own convolution."""
 
     def split(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -46,7 +46,7 @@ def create_model(
       train_form: "branches" trains the three branches as they are drawn; "covariance"
         computes the same function, statistics and gradients without ever holding two of the
         three (`docs/covariance.md`). Variables are the same.
-      lowering: "auto" computes the deploy form's convolutions on CPUs in ways they are good at
+      lowering: "auto" computes float32 convolutions on CPUs in ways they are good at
         (`repvgg_jax.lowering`); "plain" leaves them as they are on every platform.
       remat: recompute every block's activations in the backward pass instead of keeping them.
       dtype: of the convolutions, float32 or bfloat16. Parameters, statistics, batch
