@@ -5,7 +5,7 @@ files from memory. A turn is one pass over them: a random resized crop of every 
 pixels, uint8, without the flip; `decode` rows decode whole images and do nothing else. tf.data
 runs `sample_distorted_bounding_box`, `decode_and_crop_jpeg` and a bilinear resize that is not
 antialiased; ours is. Images are pieces of two real photographs, enlarged, 500x375 pixels at
-quality 90; `short side 256` are the same as `prepare --short_side=256 --quality=90` writes them.
+quality 90; `short side N` are the same as `prepare --short_side=N --quality=90` writes them.
 
     python benchmarks/input_pipeline.py --rounds 5 --write
     python benchmarks/input_pipeline.py --tensorflow-python OTHER_VENV/bin/python
@@ -26,7 +26,8 @@ import harness
 CONTENDERS = {
     "tf.data, originals": ("tensorflow", "originals"),
     "ours, originals": ("ours", "originals"),
-    "ours, short side 256": ("ours", "small"),
+    "ours, short side 256": ("ours", "256"),
+    "ours, short side 224": ("ours", "224"),
     "decode, simplejpeg": ("simplejpeg", "originals"),
     "decode, OpenCV": ("opencv", "originals"),
     "decode, Pillow": ("pillow", "originals"),
@@ -47,7 +48,10 @@ def make_files(count: int) -> dict[str, list[bytes]]:
             file, "JPEG", quality=90
         )
         originals.append(file.getvalue())
-    return {"originals": originals, "small": [Form(256, 90).apply(file) for file in originals]}
+    prepared = {
+        str(side): [Form(side, 90).apply(file) for file in originals] for side in (256, 224)
+    }
+    return {"originals": originals} | prepared
 
 
 def passes(kind: str, files: list[bytes]):
