@@ -20,6 +20,7 @@ PACKAGES = (
     "libtpu", "torch", "timm", "onnx", "onnxruntime", "openvino",
 )  # fmt: skip
 CRASHED = object()
+PAUSE = 0.3  # seconds; idle threads of onnxruntime spin for 0.04
 
 
 def versions() -> dict[str, str]:
@@ -84,7 +85,8 @@ def take_turns_apart(
 
     Libraries that share a process share its threads' and its allocator's state: on two cores
     a train step in JAX took 1.4 times as long in a process where PyTorch had run. And one
-    that crashes takes no other with it.
+    that crashes takes no other with it. Between two runs is a pause, in which the threads of the
+    first stop waiting for more work.
 
     Args:
       build: called as build(name, *arguments) in the process, a function at the top level of
@@ -110,6 +112,7 @@ def take_turns_apart(
             workers = {name: pair for name, pair in workers.items() if facts[name] is not CRASHED}
         for counted in range(-1, rounds):
             for name, (pipe, _) in list(workers.items()):
+                time.sleep(PAUSE)
                 pipe.send("run")
                 took = _answer(name, pipe)
                 if took is CRASHED:
