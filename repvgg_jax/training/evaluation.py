@@ -1,6 +1,5 @@
 """Loss and accuracy over all held-out images, each counted once."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 
 from repvgg_jax.data.batches import eval_batches
 from repvgg_jax.model import RepVGG
+from repvgg_jax.training import distributed
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.signals import StopRequest
 from repvgg_jax.training.step import EvalStep
@@ -18,7 +18,7 @@ class Evaluation:
 
     def __init__(self, run: Run):
         self._run = run
-        self._steps: dict[RepVGG, Callable[..., Any]] = {}
+        self._steps: dict[RepVGG, jax.stages.Compiled] = {}
 
     def __call__(
         self, model: RepVGG, variables: Any, stop: StopRequest | None = None
@@ -34,8 +34,6 @@ class Evaluation:
           None where `stop` was asked for. `class_accuracy` is NaN for a class without images.
         """
         run = self._run
-        if model not in self._steps:
-            self._steps[model] = jax.jit(EvalStep(model, run.task, run.normalise))
         batches = eval_batches(
             run.dataset,
             batch_size=run.config.eval.batch_size,
@@ -45,13 +43,20 @@ class Evaluation:
         for batch in batches:
             if stop is not None and stop.poll():
                 return None
-            parts.append(self._steps[model](variables, batch))
+            parts.append(self._step(model, variables, batch)(variables, batch))
         sums = jax.device_get(jax.tree.map(lambda *values: sum(values), *parts))
         count, class_count = sums.pop("count"), sums.pop("class_count")
         class_right = sums.pop("class_accuracy")
         means = {name: np.asarray(value / count) for name, value in sums.items()}
         with np.errstate(invalid="ignore"):
             return {**means, "class_accuracy": class_right / class_count}
+
+    def _step(self, model: RepVGG, variables: Any, batch: Any) -> jax.stages.Compiled:
+        if model not in self._steps:
+            step = jax.jit(EvalStep(model, self._run.task, self._run.normalise))
+            self._steps[model] = step.lower(variables, batch).compile()
+            distributed.meet(f"compiled evaluation {len(self._steps)}")
+        return self._steps[model]
 
 
 def row(prefix: str, means: dict[str, np.ndarray], suffix: str = "") -> dict[str, float]:
