@@ -86,7 +86,8 @@ def take_turns_apart(
     Libraries that share a process share its threads' and its allocator's state: on two cores
     a train step in JAX took 1.4 times as long in a process where PyTorch had run. And one
     that crashes takes no other with it. Between two runs is a pause, in which the threads of the
-    first stop waiting for more work.
+    first stop waiting for more work. A run that is repeated has one beforehand that is not timed:
+    its threads and its memory, too, have been asleep.
 
     Args:
       build: called as build(name, *arguments) in the process, a function at the top level of
@@ -236,6 +237,8 @@ def _serve(
             pipe.recv()
         except EOFError:
             return
+        if seconds:
+            run()
         pipe.send(_seconds(run, seconds))
 
 
