@@ -1,5 +1,6 @@
 """Whole runs: what they leave, how they continue, and what stops them."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import sys
 import chex
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
@@ -25,6 +27,7 @@ from repvgg_jax.training.assessment import assess
 from repvgg_jax.training.checkpoint import Checkpoints
 from repvgg_jax.training.checksum import checksums
 from repvgg_jax.training.loop import train
+from repvgg_jax.training.manifest import Manifest
 from repvgg_jax.training.profile import parse_steps
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.start import starting_state
@@ -223,8 +226,8 @@ class TestSaving:
             assert int(checkpoints.restore(state, step=2).step) == 2
         assert {p.name for p in (tmp_path / "c").iterdir() if p.is_dir()} == {"2", "6", "7"}
 
-    @pytest.mark.parametrize("failures", [2, 3])
-    def test_a_save_is_tried_three_times(self, state, tmp_path, monkeypatch, failures):
+    @pytest.mark.parametrize("failures", [3, 4])
+    def test_a_failed_save_is_retried_three_times(self, state, tmp_path, monkeypatch, failures):
         said, left = [], [failures]
         with Checkpoints(tmp_path / "c", say=said.append, pause=0.0) as checkpoints:
             checkpoints.save(self.at(state, 1), wait=True)
@@ -237,16 +240,43 @@ class TestSaving:
                 return real(*args, **options)
 
             monkeypatch.setattr(checkpoints._manager, "save", fails)
-            if failures == 2:
+            if failures == 3:
                 checkpoints.save(self.at(state, 2), wait=True)
                 assert checkpoints.newest() == 2
             else:
                 with pytest.raises(
-                    OSError, match=r"step 2 failed 3 times; .*that of step 1: no ro"
+                    OSError, match=r"step 2 failed 4 times; .*that of step 1: no ro"
                 ):
                     checkpoints.save(self.at(state, 2), wait=True)
                 assert checkpoints.newest() == 1
-        assert said == ["saving at step 2 failed, trying again: no route to disk"] * 2
+        assert said == ["saving at step 2 failed, trying again: no route to disk"] * 3
+
+    def test_a_save_that_fails_in_the_background(self, state, tmp_path, monkeypatch):
+        """It is named by its own step, counts as the first try, and no later one hides."""
+        said, fails = [], [True]
+        real = ocp.JsonCheckpointHandler._save_fn
+
+        async def breaks(*args):
+            if fails[0]:
+                raise OSError("no route to disk")
+            return await real(*args)
+
+        monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", breaks)
+        with Checkpoints(tmp_path / "c", say=said.append, pause=0.0) as checkpoints:
+            checkpoints.save(self.at(state, 1), accuracy=0.9)
+            with pytest.raises(OSError, match=r"step 2 failed 4 times; .*is none: no route to"):
+                checkpoints.save(self.at(state, 2))
+            assert said[0] == "saving at step 1 failed, trying again with step 2: no route to disk"
+            assert said[1:] == ["saving at step 2 failed, trying again: no route to disk"] * 2
+            checkpoints.save(self.at(state, 3))
+            fails[0] = False
+            checkpoints.save(self.at(state, 4))
+            assert said[3:] == [said[0].replace("1", "3").replace("2", "4")]
+            assert (checkpoints.newest(), checkpoints.best()) == (4, None)
+            fails[0] = True
+            checkpoints.save(self.at(state, 5))
+            with pytest.raises(OSError, match=r"saving at step 5 failed: no route to disk"):
+                checkpoints.close()
 
     def test_a_full_disk_keeps_the_last_good_checkpoint(self, tmp_path):
         """A real one: no file may grow beyond some kilobytes in a process of its own."""
@@ -279,8 +309,8 @@ os._exit(0)  # as the command line does: threads of the failed save still wait f
         )
         assert done.returncode == 0, done.stderr
         out = done.stdout
-        assert out.count("saving at step 2 failed, trying again") == 2
-        assert "raised: saving at step 2 failed 3 times; the last good checkpoint is that of" in out
+        assert out.count("saving at step 2 failed, trying again") == 3
+        assert "raised: saving at step 2 failed 4 times; the last good checkpoint is that of" in out
         assert "left: ['1']" in out
         assert "then: 3 1" in out
 
@@ -376,9 +406,10 @@ def test_another_number_of_devices_is_announced(straight, tmp_path, capsys):
     assert "it was saved by" not in capsys.readouterr().out
     shutil.rmtree(path / "checkpoints" / "22")
     manifest = path / "checkpoints" / "11" / "manifest" / "metadata"
-    text = manifest.read_text()
-    assert "8 cpu devices in 1 process" in text
-    manifest.write_text(text.replace("8 cpu devices in 1 process", "4 tpu devices in 2 processes"))
+    saved = Manifest.read(path / "checkpoints" / "11")
+    assert saved.saved_on == "8 cpu devices in 1 process"
+    other = dataclasses.replace(saved, saved_on="4 tpu devices in 2 processes")
+    manifest.write_text(json.dumps(other.content()))
     train(small_config(), path)
     assert "it was saved by 4 tpu devices in 2 processes: from" in capsys.readouterr().out
 
@@ -496,9 +527,9 @@ class TestCheckpoints:
             return checkpoints.restore(like), said
 
     @staticmethod
-    def data_files(path):
+    def data_files(path, inside="state"):
         return sorted(
-            (f for f in (path / "22" / "state").rglob("*") if f.is_file()),
+            (f for f in (path / "22" / inside).rglob("*") if f.is_file()),
             key=lambda f: f.stat().st_size,
         )
 
@@ -536,6 +567,64 @@ class TestCheckpoints:
         state, said = self.restore(path)
         assert int(state.step) == 11
         assert "22 is not sound" in said[0]
+
+    @pytest.mark.parametrize("damage", ["emptied", "halved", "removed", "flipped"])
+    def test_damage_to_any_one_file(self, path, straight, damage):
+        """Either the step before is restored and the damaged one named, or nothing was lost."""
+        like = jax.device_get(final_state(straight[0], small_config()))
+        kept, before = self.restore(path)[0], path.parent / "before"
+        chex.assert_trees_all_equal(jax.device_get(kept), like)
+        shutil.copytree(path, before)
+        files = [f.relative_to(path) for f in self.data_files(path, "")]
+        rejected = set()
+        assert len(files) > 10
+        for file in files:
+            data = bytearray((path / file).read_bytes())
+            data[len(data) // 3] ^= 0x01
+            if damage == "removed":
+                (path / file).unlink()
+            else:
+                half = data[: len(data) // 2] if damage == "halved" else b""
+                (path / file).write_bytes(data if damage == "flipped" else half)
+            state, said = self.restore(path)
+            if int(state.step) == 22:
+                assert said == [], file
+                chex.assert_trees_all_equal(jax.device_get(state), like)
+            else:
+                assert int(state.step) == 11, file
+                assert len(said) == 1, said
+                assert re.search(r"checkpoints/22 is not sound and is passed over: \w+", said[0])
+                rejected.add(file)
+            shutil.copy(before / file, path / file)
+        assert pathlib.Path("22", "manifest", "metadata") in rejected
+        assert files[-1] in rejected  # the largest, where the arrays are
+
+    def test_another_head_or_optimiser_is_no_damage(self, path):
+        run = Run.from_config(small_config())
+        clipped = Run.from_config(small_config(optimizer__clip_norm=1.0))
+        other = dataclasses.replace(run, model=run.model.clone(num_classes=7))
+        for like, message in (
+            (other.abstract_state(), r"params/head/bias is float32\[10\] there and float32\[7\] "),
+            (other.abstract_state(), r"number of classes, which is that of the data"),
+            (clipped.abstract_state(), r"opt_state/.* missing .*config\.optimizer\.clip_norm"),
+        ):
+            with Checkpoints(path) as checkpoints, pytest.raises(ValueError, match=message):
+                checkpoints.restore(like)
+
+    def test_one_of_before_manifests_had_digests(self, path):
+        for step in ("11", "22"):
+            old = Manifest.read(path / step)
+            text = json.dumps({"checksums": old.checksums, "saved_on": old.saved_on})
+            (path / step / "manifest" / "metadata").write_text(text)
+            (path / step / "metrics").mkdir()
+            (path / step / "metrics" / "metrics").write_text('{"accuracy": 0.5}')
+        with Checkpoints(path) as checkpoints:
+            assert checkpoints.best() == 22
+        (path / "22" / "metrics" / "metrics").write_text("")
+        with Checkpoints(path) as checkpoints:
+            assert checkpoints.best() == 11
+        state, said = self.restore(path)
+        assert (int(state.step), said) == (22, [])
 
     def test_a_save_that_never_finished(self, path):
         shutil.copytree(path / "22", path / "33.orbax-checkpoint-tmp-1")

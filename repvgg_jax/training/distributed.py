@@ -207,6 +207,39 @@ def all_say(answer: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(answer))))
 
 
+def all_words(question: str, word: str) -> list[str]:
+    """What all processes say, by process; without a collective, so that it may take hours.
+
+    Args:
+      question: a name, used once in a run.
+      word: what this process says.
+    """
+    if jax.process_count() == 1:
+        return [word]
+    put(f"{question}/{jax.process_index()}", word)
+    return [
+        _client().blocking_key_value_get(f"{_SPACE}.{question}/{process}", _milliseconds(86400))
+        for process in range(jax.process_count())
+    ]
+
+
+def put(key: str, value: str) -> None:
+    """Writes an entry that `entries` finds in all processes."""
+    _client().key_value_set(f"{_SPACE}.{key}", value, allow_overwrite=True)
+
+
+def entries(folder: str) -> dict[str, str]:
+    """What the processes have `put` into a folder, by the rest of the key."""
+    place = f"{_SPACE}.{folder}/"
+    return {key.removeprefix(place): value for key, value in _client().key_value_dir_get(place)}
+
+
+def forget(folder: str) -> None:
+    """Takes a folder and all that was `put` there away."""
+    if jax.process_count() > 1:
+        _client().key_value_delete(f"{_SPACE}.{folder}/")
+
+
 def _join(text: str | None, timeout: float) -> bool:
     """Whether there are other processes; if so they have met."""
     place = None if text is None else Place.parse(text)
