@@ -2,6 +2,7 @@
 
 python train.py --config configs/digits.py --workdir runs/digits --config.train.epochs=5
 python train.py --config configs/digits.py --workdir runs/digits --eval_only --by_class
+python train.py --config configs/digits.py --eval_only --init_from deploy/model.safetensors
 """
 
 import pathlib
@@ -30,10 +31,16 @@ DISTRIBUTED = flags.DEFINE_string(
 DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
     "distributed_timeout", 300, "Seconds to wait for all processes.", lower_bound=1
 )
+INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "Another run's workdir, a weights file, a hub name or a directory that convert.py wrote: what "
+    "training starts from, as --config.init_from, or what --eval_only evaluates.",
+)
 EVAL_ONLY = flags.DEFINE_bool(
     "eval_only",
     False,
-    "Evaluate the run in --workdir, or what --config.init_from names, in both forms; no training.",
+    "Evaluate the run in --workdir, or what --init_from names, in both forms; no training.",
 )
 BY_CLASS = flags.DEFINE_bool(
     "by_class", False, "With --eval_only: also the accuracy of each class."
@@ -76,10 +83,12 @@ def main(_: Sequence[str]) -> int:
         DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain
     ):
         if EVAL_ONLY.value:
-            assessment = assess(CONFIG.value, workdir, step=STEP.value)
+            assessment = assess(CONFIG.value, workdir, init_from=INIT_FROM.value, step=STEP.value)
             if distributed.is_first():
                 print("\n".join(assessment.lines(by_class=BY_CLASS.value)))
             return 0
+        if INIT_FROM.value is not None:
+            CONFIG.value.init_from = INIT_FROM.value
         outcome = train(CONFIG.value, workdir, profile_steps=parse_steps(PROFILE_STEPS.value))
     # A preempted run has done what it was asked; for Ctrl-C shells expect 128 + its number.
     return 128 + signal.SIGINT if outcome.stopped_by == signal.SIGINT else 0

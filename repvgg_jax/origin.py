@@ -11,8 +11,8 @@ import numpy as np
 from repvgg_jax.data import photos
 from repvgg_jax.export import Metadata
 from repvgg_jax.model import RepVGG, create_model
-from repvgg_jax.training.checkpoint import Checkpoints
 from repvgg_jax.training.run import Run
+from repvgg_jax.training.trained import trained_state
 from repvgg_jax.training.workdir import Workdir
 from repvgg_jax.weights import load_file_or_pretrained
 
@@ -54,10 +54,7 @@ def from_run(path: pathlib.Path, *, say: Callable[[str], None] = print) -> Origi
     """
     workdir = Workdir(path)
     run = Run.from_config(workdir.read_config())
-    with Checkpoints(workdir.checkpoints, say=say) as checkpoints:
-        state = checkpoints.restore(run.abstract_state())
-    if state is None:
-        raise ValueError(f"{path} holds no checkpoint yet; train further, then convert")
+    state = trained_state(workdir, run, say=say)
     step = int(state.step)
     return Origin(
         title=f"RepVGG {run.model.variant.name}, step {step} of {path}",

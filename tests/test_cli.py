@@ -18,6 +18,9 @@ import pytest
 from repvgg_jax import create_model, fuse_params, load_weights, save_weights
 from repvgg_jax.deployment import load_deployed
 from repvgg_jax.proof import logits
+from repvgg_jax.training.run import Run
+from repvgg_jax.training.trained import trained_state
+from repvgg_jax.training.workdir import Workdir
 from tests.trees import random_variables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -129,6 +132,45 @@ def jax_abstract(tree):
     )
 
 
+@pytest.fixture(scope="module")
+def weights(place):
+    """The network of the trained run, as a file."""
+    workdir = Workdir(place / "runs" / "digits")
+    trained = Run.from_config(workdir.read_config())
+    state = trained_state(workdir, trained)
+    variables, variant = jax.device_get(state.result), trained.model.variant
+    save_weights(place / "weights.npz", variables, family="flax", variant=variant)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source"),
+    [
+        (["--init_from=runs/digits", "--workdir=nowhere"], "step 22 of runs/digits"),
+        (["--init_from=weights.npz"], "digits, training form, 10 classes, flax names"),
+        (["--config.init_from=nothing.pth"], "step 22 of runs/digits"),
+    ],
+)
+def test_evaluating_what_was_trained(place, weights, arguments, source):
+    """What is named is evaluated; what a configuration starts from is not."""
+    status, out, err = run("train.py", "--eval_only", *arguments, cwd=place)
+    assert (status, err) == (0, "")
+    first, _, *table = out.splitlines()
+    assert first == f"{source}: 360 images"
+    last = json.loads((place / "runs/digits/metrics.jsonl").read_text().splitlines()[-1])
+    accuracy = next(line for line in table if line.startswith("accuracy")).split()[1:]
+    assert accuracy == [f"{last['final/accuracy']:.4f}", f"{last['final/accuracy_fused']:.4f}"]
+    assert not (place / "nowhere").exists()
+
+
+def test_training_from_what_was_trained(place, tmp_path):
+    source = f"--init_from={place / 'runs' / 'digits'}"
+    status, out, err = run("train.py", *SHORT, source, "--workdir=tuned", cwd=tmp_path)
+    assert (status, err) == (0, "")
+    assert "starting from digits, training form, 10 classes" in out
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert config["init_from"] == str(place / "runs" / "digits")
+
+
 def wait_for(condition, process, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -180,6 +222,9 @@ def test_an_interrupted_run_continues_with_the_same_command(tmp_path, number):
         (["--config.train.batch_size=0"], 1, r"config.train.batch_size=0 .* 1"),
         (["--config.data.source=digit"], 1, "unknown data set 'digit'.*'digits'"),
         (["--workdir=/proc/nowhere/run"], 1, ".*/proc/nowhere"),
+        (["--eval_only", "--workdir=x"], 1, "x does not exist; give the --workdir of a training"),
+        (["--eval_only", "--init_from=x.pth"], 1, "x.pth: "),
+        (["--eval_only", "--init_from=x.pth", "--step=3"], 1, "--step=3 is that of .* x.pth is no"),
     ],
 )
 def test_mistakes_of_training_are_one_line(tmp_path, arguments, status, message):

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import threading
@@ -134,6 +135,33 @@ class TestFourProcesses:
         assert line.startswith("SIGTERM at step ")
         step = line.split()[3].rstrip(":")
         assert (tmp_path / "run" / "checkpoints" / step).is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_save_that_fails_in_one_process_is_retried_by_both(alone, tmp_path, recovers):
+    """No file of the second process may grow: its part of a checkpoint cannot be written."""
+    path = tmp_path / "run"
+    with started(tmp_path, 2, "--config.train.epochs=4000", devices=4) as run:
+        run.wait_until((path / "checkpoints" / "8").is_dir)
+        second = run.processes[1].pid
+        _, most = resource.prlimit(second, resource.RLIMIT_FSIZE)
+        resource.prlimit(second, resource.RLIMIT_FSIZE, (2000, most))
+        if recovers:
+            run.wait_until(lambda: "trying again" in run.out(0))
+            resource.prlimit(second, resource.RLIMIT_FSIZE, (most, most))
+            failed = int(re.search(r"with step (\d+)|$", run.out(0))[1] or 0)
+            run.wait_until((path / "checkpoints" / str(failed + 8)).is_dir)
+            run.processes[1].send_signal(signal.SIGTERM)
+            assert run.wait() == [0, 0]
+        else:
+            assert run.wait() == [1, 1]
+    retries = [line for line in run.out(0).splitlines() if "trying again" in line]
+    assert all(re.search(r"trying again[^:]*: process 1: OUT_OF_RANGE", line) for line in retries)
+    assert len(retries) >= 1 if recovers else len(retries) == 3
+    if not recovers:
+        for process in (0, 1):
+            assert "failed 4 times; the last good checkpoint is that of" in run.err(process)
 
 
 def test_two_processes_with_different_configurations(tmp_path):

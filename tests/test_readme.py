@@ -87,8 +87,8 @@ def test_the_commands_are_these():
         "python convert.py --workdir runs/digits --output deploy",
         "python -m pytest",
         "python convert.py --from a0.safetensors --output a0 --format safetensors,torch-official",
-        "python train.py --workdir runs/tuned --config.init_from runs/digits"
-        " --config.train.epochs 3",
+        "python train.py --workdir runs/tuned --init_from runs/digits --config.train.epochs 3",
+        "python train.py --eval_only --init_from runs/tuned",
         "python convert.py --workdir runs/digits --output deploy-graph --format stablehlo",
         "pip install -r requirements.txt",
         "pip install -r requirements.txt -r requirements-dev.txt",
@@ -116,6 +116,8 @@ def test_the_scripts_then_the_python_blocks(place):
     for command in commands():
         if "a0.safetensors" in command or "deploy-graph" in command:
             assert "written to" in shell(command, place)
+        elif "--eval_only" in command:
+            assert "of runs/tuned: 360 images" in shell(command, place)
         elif "runs/tuned" in command:
             assert "starting from digits, training form, 10 classes" in shell(command, place)
 

@@ -20,8 +20,9 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from repvgg_jax import fuse_params, save_weights
+from repvgg_jax.data.batches import eval_batches
 from repvgg_jax.training import config as configs
-from repvgg_jax.training import loop, report
+from repvgg_jax.training import evaluation, loop, report
 from repvgg_jax.training import step as step_module
 from repvgg_jax.training.assessment import assess
 from repvgg_jax.training.checkpoint import Checkpoints
@@ -184,7 +185,8 @@ class TestAssessment:
     def test_a_file(self, straight, tmp_path):
         variables = final_state(straight[0], small_config()).variables
         save_weights(tmp_path / "w.npz", fuse_params(variables), family="flax", variant=SMALL)
-        found = assess(small_config(init_from=str(tmp_path / "w.npz")), tmp_path / "nothing")
+        nothing = tmp_path / "nothing"
+        found = assess(small_config(), nothing, init_from=str(tmp_path / "w.npz"))
         last = rows(straight[0])[-1]
         assert found.fused["accuracy"] == pytest.approx(last["final/accuracy_fused"], rel=1e-6)
 
@@ -194,11 +196,45 @@ class TestAssessment:
         other = {**variables, "params": {**variables["params"], "head": head}}
         save_weights(tmp_path / "w.npz", other, family="flax", variant=SMALL)
         with pytest.raises(ValueError, match=r"has no head for the 10 classes of digits"):
-            assess(small_config(init_from=str(tmp_path / "w.npz")), tmp_path / "nothing")
+            assess(small_config(), tmp_path / "nothing", init_from=str(tmp_path / "w.npz"))
 
     def test_another_network(self, straight):
         with pytest.raises(ValueError, match=r"another network: config\.ema\.decay: 0.0 -> 0.9"):
             assess(small_config(ema__decay=0.9), straight[0])
+
+    def test_another_optimiser_makes_no_difference(self, straight):
+        other = small_config(optimizer__name="adamw", optimizer__clip_norm=1.0)
+        found = assess(other, straight[0])
+        assert found.trained["accuracy"] == straight[1].accuracy
+
+    def test_a_fine_tuned_run_is_not_what_it_started_from(self, straight):
+        found = assess(small_config(init_from="somebody.pth"), straight[0])
+        assert found.source == f"step 22 of {straight[0]}"
+        assert found.trained["accuracy"] == straight[1].accuracy
+
+    def test_a_run_without_a_checkpoint(self, straight, tmp_path):
+        shutil.copytree(straight[0], tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        with pytest.raises(ValueError, match=r"run holds no checkpoint yet; train there first"):
+            assess(small_config(), tmp_path / "run")
+
+    def test_images_that_cannot_be_decoded_are_not_counted(
+        self, straight, tmp_path, monkeypatch, capsys
+    ):
+        def one_is_bad(*args, **options):
+            for number, batch in enumerate(eval_batches(*args, **options)):
+                bad = np.arange(len(batch["mask"])) == (3 if number == 0 else -1)
+                yield {**batch, "mask": batch["mask"] & ~bad}
+
+        monkeypatch.setattr(evaluation, "eval_batches", one_is_bad)
+        shutil.copytree(straight[0], tmp_path / "run")
+        found = assess(small_config(), tmp_path / "run")
+        assert found.lines()[0] == f"step 22 of {tmp_path / 'run'}: 359 of 360 images"
+        outcome = train(small_config(), tmp_path / "run")
+        assert "fused (359 of 360 images)" in capsys.readouterr().out
+        assert outcome.accuracy == found.trained["accuracy"]
+        right = outcome.accuracy * 359
+        assert right == pytest.approx(round(right), abs=1e-3)
 
     def test_no_such_step(self, straight):
         with pytest.raises(ValueError, match=r"no checkpoint of step 5; there are those of 11, 22"):
@@ -360,6 +396,33 @@ def test_sigterm_saves_stops_and_continues_with_the_same_bits(
     config = small_config()
     chex.assert_trees_all_equal(final_state(path, config), final_state(straight[0], config))
     assert outcome.accuracy == straight[1].accuracy
+
+
+@pytest.mark.parametrize("at", ["start", "restore"])
+def test_a_signal_while_a_run_starts_waits_for_the_first_question(
+    straight, tmp_path, monkeypatch, capsys, at
+):
+    path, real = tmp_path / "run", Checkpoints.restore
+    if at == "restore":
+        shutil.copytree(straight[0], path)
+        shutil.rmtree(path / "checkpoints" / "22")
+
+    def signals(self, like, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, like, **options)
+
+    monkeypatch.setattr(Checkpoints, "restore", signals)
+    step = 0 if at == "start" else 11
+    outcome = train(small_config(), path)
+    assert (outcome.step, outcome.stopped_by) == (step, signal.SIGTERM)
+    out = capsys.readouterr().out
+    assert f"SIGTERM at step {step}: nothing new to save; the same command continues" in out
+    assert "compiled" not in out
+    monkeypatch.setattr(Checkpoints, "restore", real)
+    train(small_config(), path)
+    config = small_config()
+    chex.assert_trees_all_equal(final_state(path, config), final_state(straight[0], config))
+    assert numbers(path) == numbers(straight[0])
 
 
 def test_a_finished_run_only_reports_again(straight, tmp_path, capsys):

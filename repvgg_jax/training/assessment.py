@@ -11,14 +11,15 @@ from ml_collections import ConfigDict
 from repvgg_jax.fuse import fuse_params
 from repvgg_jax.training import config as configs
 from repvgg_jax.training import distributed
-from repvgg_jax.training.checkpoint import Checkpoints
-from repvgg_jax.training.evaluation import Evaluation
+from repvgg_jax.training.evaluation import Evaluation, counted, scalars
+from repvgg_jax.training.optimizer import make_optimizer
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.start import starting_weights
+from repvgg_jax.training.trained import run_directory, trained_state
 from repvgg_jax.training.workdir import Workdir
 
-# Settings that a checkpoint's state depends on; the others may change for an evaluation.
-_OF_THE_STATE = ("config.model.variant", "config.optimizer.name", "config.ema")
+# Settings that what is evaluated depends on; the others may change for an evaluation.
+_OF_THE_NETWORK = ("config.model.variant", "config.ema")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,26 +28,28 @@ class Assessment:
 
     Attributes:
       source: what was evaluated.
-      images: how many.
+      held_out: images that there are; `trained["images"]` of them were counted.
       classes: their names, by label.
       trained: means of the training form, as `Evaluation` gives them.
       fused: means of the fused form.
     """
 
     source: str
-    images: int
+    held_out: int
     classes: tuple[str, ...]
     trained: dict[str, np.ndarray]
     fused: dict[str, np.ndarray]
 
     def lines(self, *, by_class: bool = False) -> list[str]:
         """A table for people."""
-        names = [name for name, value in self.trained.items() if np.ndim(value) == 0]
         lines = [
-            f"{self.source}: {self.images:,} images",
+            f"{self.source}: {counted(self.trained, self.held_out)}",
             f"{'':24}{'as trained':>12}{'fused':>12}",
         ]
-        lines += [f"{name:24}{self.trained[name]:12.4f}{self.fused[name]:12.4f}" for name in names]
+        lines += [
+            f"{name:24}{self.trained[name]:12.4f}{self.fused[name]:12.4f}"
+            for name in scalars(self.trained)
+        ]
         if by_class:
             trained, fused = self.trained["class_accuracy"], self.fused["class_accuracy"]
             lines += [
@@ -56,24 +59,36 @@ class Assessment:
         return lines
 
 
-def assess(config: ConfigDict, path: str | pathlib.Path, *, step: int | None = None) -> Assessment:
+def assess(
+    config: ConfigDict,
+    path: str | pathlib.Path,
+    *,
+    init_from: str | None = None,
+    step: int | None = None,
+) -> Assessment:
     """Evaluates a network on the held-out images of `config`, in both forms.
 
     Args:
-      config: names the network, the data and perhaps `init_from`.
-      path: a run's directory; not looked at where `config.init_from` says what to evaluate.
+      config: names the network and the data. What it starts from, `config.init_from`, is no
+        part of the question.
+      path: a run's directory; not looked at where `init_from` says what to evaluate.
+      init_from: another run's directory, a converted one, a weights file or a hub name.
       step: of the run's checkpoint; None for the newest.
 
     Raises:
       ValueError: nothing to evaluate there, or another network or head.
     """
-    distributed.require_same(configs.plain(config))
+    distributed.require_same({**configs.plain(config), "--init_from": init_from})
     configs.check(config, devices=jax.device_count(), processes=jax.process_count())
+    workdir = run_directory(init_from) if init_from else Workdir(pathlib.Path(path))
+    if workdir is None and step is not None:
+        raise ValueError(f"--step={step} is that of a run's checkpoint, and {init_from} is no run")
+    stored = None if workdir is None else workdir.read_config()  # before any data are looked at
     run = Run.from_config(config)
-    if config.init_from:
-        variables, source = _from_weights(run)
+    if workdir is None or stored is None:
+        variables, source = _from_weights(run, str(init_from))
     else:
-        variables, source = _from_run(run, Workdir(pathlib.Path(path)), step)
+        variables, source = _from_run(run, workdir, stored, step)
     evaluate = Evaluation(run)
     trained = evaluate(run.model, variables)
     fused = evaluate(run.model.clone(deploy=True), fuse_params(variables))
@@ -82,32 +97,34 @@ def assess(config: ConfigDict, path: str | pathlib.Path, *, step: int | None = N
     return Assessment(source, len(run.dataset.evaluation), run.dataset.classes, trained, fused)
 
 
-def _from_weights(run: Run) -> tuple[Any, str]:
-    merged = starting_weights(run)
+def _from_weights(run: Run, source: str) -> tuple[Any, str]:
+    merged = starting_weights(run, source)
     if missing := [name for name in merged.replaced if not name.startswith("aux_")]:
         raise ValueError(
-            f"{run.config.init_from} has no {', '.join(missing)} for the "
-            f"{len(run.dataset.classes)} "
+            f"{source} has no {', '.join(missing)} for the {len(run.dataset.classes)} "
             f"classes of {run.dataset.name}; evaluate it on data with its own classes, or "
             "fine-tune it first"
         )
     return jax.device_put(merged.variables, run.replicated), merged.source
 
 
-def _from_run(run: Run, workdir: Workdir, step: int | None) -> tuple[Any, str]:
-    stored = workdir.read_config()
+def _from_run(run: Run, workdir: Workdir, stored: ConfigDict, step: int | None) -> tuple[Any, str]:
     changed = [
         line
         for line in configs.differences(configs.plain(stored), configs.plain(run.config))
-        if line.startswith(_OF_THE_STATE)
+        if line.startswith(_OF_THE_NETWORK)
     ]
     if changed:
         raise ValueError(
             f"{workdir.path} holds a run of another network: {'; '.join(changed)}; give the "
             "--config that the run began with"
         )
-    with Checkpoints(workdir.checkpoints) as checkpoints:
-        state = checkpoints.restore(run.abstract_state(), step=step)
-    if state is None:
-        raise ValueError(f"{workdir.path} holds no checkpoint to evaluate")
+    # The state was saved with the optimiser's, and which one that was changes no accuracy.
+    optimizer = make_optimizer(
+        stored.optimizer,
+        batch_size=run.config.train.batch_size,
+        steps_per_epoch=run.steps_per_epoch,
+        total_steps=run.total_steps,
+    )
+    state = trained_state(workdir, dataclasses.replace(run, optimizer=optimizer), step=step)
     return state.result, f"step {int(state.step)} of {workdir.path}"

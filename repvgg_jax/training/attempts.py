@@ -16,6 +16,8 @@ from repvgg_jax.training import distributed
 _WHILE_WRITING = "async_"
 _DONE = "set_value_start#2"
 
+_FOR_ANOTHER = " has failed"  # how a failure reads that is the consequence of another's
+
 
 class Attempts:
     """The attempts to save of one run; its processes make the same ones in the same order."""
@@ -47,7 +49,8 @@ class Attempts:
         self._verdicts += 1
         words = distributed.all_words(f"verdict/{self._verdicts}", failure or "")
         failed = [f"process {process}: {word}" for process, word in enumerate(words) if word]
-        return "; ".join(failed) or None
+        causes = [line for line in failed if not line.endswith(_FOR_ANOTHER)]
+        return "; ".join(causes or failed) or None
 
     def meet(self, *, key: str, timeout_ms: int) -> None:
         """Waits for all processes, or until one cannot come any more; Orbax calls this.
@@ -76,7 +79,7 @@ class Attempts:
                     name.startswith(f"{process}/") and name.endswith(_DONE) for name in found
                 )
                 if f"{process}/failed" in found or (_WHILE_WRITING in key and done):
-                    raise OSError(f"process {process} has failed")
+                    raise OSError(f"process {process}{_FOR_ANOTHER}")
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"process {missing[0]} took more than {timeout_ms // 1000} s to write its part"

@@ -59,6 +59,7 @@ class Checkpoints:
         self._pause = pause
         # Orbax reports its progress, and failures that are raised anyway, on this logger.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        leftovers.hush()
         self._path = path
         self._accuracies = {
             step: manifest.accuracy
@@ -211,7 +212,6 @@ class Checkpoints:
             action()
         except Exception as error:  # Orbax raises whatever its writers raise
             reason = _first_line(error)
-            leftovers.hush()
         return self._attempts.verdict(reason)
 
     def _try(self, state: TrainState, accuracy: float | None, *, wait: bool) -> str | None:
@@ -295,7 +295,6 @@ class Checkpoints:
             )["state"]
         except Exception as error:  # Orbax raises whatever its readers raise
             reason = f"it cannot be read: {_first_line(error)}"
-            leftovers.hush()
         if not distributed.all_say(restored is not None):
             return None, reason
         assert restored is not None

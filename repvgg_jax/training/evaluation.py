@@ -25,6 +25,8 @@ class Evaluation:
     ) -> dict[str, np.ndarray] | None:
         """Means over the images: `loss`, `accuracy`, `top5`, and `class_accuracy` by label.
 
+        And `images`, how many were counted: all that could be decoded.
+
         Args:
           model: in either form.
           variables: in the same form.
@@ -47,9 +49,10 @@ class Evaluation:
         sums = jax.device_get(jax.tree.map(lambda *values: sum(values), *parts))
         count, class_count = sums.pop("count"), sums.pop("class_count")
         class_right = sums.pop("class_accuracy")
-        means = {name: np.asarray(value / count) for name, value in sums.items()}
         with np.errstate(invalid="ignore"):
-            return {**means, "class_accuracy": class_right / class_count}
+            means = {name: np.asarray(value / count) for name, value in sums.items()}
+            means["class_accuracy"] = class_right / class_count
+        return {**means, "images": np.asarray(count, np.int64)}
 
     def _step(self, model: RepVGG, variables: Any, batch: Any) -> jax.stages.Compiled:
         if model not in self._steps:
@@ -61,8 +64,20 @@ class Evaluation:
 
 def row(prefix: str, means: dict[str, np.ndarray], suffix: str = "") -> dict[str, float]:
     """What of an evaluation goes into a row of the report: `{"eval/accuracy": 0.7, …}`."""
-    return {
-        f"{prefix}/{name}{suffix}": float(value)
-        for name, value in means.items()
-        if np.ndim(value) == 0
-    }
+    return {f"{prefix}/{name}{suffix}": float(means[name]) for name in scalars(means)}
+
+
+def scalars(means: dict[str, np.ndarray]) -> list[str]:
+    """Names of what is one number for all images."""
+    return [name for name, value in means.items() if np.ndim(value) == 0 and name != "images"]
+
+
+def counted(means: dict[str, np.ndarray], held_out: int) -> str:
+    """How many images an evaluation counted, in words: those that cannot be decoded are not.
+
+    Args:
+      means: as `Evaluation` gives them.
+      held_out: how many images there are.
+    """
+    images = int(means["images"])
+    return f"{images:,} images" if images == held_out else f"{images:,} of {held_out:,} images"

@@ -18,7 +18,7 @@ from repvgg_jax.fuse import fuse_params
 from repvgg_jax.training import config as configs
 from repvgg_jax.training import distributed
 from repvgg_jax.training.checkpoint import Checkpoints
-from repvgg_jax.training.evaluation import Evaluation, row
+from repvgg_jax.training.evaluation import Evaluation, counted, row
 from repvgg_jax.training.meter import Meter
 from repvgg_jax.training.profile import Profile
 from repvgg_jax.training.report import Report
@@ -75,10 +75,12 @@ def train(
             ),
             flush=True,
         )
-    run = Run.from_config(config)
     workdir = Workdir(pathlib.Path(path))
 
     with contextlib.ExitStack() as stack:
+        # First, so that a signal while the run starts waits for the first question.
+        stop = stack.enter_context(StopRequest(distributed.agree_to_stop))
+        run = Run.from_config(config)
         if jax.process_index() == 0:
             stack.enter_context(workdir.claimed(config))
         warnings: list[str] = []
@@ -96,7 +98,6 @@ def train(
             total_steps=run.total_steps,
         )
         stack.callback(report.close)
-        stop = stack.enter_context(StopRequest(distributed.agree_to_stop))
         run.dataset.undecodable.say = checkpoints.say = report.say
         for warning in warnings:
             report.say(warning)
@@ -152,10 +153,22 @@ def _train_steps(
         distributed.meet(f"compiled {size}")
         return program
 
+    def stopped_before_the_first_step() -> bool:
+        if stop.poll() and stop.signal is not None:
+            report.say(
+                f"{stop.signal.name} at step {start_step}: nothing new to save; the same command "
+                "continues from here"
+            )
+        return bool(stop)
+
+    if stopped_before_the_first_step():
+        return state
     compiled(run.size_at(start_step // run.steps_per_epoch))
     untested = start_step and every(config.eval.every_epochs, start_step)
     if untested and not distributed.first_says(report.tested(start_step)):
         test(start_step)  # the run was stopped before it could
+    if stopped_before_the_first_step():
+        return state
     batches = train_batches(
         run.dataset,
         batch_size=config.train.batch_size,
@@ -210,7 +223,8 @@ def _finish(
     report.draw()
     report.say(
         f"held-out accuracy: {final['final/accuracy']:.2%} as trained, "
-        f"{final['final/accuracy_fused']:.2%} fused ({len(run.dataset.evaluation)} images)"
+        f"{final['final/accuracy_fused']:.2%} fused "
+        f"({counted(trained, len(run.dataset.evaluation))})"
     )
     best = checkpoints.best()
     if best not in (None, step):

@@ -5,9 +5,9 @@ import pathlib
 import jax
 import numpy as np
 
-from repvgg_jax.training.checkpoint import Checkpoints
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.state import TrainState, state_from
+from repvgg_jax.training.trained import run_directory, trained_state
 from repvgg_jax.training.workdir import Workdir
 from repvgg_jax.weights import (
     Merged,
@@ -31,42 +31,38 @@ def starting_state(run: Run) -> tuple[TrainState, str | None]:
     state, source = run.initial_state(), run.config.init_from
     if not source:
         return state, None
-    merged = starting_weights(run, state)
+    merged = starting_weights(run, source, state)
     begun = state_from(merged.variables, run.optimizer, average=bool(state.ema))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.device_put(begun, shardings), f"{merged} ({source})"
 
 
-def starting_weights(run: Run, state: TrainState | None = None) -> Merged:
-    """What `config.init_from` names, put into the network of the run.
+def starting_weights(run: Run, source: str, state: TrainState | None = None) -> Merged:
+    """Somebody's weights, put into the network of a run.
 
     Args:
-      run: whose configuration and network.
+      run: whose network.
+      source: as `config.init_from`.
       state: its initial state, if there is one already.
 
     Raises:
       ValueError: nothing readable there, or another network.
     """
     fresh = run.initial_state() if state is None else state
-    return merge_weights(_load(run, run.config.init_from), jax.device_get(fresh.variables))
+    return merge_weights(_load(run, source), jax.device_get(fresh.variables))
 
 
 def _load(run: Run, source: str) -> Weights:
-    path = pathlib.Path(source)
-    if path.is_dir():
-        converted = path / "model.safetensors"
-        if converted.exists():
-            return load_weights(converted, variant=run.model.variant)
-        return _load_run(Workdir(path))
+    if workdir := run_directory(source):
+        return _load_run(workdir)
+    if (path := pathlib.Path(source)).is_dir():
+        return load_weights(path / "model.safetensors", variant=run.model.variant)
     return load_file_or_pretrained(source, variant=run.model.variant)
 
 
 def _load_run(workdir: Workdir) -> Weights:
     run = Run.from_config(workdir.read_config())
-    with Checkpoints(workdir.checkpoints) as checkpoints:
-        state = checkpoints.restore(run.abstract_state())
-    if state is None:
-        raise ValueError(f"{workdir.path} holds no checkpoint to start from")
+    state = trained_state(workdir, run)
     return Weights(
         variant=run.model.variant.name,
         deploy=False,
