@@ -1,6 +1,9 @@
 """Whole runs: what they leave, how they continue, and what stops them."""
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -10,6 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import chex
 import jax
@@ -22,7 +27,7 @@ from tensorboardX.record_writer import RecordWriter
 from repvgg_jax import fuse_params, save_weights
 from repvgg_jax.data.batches import eval_batches
 from repvgg_jax.training import config as configs
-from repvgg_jax.training import evaluation, loop, report
+from repvgg_jax.training import evaluation, loop, owner, report
 from repvgg_jax.training import step as step_module
 from repvgg_jax.training.assessment import assess
 from repvgg_jax.training.checkpoint import Checkpoints
@@ -127,6 +132,95 @@ def test_a_directory_in_use_is_refused(tmp_path):
         train(small_config(), workdir.path)
     with workdir.claimed(small_config()):
         pass  # and is free afterwards
+
+
+class TestOwner:
+    """A directory is one run's, on whatever machine; an owner that is gone is in nobody's way."""
+
+    OTHER = {"host": "far", "machine": "another", "pid": 7, "began": "2020-01-01 00:00:00 +0000"}
+
+    @pytest.fixture(autouse=True)
+    def _quick(self, monkeypatch):
+        monkeypatch.setattr(owner, "BEAT", 0.05)
+        monkeypatch.setattr(owner, "PATIENCE", 1.0)
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        (tmp_path / owner.FILE).write_text(json.dumps(self.OTHER))
+        return tmp_path
+
+    def test_it_shows_that_it_is_at_work_and_leaves_nothing(self, tmp_path):
+        said = []
+        with owner.owned(tmp_path, said.append):
+            first = (tmp_path / owner.FILE).read_text()
+            assert json.loads(first)["pid"] == os.getpid()
+            time.sleep(0.5)
+            later = (tmp_path / owner.FILE).read_text()
+            assert later != first
+            assert len(later) == len(first)
+        assert (list(tmp_path.iterdir()), said) == ([], [])
+
+    def test_one_at_work_on_another_machine_is_left_alone(self, path):
+        with contextlib.ExitStack() as stack:
+            ended = threading.Event()
+            thread = threading.Thread(target=self.live, args=(path, ended))
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(ended.set)
+            with (
+                pytest.raises(ValueError, match=r"in use by process 7 on far, which began at 2020"),
+                owner.owned(path, print),
+            ):
+                pytest.fail("it was taken")
+        assert json.loads((path / owner.FILE).read_text())["host"] == "far"
+
+    def live(self, path, ended):
+        beat = 0
+        while not ended.wait(0.1):
+            beat += 1
+            (path / owner.FILE).write_text(json.dumps({**self.OTHER, "beat": beat}))
+
+    def test_one_that_is_gone_is_succeeded(self, path):
+        said = []
+        with owner.owned(path, said.append):
+            assert json.loads((path / owner.FILE).read_text())["pid"] == os.getpid()
+        assert "is that of process 7 on far: watching" in said[0]
+        assert said[1:] == ["process 7 on far is gone: this run takes over"]
+
+    def test_one_that_was_killed_on_this_machine_is_succeeded_at_once(self, path, monkeypatch):
+        monkeypatch.setattr(owner, "PATIENCE", 1000.0)
+        here = {**self.OTHER, "machine": owner._machine()}
+        (path / owner.FILE).write_text(json.dumps(here))
+        said = []
+        with owner.owned(path, said.append):
+            assert said == []
+
+    @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF])
+    def test_without_locks_the_file_decides(self, tmp_path, monkeypatch, error):
+        def flock(*_):
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        said = []
+        with (
+            owner.owned(tmp_path, said.append),
+            pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on "),
+            owner.owned(tmp_path, print),
+        ):
+            pytest.fail("it was taken")
+        assert len(said) == 1
+        assert "without locks" in said[0]
+
+    def test_a_damaged_file_is_one_of_somebody_unknown(self, path):
+        (path / owner.FILE).write_bytes(b"\xff{")
+        said = []
+        with owner.owned(path, said.append):
+            assert "process ? on ?" in said[0]
+
+    def test_a_new_run_after_one_that_was_killed_before_it_claimed(self, path, capsys):
+        with Workdir(path).claimed(small_config()):
+            assert (path / "config.json").exists()
+        assert "takes over" in capsys.readouterr().out
 
 
 def test_a_signal_inside_evaluation_saves_and_stops_there(straight, tmp_path, monkeypatch, capsys):

@@ -82,7 +82,9 @@ def train(
         stop = stack.enter_context(StopRequest(distributed.agree_to_stop))
         run = Run.from_config(config)
         if jax.process_index() == 0:
-            stack.enter_context(workdir.claimed(config))
+            say = functools.partial(print, flush=True)  # there is no report yet
+            stack.enter_context(workdir.claimed(config, say=say))
+        distributed.meet("claimed")
         warnings: list[str] = []
         checkpoints = stack.enter_context(
             Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, say=warnings.append)

@@ -8,19 +8,19 @@ tensorboard/       the same for TensorBoard
 curves.png         the same as a picture
 report.html        the same as a page, with the configuration and the machine
 profile/           a trace, if one was asked for
+owner.json         whose it is, while a run is at work
 """
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
+from repvgg_jax.training import owner
 from repvgg_jax.training.config import differences, from_plain, plain
 
 
@@ -66,31 +66,21 @@ class Workdir:
         return self.path / "profile"
 
     @contextlib.contextmanager
-    def claimed(self, config: ConfigDict) -> Iterator[None]:
+    def claimed(self, config: ConfigDict, *, say: Callable[[str], None] = print) -> Iterator[None]:
         """A context in which the directory is this configuration's and nobody else's.
+
+        Args:
+          config: of the run.
+          say: told, in a line, of an owner that may still be at work.
 
         Raises:
           ValueError: it is another configuration's, holds other things, or is in use.
           OSError: it cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        # A lock on the directory itself leaves nothing behind, however the process ends.
-        directory = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"{self.path} is in use by another run on this machine; wait for its end, or "
-                    "give another --workdir"
-                ) from error
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                    raise  # these file systems know no locks
+        with owner.owned(self.path, say):
             self.claim(config)
             yield
-        finally:
-            os.close(directory)
 
     def claim(self, config: ConfigDict) -> None:
         """Makes the directory this configuration's, or finds that it is already.
@@ -108,7 +98,7 @@ class Workdir:
                 )
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        if others := sorted(entry.name for entry in self.path.iterdir()):
+        if others := sorted(e.name for e in self.path.iterdir() if e.name != owner.FILE):
             raise ValueError(
                 f"{self.path} is no run's directory (it has no config.json) but holds "
                 f"{', '.join(others[:5])}{', …' if len(others) > 5 else ''}; give another --workdir"
