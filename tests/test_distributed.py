@@ -101,6 +101,22 @@ def test_two_processes_evaluate_and_say_what_falls_to_each(alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_four_devices_continue_what_eight_began(alone, tmp_path):
+    """The same losses to rounding, and said beforehand."""
+    shutil.copytree(alone, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "16")
+    with started(tmp_path, 1, devices=4) as run:
+        assert run.wait() == [0]
+    assert "on 4 cpu devices: fake" in run.out(0)
+    assert "continuing from step 8 of 16" in run.out(0)
+    assert (
+        "it was saved by 8 cpu devices in 1 process: from here on numbers agree with that run's "
+        "to rounding, not to the bit"
+    ) in run.out(0)
+    assert_same_run(alone, tmp_path / "run")
+
+
+@pytest.mark.slow
 class TestFourProcesses:
     """Two devices each; slow, for starting and compiling four times."""
 
