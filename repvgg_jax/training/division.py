@@ -54,9 +54,9 @@ class Division:
             what = f"config.bn.group_size={group} does not divide config.{name}={batch}"
             offer = self._nearest(batch, "group", group)
         elif batch % (group * pieces):
-            parts = f"the {batch // group} groups of {group} images" if self.group else "the images"
             what = (
-                f"config.train.accumulate={pieces} does not divide {parts} of config.{name}={batch}"
+                f"config.train.accumulate={pieces} does not divide the {batch // group} groups of "
+                f"{group} images of config.{name}={batch}"
             )
             offer = self._nearest(batch, "pieces", pieces)
         elif batch % (self.mix_group or 1):
