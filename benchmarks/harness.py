@@ -38,6 +38,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def origin() -> dict[str, str | None]:
+    """The day, and the commit of these sources.
+
+    A "+" after it says that files differ from it; outside git it is None.
+    """
+    date = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {"date": date, "commit": None}
+    return {"date": date, "commit": told.stdout.strip()}
+
+
 def hardware() -> dict[str, Any]:
     """Processor, cores this process may use, memory, GPU, and how busy the machine is."""
     facts: dict[str, Any] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
@@ -186,6 +200,7 @@ def report(
         note.strip(),
         "",
         *(f"- {key}: {_cell(value)}" for key, value in (facts | details).items()),
+        f"- commit: {origin()['commit'] or 'none'}",
         f"- versions: {', '.join(f'{k} {v}' for k, v in versions().items())}",
         "",
         table(rows),

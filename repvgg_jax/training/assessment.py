@@ -69,6 +69,7 @@ def assess(config: ConfigDict, path: str | pathlib.Path, *, step: int | None = N
     """
     distributed.require_same(configs.plain(config))
     configs.check(config, devices=jax.device_count(), processes=jax.process_count())
+    distributed.announce(batch_size=config.eval.batch_size)
     run = Run.from_config(config)
     if config.init_from:
         variables, source = _from_weights(run)
