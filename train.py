@@ -26,7 +26,8 @@ DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     None,
     "HOST:PORT,PROCESSES,PROCESS of a run of many processes: where process 0 is, how many there "
-    "are, which one this is. TPU pods, SLURM, Open MPI and Kubernetes say so by themselves.",
+    "are, which one this is. TPU pods, SLURM and Kubernetes say so by themselves; mpirun and "
+    "torchrun do for processes of one machine.",
 )
 DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
     "distributed_timeout", 300, "Seconds to wait for all processes.", lower_bound=1
@@ -64,8 +65,9 @@ COMPILE_TIMEOUT = flags.DEFINE_integer(
 
 def main(_: Sequence[str]) -> int:
     """Trains; returns the exit status."""
-    from repvgg_jax.training import distributed
     from repvgg_jax.training.assessment import assess
+    from repvgg_jax.training.distributed import is_first
+    from repvgg_jax.training.joining import joined
     from repvgg_jax.training.loop import train
     from repvgg_jax.training.profile import parse_steps
 
@@ -79,12 +81,10 @@ def main(_: Sequence[str]) -> int:
         print(compile_ahead(CONFIG.value, COMPILE_ONLY.value, timeout=COMPILE_TIMEOUT.value))
         return 0
     workdir = WORKDIR.value or pathlib.Path("runs", recipe.stem)
-    with distributed.joined(
-        DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain
-    ):
+    with joined(DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain):
         if EVAL_ONLY.value:
             assessment = assess(CONFIG.value, workdir, init_from=INIT_FROM.value, step=STEP.value)
-            if distributed.is_first():
+            if is_first():
                 print("\n".join(assessment.lines(by_class=BY_CLASS.value)))
             return 0
         if INIT_FROM.value is not None:

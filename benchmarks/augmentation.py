@@ -1,15 +1,14 @@
 """One step of a policy as this project does it against a `vmap` of a `switch` over its operations.
 
-    python benchmarks/augmentation.py --batch 32 --size 224
+    python benchmarks/augmentation.py --batch 32 --size 224 --write
 
-Prints compile seconds, XLA's count of operations and bytes, and milliseconds a call on whatever
-device JAX has.
+Compile seconds, XLA's count of operations and bytes, and milliseconds a call, taking turns, on
+whatever device JAX has.
 """
 
-import argparse
-import statistics
 import time
 
+import harness
 import jax
 import jax.numpy as jnp
 
@@ -44,33 +43,50 @@ def switched(images: jax.Array, choice: Choice) -> jax.Array:
 
 def main() -> None:
     """Measures both on the same images and choices."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.arguments(__doc__)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--repeats", type=int, default=5)
-    flags = parser.parse_args()
-    images = jnp.asarray(crops(flags.size, flags.batch))
+    parser.add_argument("--size", type=int, default=224, help="pixels")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    images = jnp.asarray(crops(args.size, args.batch))
     policy = RandAugment(ops=1, probability=1.0)
-    drawn = jax.vmap(policy.draw)(image_keys(jax.random.key(0), flags.batch))
+    drawn = jax.vmap(policy.draw)(image_keys(jax.random.key(0), args.batch))
     choice = jax.tree.map(lambda field: field[:, 0], drawn)
-    print(f"{jax.devices()[0].device_kind}: {flags.batch} images of {flags.size}x{flags.size}")
-    results = []
+
+    programs, compiling = {}, {}
     for way in (together, switched):
         started = time.perf_counter()
-        program = jax.jit(way).lower(images, choice).compile()
-        compiled = time.perf_counter() - started
-        cost = program.cost_analysis()
-        results.append(program(images, choice))
-        seconds = []
-        for _ in range(flags.repeats):
-            started = time.perf_counter()
-            jax.block_until_ready(program(images, choice))
-            seconds.append(time.perf_counter() - started)
-        print(
-            f"{way.__name__:9} compiles in {compiled:5.1f} s, {cost['flops'] / 1e9:6.2f} Gflop, "
-            f"{cost['bytes accessed'] / 1e9:6.2f} GB, {1e3 * statistics.median(seconds):7.0f} ms"
-        )
-    print(f"equal: {bool((results[0] == results[1]).all())}")
+        programs[way.__name__] = jax.jit(way).lower(images, choice).compile()
+        compiling[way.__name__] = time.perf_counter() - started
+    runs = {
+        name: lambda program=program: jax.block_until_ready(program(images, choice))
+        for name, program in programs.items()
+    }
+    equal = bool((runs["together"]() == runs["switched"]()).all())
+    times = harness.take_turns(runs, rounds=args.rounds)
+    took = {name: harness.summary(seconds) for name, seconds in times.items()}
+    rows = [
+        {
+            "way": name,
+            "compile s": compiling[name],
+            "GFLOP": program.cost_analysis()["flops"] / 1e9,
+            "GB": program.cost_analysis()["bytes accessed"] / 1e9,
+            "median ms": 1e3 * took[name]["median"],
+            "min ms": 1e3 * took[name]["min"],
+            "max ms": 1e3 * took[name]["max"],
+            "time x": harness.ratio(took, name, "together"),
+        }
+        for name, program in programs.items()
+    ]
+    harness.report(
+        "augmentation",
+        rows,
+        note=__doc__ or "",
+        write=args.write,
+        images=images.shape,
+        rounds=args.rounds,
+        equal=equal,
+    )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,13 @@ import pathlib
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+# The package need not be installed: it lies beside this folder.
+sys.path.insert(1, str(pathlib.Path(__file__).parents[1]))
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 PACKAGES = (
@@ -32,6 +36,20 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def origin() -> dict[str, str | None]:
+    """The day, and the commit of these sources.
+
+    A "+" after it says that files differ from it; outside git it is None.
+    """
+    date = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {"date": date, "commit": None}
+    return {"date": date, "commit": told.stdout.strip()}
 
 
 def hardware() -> dict[str, Any]:
@@ -182,6 +200,7 @@ def report(
         note.strip(),
         "",
         *(f"- {key}: {_cell(value)}" for key, value in (facts | details).items()),
+        f"- commit: {origin()['commit'] or 'none'}",
         f"- versions: {', '.join(f'{k} {v}' for k, v in versions().items())}",
         "",
         table(rows),
@@ -207,7 +226,7 @@ def in_subprocess(
     Returns:
       What it printed, or {"error": …} where it failed or ran out of time.
     """
-    command = [os.sys.executable, script, "--job", json.dumps(job)]  # type: ignore[attr-defined]
+    command = [sys.executable, script, "--job", json.dumps(job)]
     try:
         done = subprocess.run(
             command,

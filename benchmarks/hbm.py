@@ -2,9 +2,12 @@
 
 XLA assigns every array of the scheduled program to a memory space, which its text shows in
 the layout: `S(1)` is the chip's fast memory (VMEM), and none is the main memory (HBM).
+XLA's own "bytes accessed" counts what is copied between the two several times: the copy's start
+and its end, in slices whose source counts whole, and the use.
 """
 
 import re
+from typing import NamedTuple
 
 _BITS = {"pred": 8, "token": 0}
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+)\[([\d,]*)\](\{[^}]*\})?")
@@ -16,19 +19,32 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"} | {
 }
 
 
-def accessed(text: str) -> int:
-    """Bytes read from and written to HBM by the entry computation, in one execution.
+class Traffic(NamedTuple):
+    """Bytes of one execution.
 
-    Every operand and result in HBM counts once per instruction, as XLA's own count does; a
-    copy between memories counts on the side that is HBM. Padding of layouts is not counted,
-    and a called computation, such as a loop, counts by its operands.
+    Attributes:
+      hbm: read from and written to HBM.
+      touched: operands and results of all computations, wherever they lie; copies between
+        memories are left out.
+    """
+
+    hbm: int
+    touched: int
+
+
+def count(text: str) -> Traffic:
+    """Traffic of the entry computation.
+
+    Every operand and result counts once per instruction, as in XLA's own count; a copy
+    between memories counts on the side that is HBM. Padding of layouts is not counted, and a
+    called computation, such as a loop, counts by its operands.
 
     Args:
       text: the compiled program, `jax.stages.Compiled.as_text()`.
     """
     lines = text[text.index("\nENTRY ") :].split("\n")[2:]
     shapes: dict[str, str] = {}
-    total = 0
+    in_hbm = touched = 0
     for line in lines:
         match = _INSTRUCTION.match(line)
         if match is None:
@@ -37,17 +53,19 @@ def accessed(text: str) -> int:
         shapes[name] = shape
         if operation in _FREE or '"ConcatBitcast"' in rest:
             continue
-        names = re.findall(r"%([\w.\-]+)", operands)
         if operation == "copy-start":
-            total += _in_hbm(shape)  # destination and source
+            in_hbm += _in_hbm(shape)  # destination and source
         elif operation == "slice-start":
             # ((source), destination, ...): only the slice of the source is read.
             arrays = _arrays(shape)
             moved, elsewhere = arrays[-2]
-            total += moved * ((not elsewhere) + (not arrays[0][1]))
+            in_hbm += moved * ((not elsewhere) + (not arrays[0][1]))
         else:
-            total += _in_hbm(shape) + sum(_in_hbm(shapes.get(operand, "")) for operand in names)
-    return total
+            names = re.findall(r"%([\w.\-]+)", operands)
+            for used in (shape, *(shapes.get(operand, "") for operand in names)):
+                in_hbm += _in_hbm(used)
+                touched += sum(size for size, _ in _arrays(used))
+    return Traffic(in_hbm, touched)
 
 
 def _in_hbm(shape: str) -> int:

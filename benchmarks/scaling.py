@@ -11,7 +11,9 @@ command.
     python benchmarks/scaling.py --table --write             # only put what is there on the page
 
 The settings are those of the network's recipe in configs/, the defaults where it has none. Rows
-of other versions, or from before a network had its recipe, count as not there.
+of other versions, or from before a network had its recipe, count as not there. Every row says
+on what day and at which commit it was compiled, and the table repeats it: an older commit is for
+the reader to judge. The first rows were written without.
 """
 
 import argparse
@@ -59,7 +61,8 @@ def row_of(model: str, topology: str, timeout: float) -> dict[str, Any]:
 
     from repvgg_jax.training.ahead import compile_ahead
 
-    row: dict[str, Any] = facts_of(model) | {"model": model, "topology": topology}
+    row: dict[str, Any] = facts_of(model) | harness.origin()
+    row |= {"model": model, "topology": topology}
     began = time.monotonic()
     try:
         program = compile_ahead(config_of(model, topology), topology, timeout=timeout)
@@ -88,15 +91,17 @@ def stored() -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown; all numbers but the first two are of one chip and step."""
+    """The rows as Markdown; all counts but that of the parameters are of one chip and step."""
     cells = []
     for row in rows:
         cell = {"model": row["model"], "slice": row["topology"]}
         names = (
             "M params", "GFLOP", "GB accessed", "peak MiB", "of HBM", "collectives", "compile s",
+            "compiled",
         )  # fmt: skip
         if "error" in row:
-            cells.append(cell | dict.fromkeys(names) | {"collectives": row["error"][:80]})
+            told = {"collectives": row["error"][:80], "compiled": _compiled(row)}
+            cells.append(cell | dict.fromkeys(names) | told)
             continue
         kinds = [f"{count} {kind}" for kind, count in sorted(row["collectives"].items())]
         values = (
@@ -107,9 +112,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['peak'] / row['hbm']:.1%}",
             ", ".join(kinds) or "none",
             f"{row['compile_seconds']:.0f}",
+            _compiled(row),
         )
         cells.append(cell | dict(zip(names, values, strict=True)))
     return harness.table(cells)
+
+
+def _compiled(row: dict[str, Any]) -> str:
+    if "date" not in row:
+        return "not recorded"
+    return f"{row['date']}, {row['commit'] or 'no commit'}"
 
 
 def fill(page: pathlib.Path, text: str) -> None:

@@ -8,10 +8,11 @@ Ours in both train forms beside a plain Flax version (`plain.py`).
     python benchmarks/traffic.py                       # the stage and A0
     python benchmarks/traffic.py --models A0 B1 --forms plain covariance --write
 
-Two counts of bytes, neither of them a time. "GB" is the compiler's own total: it counts an
+Three counts of bytes, none of them a time. "GB" is the compiler's own total: it counts an
 operand wherever it lies, and copies into the chip's fast memory (VMEM, 128 MiB) several times.
-"HBM GB" adds up, over the compiled program, only operands and results that lie in the main
-memory (`hbm.py`); what is read from or kept in VMEM costs nothing there.
+The other two are added up over the compiled program (`hbm.py`): "HBM GB" takes only operands and
+results that lie in the main memory, so that what stays in VMEM costs nothing, and "touched GB"
+takes those of all computations, wherever they lie, but no copies.
 """
 
 import json
@@ -39,12 +40,14 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     done = time.perf_counter()
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     text = compiled.as_text()
+    traffic = hbm.count(text)
     if "dump" in job:
         with open(job["dump"], "w") as file:
             file.write(text)
     return {
         "gb": cost["bytes accessed"] / 1e9,
-        "hbm_gb": hbm.accessed(text) / 1e9,
+        "hbm_gb": traffic.hbm / 1e9,
+        "touched_gb": traffic.touched / 1e9,
         "gflop": cost["flops"] / 1e9,
         "temp_mib": memory.temp_size_in_bytes / 2**20,
         "peak_mib": memory.peak_memory_in_bytes / 2**20,
@@ -192,23 +195,26 @@ def _row(
     name = program.get("model") or "{blocks} x {channels} at {size}x{size}".format(**program)
     row = {"program": name, "form": form}
     if "error" in counts:
-        names = ("GB", "passes", "HBM GB", "GFLOP", "temp MiB", "peak MiB", "compile s")
-        return (
-            row
-            | dict.fromkeys((*names, "bytes x", "HBM x", "peak x", "FLOP x"))
-            | {"error": counts["error"]}
+        names = (
+            *("GB", "passes", "HBM GB", "touched GB", "touched passes", "GFLOP", "temp MiB"),
+            *("peak MiB", "compile s", "bytes x", "HBM x", "touched x", "peak x", "FLOP x"),
         )
+        return row | dict.fromkeys(names) | {"error": counts["error"]}
     base = baseline or counts
+    one_pass = activations(program) / 1e9
     return row | {
         "GB": counts["gb"],
-        "passes": counts["gb"] * 1e9 / activations(program),
+        "passes": counts["gb"] / one_pass,
         "HBM GB": counts["hbm_gb"],
+        "touched GB": counts["touched_gb"],
+        "touched passes": counts["touched_gb"] / one_pass,
         "GFLOP": counts["gflop"],
         "temp MiB": counts["temp_mib"],
         "peak MiB": counts["peak_mib"],
         "compile s": counts["compile_s"],
         "bytes x": counts["gb"] / base["gb"],
         "HBM x": counts["hbm_gb"] / base["hbm_gb"],
+        "touched x": counts["touched_gb"] / base["touched_gb"],
         "peak x": counts["peak_mib"] / base["peak_mib"],
         "FLOP x": counts["gflop"] / base["gflop"],
         "error": None,

@@ -188,7 +188,7 @@ def _by_patches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, St
 
     The nine pixels under a 3x3 kernel are a vector of 27 numbers on colour images, and every
     branch is a linear map of it. Its covariance has the statistics of them all, so that the
-    output is the only large array. There is no identity: the channels differ.
+    output is the only large array that is kept. There is no identity: the channels differ.
     """
     dtype, wide = x.dtype, _wide(x.dtype)
     seen = _patches(form, x)
@@ -208,7 +208,11 @@ def _by_patches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, St
     folded = _round(folded, dtype)
     bias -= _apply(near.astype(wide) + mean, folded)
 
-    z = _conv1x1(seen, folded, wide)
+    if form.image_groups == 1:
+        folded = folded.reshape(kernel3x3.shape).astype(dtype)
+        z = _conv3x3(form, x, folded, preferred_element_type=wide)
+    else:
+        z = _conv1x1(seen, folded, wide)
     z += _at(z, bias)
     return (_relu(z, dtype) if form.relu else z.astype(dtype)), statistics
 
@@ -297,7 +301,7 @@ def _fold(
 # Large arrays, (images, height, width, channels).
 
 
-def _conv3x3(form: Form, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _conv3x3(form: Form, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
     pad = (form.dilation, form.dilation)
     return lax.conv_general_dilated(
         x,
@@ -307,6 +311,7 @@ def _conv3x3(form: Form, x: jax.Array, kernel: jax.Array) -> jax.Array:
         rhs_dilation=(form.dilation, form.dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=form.groups,
+        **options,
     )
 
 
@@ -374,18 +379,10 @@ def _at(x: jax.Array, per_group: jax.Array) -> jax.Array:
 
 def _patches(form: Form, x: jax.Array) -> jax.Array:
     """The nine pixels under the 3x3 kernel, (images, height/stride, width/stride, 9 channels)."""
-    pad = (form.dilation, form.dilation)
-    padded = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
-    shifts = [tap * form.dilation for tap in range(3)]
-    reach = 2 * form.dilation
-    height, width = (side - reach for side in padded.shape[1:3])
-    taps = [
-        padded[:, row : row + height : form.stride, column : column + width : form.stride]
-        for row in shifts
-        for column in shifts
-    ]
-    # As in `_seen`: made once.
-    return lax.optimization_barrier(jnp.concatenate(taps, axis=-1))
+    channels = x.shape[-1]
+    # One convolution, by kernels that are 1 at one tap of one channel; exact at this precision.
+    taps = jnp.eye(9 * channels, dtype=x.dtype).reshape(3, 3, channels, -1)
+    return _conv3x3(form, x, taps, precision="highest")
 
 
 def _seen(form: Form, x: jax.Array) -> jax.Array:
@@ -462,7 +459,9 @@ def _in_groups(form: Form, x: jax.Array) -> jax.Array:
 
 def _diagonal(matrices: jax.Array) -> jax.Array:
     """Every group's diagonal, (G, channels)."""
-    return _flat(jnp.diagonal(matrices, axis1=-2, axis2=-1))
+    # A sum, which compilers attach to what is around it; `jnp.diagonal` gathers and scatters.
+    on_it = jnp.eye(matrices.shape[-1], dtype=bool)
+    return _flat(jnp.where(on_it, matrices, 0).sum(axis=-1))
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -83,7 +83,7 @@ def started(
     *arguments: str,
     devices: int = 2,
     own: Mapping[int, Sequence[str]] | None = None,
-    slurm: bool = False,
+    launcher: str | None = None,
 ) -> Iterator[Processes]:
     """Starts `count` processes of one run in `folder`, its workdir `run`.
 
@@ -93,13 +93,14 @@ def started(
       *arguments: of all of them.
       devices: of each process.
       own: further arguments of single ones.
-      slurm: they are told about each other as SLURM does, not by --distributed.
+      launcher: "slurm" or "open mpi": they are told about each other as these do, not by
+        --distributed.
     """
     port, commands = free_port(), []
     for i in range(count):
         environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         given = ["--workdir=run", *arguments, *(own or {}).get(i, ())]
-        if slurm:
+        if launcher == "slurm":
             environment |= {
                 "SLURM_JOB_ID": "4242",
                 "SLURM_STEP_NODELIST": "localhost",
@@ -107,6 +108,14 @@ def started(
                 "SLURM_PROCID": str(i),
                 "SLURM_LOCALID": str(i),
                 "JAX_COORDINATOR_PORT": str(port),
+            }
+        elif launcher == "open mpi":  # version 5
+            environment |= {
+                "OMPI_COMM_WORLD_SIZE": str(count),
+                "OMPI_COMM_WORLD_RANK": str(i),
+                "OMPI_COMM_WORLD_LOCAL_SIZE": str(count),
+                "OMPI_COMM_WORLD_LOCAL_RANK": str(i),
+                "PMIX_NAMESPACE": f"prterun-{port}@1",
             }
         elif count > 1:
             given.append(f"--distributed=127.0.0.1:{port},{count},{i}")

@@ -36,22 +36,27 @@ def hbm() -> types.ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("instructions", "expected"),
+    ("instructions", "in_hbm", "touched"),
     [
         # Reads 64 bytes of x, writes 64.
-        ("%f = bf16[4,8]{1,0} fusion(%x.1), kind=kLoop, calls=%inner", 128),
+        ("%f = bf16[4,8]{1,0} fusion(%x.1), kind=kLoop, calls=%inner", 128, 128),
         # The result stays in fast memory.
-        ("%f = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} fusion(%x.1), kind=kLoop, calls=%inner", 64),
+        ("%f = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} fusion(%x.1), kind=kLoop, calls=%inner", 64, 128),
         # Several results: 32 + 64 bytes, and x and y are read.
-        ("%f = (f32[8]{0}, bf16[4,8]{1,0}) fusion(%x.1, %y.1), kind=kOutput, calls=%inner", 224),
+        (
+            "%f = (f32[8]{0}, bf16[4,8]{1,0}) fusion(%x.1, %y.1), kind=kOutput, calls=%inner",
+            224,
+            224,
+        ),
         # Names for what is there cost nothing.
-        ("%f = bf16[32]{0} bitcast(%x.1)\n  %t = (bf16[32]{0}, f32[16]{0}) tuple(%f, %y.1)", 0),
+        ("%f = bf16[32]{0} bitcast(%x.1)\n  %t = (bf16[32]{0}, f32[16]{0}) tuple(%f, %y.1)", 0, 0),
         # A copy to fast memory reads once; what uses it reads nothing more.
         (
             "%s = (bf16[4,8]{1,0:S(1)}, bf16[4,8]{1,0}, u32[]{:S(2)}) copy-start(%x.1)\n"
             "  %d = bf16[4,8]{1,0:S(1)} copy-done(%s)\n"
             "  %f = bf16[4,8]{1,0:S(1)} fusion(%d), kind=kLoop, calls=%inner",
             64,
+            128,
         ),
         # Half of x, 32 bytes, goes to fast memory.
         (
@@ -59,9 +64,11 @@ def hbm() -> types.ModuleType:
             "slice={[0:2], [0:8]}\n"
             "  %d = bf16[2,8]{1,0:S(1)} slice-done(%s)",
             32,
+            0,
         ),
     ],
 )  # fmt: skip
-def test_counts_what_lies_in_hbm(hbm: types.ModuleType, instructions: str, expected: int) -> None:
-    """Operands and results in HBM, each once an instruction."""
-    assert hbm.accessed(_PROGRAM.replace("INSTRUCTIONS", "  " + instructions)) == expected
+def test_counts_bytes(hbm: types.ModuleType, instructions: str, in_hbm: int, touched: int) -> None:
+    """Operands and results once an instruction: those in HBM, and all but the copies'."""
+    program = _PROGRAM.replace("INSTRUCTIONS", "  " + instructions)
+    assert hbm.count(program) == (in_hbm, touched)

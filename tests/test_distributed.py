@@ -17,6 +17,7 @@ from repvgg_jax.training import distributed
 from repvgg_jax.training.checkpoint import Checkpoints
 from repvgg_jax.training.config import check
 from repvgg_jax.training.loop import train
+from repvgg_jax.training.place import Place, launched_place
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.watch import PATIENCE, Watch
 from tests.processes import RECIPE, free_port, started
@@ -72,8 +73,9 @@ def alone(tmp_path_factory):
     return path
 
 
-def test_two_processes_are_one_run(alone, tmp_path):
-    with started(tmp_path, 2, devices=4, slurm=True) as run:
+@pytest.mark.parametrize("launcher", ["slurm", "open mpi"])
+def test_two_processes_are_one_run(alone, tmp_path, launcher):
+    with started(tmp_path, 2, devices=4, launcher=launcher) as run:
         assert run.wait() == [0, 0]
     for process in (0, 1):
         first = run.out(process).splitlines()[0]
@@ -84,6 +86,34 @@ def test_two_processes_are_one_run(alone, tmp_path):
         assert run.err(process) == ""
     assert "step 16/16" in run.out(0)
     assert "step" not in run.out(1)
+    assert_same_run(alone, tmp_path / "run")
+
+
+def test_two_processes_evaluate_and_say_what_falls_to_each(alone, tmp_path):
+    shutil.copytree(alone, tmp_path / "run")
+    with started(tmp_path, 2, "--eval_only", devices=4) as run:
+        assert run.wait() == [0, 0]
+    for process in (0, 1):
+        assert run.out(process).splitlines()[0] == (
+            f"process {process} of 2, 4 of 8 devices; global batch 64 = 32 a process = 8 a device"
+        )
+    assert "as trained" in run.out(0)
+    assert "as trained" not in run.out(1)
+
+
+@pytest.mark.slow
+def test_four_devices_continue_what_eight_began(alone, tmp_path):
+    """The same losses to rounding, and said beforehand."""
+    shutil.copytree(alone, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "16")
+    with started(tmp_path, 1, devices=4) as run:
+        assert run.wait() == [0]
+    assert "on 4 cpu devices: fake" in run.out(0)
+    assert "continuing from step 8 of 16" in run.out(0)
+    assert (
+        "it was saved by 8 cpu devices in 1 process: from here on numbers agree with that run's "
+        "to rounding, not to the bit"
+    ) in run.out(0)
     assert_same_run(alone, tmp_path / "run")
 
 
@@ -194,15 +224,116 @@ def test_a_process_that_waits_in_vain_says_so(tmp_path, process):
 
 class TestPlace:
     def test_parsing(self):
-        place = distributed.Place.parse("[::1]:1234,4,3")
-        assert place == ("[::1]:1234", 4, 3)
+        place = Place.parse("[::1]:1234,4,3")
+        assert place == ("[::1]:1234", 4, 3, None)
 
     @pytest.mark.parametrize(
         "text", ["", "host", "host,2,0", "host:x,2,0", ":1,2,0", "host:1,2,2", "host:99999,2,0"]
     )
     def test_what_it_is_not(self, text):
         with pytest.raises(ValueError, match=r"is not HOST:PORT,PROCESSES,PROCESS.*10\.0\.0\.1"):
-            distributed.Place.parse(text)
+            Place.parse(text)
+
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "PMIX_NAMESPACE": "prterun-node-7@1",
+}
+ACROSS = {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+HYDRA = {"PMI_SIZE": "4", "PMI_RANK": "3", "MPI_LOCALNRANKS": "4", "MPI_LOCALRANKID": "3"}
+SRUN = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "a[1-4]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "0",
+}
+SBATCH = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NODELIST"}
+
+
+class TestLaunchers:
+    @pytest.mark.parametrize(
+        "environment", [OPEN_MPI, {**SBATCH, **OPEN_MPI}, {**SRUN, "SLURM_NTASKS": "2", **OPEN_MPI}]
+    )
+    def test_open_mpi_5_on_one_machine(self, environment):
+        place = launched_place(environment)
+        assert (place.processes, place.process, place.device) == (4, 1, 1)
+        host, port = place.coordinator.split(":")
+        assert host == "127.0.0.1"
+        assert 61440 <= int(port) < 65536
+        other = {**environment, "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+        assert launched_place(other).coordinator == place.coordinator
+        next_job = {**environment, "PMIX_NAMESPACE": "prterun-node-8@1"}
+        assert launched_place(next_job).coordinator != place.coordinator
+
+    def test_what_says_where(self):
+        given = {**ACROSS, "JAX_COORDINATOR_ADDRESS": "node1:1234"}
+        assert launched_place(given) == ("node1:1234", 4, 1, 1)
+        given = {**HYDRA, "JAX_COORDINATOR_PORT": "1234", "JAX_LOCAL_DEVICE_IDS": "0,1"}
+        assert launched_place(given) == ("127.0.0.1:1234", 4, 3, None)
+
+    @pytest.mark.parametrize(
+        "environment",
+        [
+            {},
+            {"SLURM_NTASKS": "4"},  # a shell of an allocation
+            SRUN,
+            {**SRUN, "PMI_SIZE": "4", "PMI_RANK": "3"},
+            {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"},
+        ],
+    )
+    def test_what_is_left_to_jax(self, environment):
+        assert launched_place(environment) is None
+
+    @pytest.mark.parametrize(
+        "environment",
+        [
+            {**SRUN, "SLURM_NTASKS": "1"},
+            {**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+            {**SBATCH, **OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1"},
+        ],
+    )
+    def test_one_process(self, environment):
+        assert launched_place(environment).processes == 1
+
+    @pytest.mark.parametrize(
+        ("environment", "message"),
+        [
+            (
+                ACROSS,
+                r"^Open MPI says that this is process 1 of 4 \(OMPI_COMM_WORLD_SIZE=4\), but not "
+                r"where process 0 is; say --distributed=HOST:PORT,4,1, or set JAX_COORD",
+            ),
+            ({"SLURM_NTASKS": "1", **ACROSS}, "^Open MPI says that this is process 1 of 4"),
+            ({"PMI_SIZE": "2", "PMI_RANK": "0"}, r"^MPICH .* --distributed=HOST:PORT,2,0, "),
+            ({"MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_RANK": "1"}, "^MVAPICH .*PORT,2,1, "),
+            ({"WORLD_SIZE": "16", "RANK": "9", "LOCAL_WORLD_SIZE": "8"}, "^torchrun .* 9 of 16 "),
+            (SBATCH, r"^SLURM speaks of 4 processes .*; start it by srun, or say --distributed="),
+        ],
+    )
+    def test_others_that_nobody_could_find(self, environment, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            launched_place(environment)
+        assert "\n" not in str(caught.value)
+
+    def test_a_launcher_that_does_not_say_where_starts_no_runs(self, tmp_path, monkeypatch):
+        for name, value in ACROSS.items():
+            monkeypatch.setenv(name, value)
+        with started(tmp_path, 1) as run:
+            assert run.wait() == [1]
+        assert run.err(0).startswith("error: Open MPI says that this is process 1 of 4 ")
+        assert run.err(0).count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+    def test_one_process_alone_whatever_the_launcher_says(self, tmp_path, monkeypatch):
+        for name, value in SBATCH.items():
+            monkeypatch.setenv(name, value)
+        with started(tmp_path, 1, "--distributed=localhost:1234,1,0") as run:
+            assert run.wait() == [0]
+        assert "on 2 cpu devices: fake" in run.out(0)
 
 
 def test_the_lines_that_the_page_on_launching_promises(monkeypatch):

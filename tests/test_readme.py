@@ -1,4 +1,4 @@
-"""Every command and code block of the README and of docs/ is true."""
+"""The README's bash and Python blocks do what it says; its console blocks need what tests lack."""
 
 import os
 import pathlib

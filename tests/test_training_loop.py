@@ -126,6 +126,24 @@ def test_the_page_holds_everything_and_needs_nothing(straight):
     assert not re.search(r"(src|href)=\"(?!data:)", text)  # nothing is loaded from anywhere
 
 
+def test_the_page_says_how_fast_it_was_and_how_long_it_waited(straight):
+    path, _ = straight
+    found = [row for row in rows(path) if "data_wait" in row]
+    assert len(found) == 7
+    speeds = sorted(row["images_per_second_per_device"] for row in found)
+    waits = sorted(row["data_wait"] for row in found)
+    assert speeds[0] > 0
+    assert 0 <= waits[0] <= waits[-1] < 1
+    text = (path / "report.html").read_text()
+    section = text.partition("<h2>Speed</h2>")[2].partition("<h2>")[0]
+    table = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in section.splitlines()]
+    assert [line for line in table if line] == [
+        ["over the rows", "median", "least", "most"],
+        ["images/s a device", *(f"{speeds[i]:,.1f}" for i in (3, 0, -1))],
+        ["waiting for data", *(f"{waits[i]:.1%}" for i in (3, 0, -1))],
+    ]
+
+
 def test_a_directory_in_use_is_refused(tmp_path):
     workdir = Workdir(tmp_path / "run")
     with workdir.claimed(small_config()), pytest.raises(ValueError, match=r"is in use by another"):

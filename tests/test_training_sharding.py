@@ -20,10 +20,10 @@ WIDE = Variant("wide", (1, 1), (32, 64), 32, strides=(1, 2), stem_stride=1)
 
 @pytest.fixture(scope="module")
 def runs():
-    """The same run with a copy of the optimiser's state on each device, and with a share."""
+    """The same run with a copy of the optimiser's state and averages on each device, or a share."""
     found = {}
     for shard in (False, True):
-        run = Run.from_config(small_config(WIDE, train__shard_optimizer=shard))
+        run = Run.from_config(small_config(WIDE, train__shard_optimizer=shard, ema__decay=0.9))
         step = run.lower_step().compile()
         state = run.initial_state()
         for i in range(3):
@@ -50,6 +50,24 @@ def test_the_arithmetic_is_the_same(runs):
     assert float(metrics["loss"]) == pytest.approx(float(other["loss"]), rel=1e-6)
 
 
+def test_so_are_the_averages_of_parameters_and_statistics(runs):
+    (*_, whole, _), (*_, shared, _) = runs[False], runs[True]
+    for tree in ("params", "batch_stats"):
+        averages, others, now = (
+            jax.tree.leaves(jax.device_get(held))
+            for held in (whole.ema[tree], shared.ema[tree], whole.variables[tree])
+        )
+        assert len(averages) == len(others) == len(now) > 0
+        for average, other, value in zip(averages, others, now, strict=True):
+            scale = max(1e-30, np.abs(average).max())
+            np.testing.assert_allclose(other / scale, average / scale, rtol=0, atol=1e-6)
+            # They are no copy: three steps of averaging lie between.
+            assert not np.array_equal(average, value)
+    kernels = [leaf for leaf in jax.tree.leaves(shared.ema) if leaf.size >= 1024]
+    assert len(kernels) == 4
+    assert all(leaf.addressable_shards[0].data.size == leaf.size // 8 for leaf in kernels)
+
+
 def test_every_device_holds_its_share_of_the_optimizer_and_all_of_the_rest(runs):
     *_, state, _ = runs[True]
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.variables))
@@ -65,7 +83,8 @@ def test_memory_shrinks_by_the_shares_of_seven_devices(runs):
         shard: step.memory_analysis().argument_size_in_bytes
         for shard, (_, step, *_) in runs.items()
     }
-    leaves = jax.tree.leaves(runs[False][2].opt_state)
+    state = runs[False][2]
+    leaves = jax.tree.leaves((state.opt_state, state.ema))
     split = sum(4 * leaf.size for leaf in leaves if leaf.size >= 1024)
     assert bytes_of[False] - bytes_of[True] == split - split // 8
 

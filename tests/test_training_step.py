@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import chex
 import jax
@@ -369,6 +370,27 @@ class TestAccumulation:
         chex.assert_trees_all_close(
             jax.device_get(one), jax.device_get(eight), rtol=1e-5, atol=1e-6
         )
+
+    @pytest.mark.parametrize("unrolled", [True, False])
+    def test_every_device_works_on_every_piece(self, unrolled, monkeypatch):
+        """Also where each holds one group: pieces of four groups are then shared by eight."""
+        config = small_config(train__batch_size=64, bn__group_size=8, train__accumulate=2)
+        configs.check(config, devices=8)
+        run = Run.from_config(config)
+        step = dataclasses.replace(run.train_step, unrolled=unrolled)
+        monkeypatch.setattr(Run, "train_step", step)
+        compiled = run.lower_step().compile()
+        images = re.findall(r"= f32\[(\d+),8,8,8\]\S* convolution\(", compiled.as_text())
+        assert set(images) == {"4"}
+        batch = batch_of(run)
+        whole = dataclasses.replace(step, pieces=1)
+        expected = jax.device_get(jax.jit(whole)(jax.device_get(run.initial_state()), batch))
+        found = compiled(run.initial_state(), jax.device_put(batch, run.over_batch))
+        chex.assert_trees_all_close(jax.device_get(found), expected, rtol=1e-5, atol=1e-6)
+
+    def test_the_first_line_says_so(self):
+        run = Run.from_config(small_config(bn__group_size=8, train__accumulate=2))
+        assert "batch 128 (16 a device in 2 pieces, batch norm" in run.describe()
 
 
 class TestAverages:

@@ -84,6 +84,7 @@ def assess(
     if workdir is None and step is not None:
         raise ValueError(f"--step={step} is that of a run's checkpoint, and {init_from} is no run")
     stored = None if workdir is None else workdir.read_config()  # before any data are looked at
+    distributed.announce(batch_size=config.eval.batch_size)
     run = Run.from_config(config)
     if workdir is None or stored is None:
         variables, source = _from_weights(run, str(init_from))

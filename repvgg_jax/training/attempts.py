@@ -5,11 +5,12 @@ others would wait for it until a time runs out, twenty minutes, and time and aga
 """
 
 import collections
+import itertools
 import time
 
 import jax
 
-from repvgg_jax.training import distributed
+from repvgg_jax.training import coordination, distributed
 
 # Where Orbax's processes meet while they write, and where they meet when they are done, whether
 # they have written or failed; the second time, as they meet there before they write, too.
@@ -22,7 +23,10 @@ _FOR_ANOTHER = " has failed"  # how a failure reads that is the consequence of a
 class Attempts:
     """The attempts to save of one run; its processes make the same ones in the same order."""
 
+    _made = itertools.count()  # so that the keys of two are never the same
+
     def __init__(self) -> None:
+        self._name = f"saves{next(self._made)}"
         self._number, self._verdicts = 0, 0
         self._met = collections.Counter[str]()
 
@@ -31,7 +35,9 @@ class Attempts:
         self._number += 1
         self._met.clear()
         if self._number > 2 and distributed.is_first():
-            distributed.forget(f"save/{self._number - 2}")  # a long run's would add up
+            # A long run's would add up, and nobody is there any more.
+            for kind in ("words", "places"):
+                coordination.forget(self._folder(kind, self._number - 2))
 
     def verdict(self, failure: str | None) -> str | None:
         """Waits for what all processes say of the attempt so far.
@@ -45,9 +51,10 @@ class Attempts:
         if jax.process_count() == 1:
             return failure
         if failure is not None:
-            distributed.put(f"{self._place()}/failed", failure)
+            self._put("failed", failure)
         self._verdicts += 1
-        words = distributed.all_words(f"verdict/{self._verdicts}", failure or "")
+        question = f"{self._folder('words', self._number)}/{self._verdicts}"
+        words = distributed.all_words(question, failure or "")
         failed = [f"process {process}: {word}" for process, word in enumerate(words) if word]
         causes = [line for line in failed if not line.endswith(_FOR_ANOTHER)]
         return "; ".join(causes or failed) or None
@@ -68,9 +75,9 @@ class Attempts:
             return
         self._met[key] += 1
         place, deadline = f"{key}#{self._met[key]}", time.monotonic() + timeout_ms / 1000
-        distributed.put(f"{self._place()}/{place}", "here")
+        self._put(place, "here")
         while True:
-            found = distributed.entries(f"save/{self._number}")
+            found = coordination.entries(self._folder("places", self._number))
             missing = [i for i in range(count) if f"{i}/{place}" not in found]
             if not missing:
                 return
@@ -86,5 +93,9 @@ class Attempts:
                 )
             time.sleep(max(0.05, count / 128))
 
-    def _place(self) -> str:
-        return f"save/{self._number}/{jax.process_index()}"
+    def _put(self, place: str, word: str) -> None:
+        folder = self._folder("places", self._number)
+        coordination.put(f"{folder}/{jax.process_index()}/{place}", word)
+
+    def _folder(self, kind: str, number: int) -> str:
+        return f"{self._name}/{kind}/{number}"

@@ -44,7 +44,7 @@ class Checkpoints:
         *,
         keep: int = 3,
         say: Callable[[str], None] = logging.warning,
-        pause: float = 5.0,
+        pause: float = 2.5,
     ):
         """Opens a directory of checkpoints.
 

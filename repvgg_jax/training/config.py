@@ -1,13 +1,14 @@
 """Every setting of a run, with its default; a recipe in `configs/` changes a few of them."""
 
 import dataclasses
-import itertools
 from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict, FieldReference
 
 from repvgg_jax.model import RepVGG, create_model
+from repvgg_jax.training.division import Division
+from repvgg_jax.training.limits import check_limits
 from repvgg_jax.variants import Variant, get_variant
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -239,83 +240,30 @@ def check(config: ConfigDict, *, devices: int, processes: int = 1) -> None:
     Raises:
       ValueError: the first thing that cannot work, and what would.
     """
+    check_limits(config)
     of = f" ({processes} processes of {devices // processes})" if processes > 1 else ""
-    for name, batch in (
-        ("train.batch_size", config.train.batch_size),
-        ("eval.batch_size", config.eval.batch_size),
-    ):
-        if batch < 1 or batch % devices:
-            below, above = batch // devices * devices, (batch // devices + 1) * devices
-            nearest = f"{below} or {above}" if below > 0 else f"{above}"
-            raise ValueError(
-                f"config.{name}={batch} cannot be split over {devices} devices{of}; "
-                f"the nearest that can: {nearest}"
-            )
-    _check_pieces(config)
-    least = {
-        "train.epochs": (config.train.epochs, 1),
-        "optimizer.step_epochs": (config.optimizer.step_epochs, 1e-3),
-        "optimizer.clip_norm": (config.optimizer.clip_norm, 0),
-        "eval.every_epochs": (config.eval.every_epochs, 1),
-        "checkpoint.every_epochs": (config.checkpoint.every_epochs, 1),
-        "checkpoint.keep": (config.checkpoint.keep, 1),
-        "report.every_steps": (config.report.every_steps, 1),
-        "optimizer.learning_rate": (config.optimizer.learning_rate, 0),
-        "optimizer.warmup_epochs": (config.optimizer.warmup_epochs, 0),
-        "optimizer.weight_decay": (config.optimizer.weight_decay, 0),
-    }
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            raise ValueError(f"config.{name}={value} must be {minimum} or more")
-    if config.optimizer.warmup_epochs >= config.train.epochs:
-        raise ValueError(
-            f"config.optimizer.warmup_epochs={config.optimizer.warmup_epochs} leaves nothing of "
-            f"config.train.epochs={config.train.epochs}"
-        )
-    sizes = config.data.sizes
-    if sizes and (sizes[0][0] != 0 or any(a[0] >= b[0] for a, b in itertools.pairwise(sizes))):
-        raise ValueError(
-            f"config.data.sizes={sizes} must start with epoch 0 and go up in epochs, "
-            "as ((0, 128), (60, 192), (90, 224)) does"
-        )
-    shares = {
-        "train.label_smoothing": config.train.label_smoothing,
-        "ema.decay": config.ema.decay,
-        "optimizer.momentum": config.optimizer.momentum,
-        "optimizer.b1": config.optimizer.b1,
-        "optimizer.b2": config.optimizer.b2,
-    }
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"config.{name}={value} must be in [0, 1)")
-
-
-def _check_pieces(config: ConfigDict) -> None:
-    """Whether groups of batch normalisation and pieces of accumulation divide the batch."""
-    batch, group, pieces = config.train.batch_size, bn_group_size(config), config.train.accumulate
-    if group is not None and batch % group:
-        raise ValueError(
-            f"config.bn.group_size={group} does not divide config.train.batch_size={batch}; "
-            f"the nearest that do: {_nearest_divisors(batch, group)}"
-        )
-    if pieces < 1 or (batch // (group or 1)) % pieces:
-        what = f"the {batch // group} groups of {group} images" if group else "the images"
-        raise ValueError(
-            f"config.train.accumulate={pieces} does not divide {what} of "
-            f"config.train.batch_size={batch}; the nearest that do: "
-            f"{_nearest_divisors(batch // (group or 1), pieces)}"
-        )
-    if pieces > 1 and group is None:
+    division = _division(config, devices)
+    batch, pieces = config.train.batch_size, config.train.accumulate
+    if pieces > 1 and division.group is None:
+        example = division.nearest_group(batch, 32) or "32"
         raise ValueError(
             f'config.bn.group_size="global" and config.train.accumulate={pieces} exclude each '
             f"other: no piece sees the whole batch; give a group size that divides "
-            f"{batch // pieces}, for example {min(32, batch // pieces)}"
+            f"{batch // pieces}, for example {example}"
         )
+    division.require("train.batch_size", batch, of=of)
+    Division(devices).require("eval.batch_size", config.eval.batch_size, of=of)
 
 
-def _nearest_divisors(number: int, wanted: int) -> str:
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    return " or ".join(map(str, sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:2])))
+def _division(config: ConfigDict, devices: int) -> Division:
+    """What has to divide the batch of a step."""
+    augment = config.augment
+    return Division(
+        devices,
+        group=bn_group_size(config),
+        pieces=config.train.accumulate,
+        mix_group=augment.mix_group if augment.mixup or augment.cutmix else 0,
+    )
 
 
 def _frozen(value: Any) -> Any:

@@ -67,14 +67,10 @@ def train(
     """
     distributed.require_same(configs.plain(config))
     configs.check(config, devices=jax.device_count(), processes=jax.process_count())
-    if jax.process_count() > 1:  # of every process, before the first one waits for another
-        print(
-            distributed.describe_batch(
-                batch_size=config.train.batch_size,
-                group_size=configs.bn_group_size(config) or config.train.batch_size,
-            ),
-            flush=True,
-        )
+    distributed.announce(
+        batch_size=config.train.batch_size,
+        group_size=configs.bn_group_size(config) or config.train.batch_size,
+    )
     workdir = Workdir(pathlib.Path(path))
 
     with contextlib.ExitStack() as stack:

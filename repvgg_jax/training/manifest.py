@@ -11,9 +11,12 @@ import numpy as np
 
 from repvgg_jax.training.checksum import checksums
 
+_CLASSES = "the number of classes, which is that of the data (config.data.source)"
+
 # What the shape of an array depends on, by the beginning of its name; the first that fits.
 _SETTINGS = (
-    ("params/head", "the number of classes, which is that of the data (config.data.source)"),
+    ("params/head", _CLASSES),
+    ("params/aux_", _CLASSES),
     ("opt_state", "config.optimizer.name and config.optimizer.clip_norm"),
     ("ema", "config.ema.decay"),
     ("", "config.model.variant and the data's image channels"),

@@ -188,8 +188,10 @@ class Run:
         Args:
           size: height and width of the images; None for what the data set has.
         """
+        # Every device has its share of every piece, if need be of groups that others share.
+        over_pieces = NamedSharding(self.mesh, PartitionSpec(None, "data"))
         jitted = jax.jit(
-            self.train_step,
+            dataclasses.replace(self.train_step, over_pieces=over_pieces),
             out_shardings=(self.state_sharding(), self.replicated),
             donate_argnums=0,
         )
@@ -209,14 +211,16 @@ class Run:
         """What will run on what, in a line."""
         variant, device = self.model.variant, jax.devices()[0]
         processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        group = configs.bn_group_size(self.config) or self.config.train.batch_size
+        batch, pieces = self.config.train.batch_size, self.config.train.accumulate
+        group = configs.bn_group_size(self.config) or batch
+        in_pieces = f" in {pieces} pieces" if pieces > 1 else ""
         return (
             f"RepVGG {variant.name} ({self.config.model.dtype}) on {jax.device_count()} "
             f"{device.platform} device{'s' if jax.device_count() > 1 else ''}{processes}: "
             f"{self.dataset.name}, {len(self.dataset.train):,} images of "
             f"{'x'.join(map(str, self.dataset.image_shape))} to learn from and "
             f"{len(self.dataset.evaluation):,} held out, {self.config.train.epochs} epochs of "
-            f"{self.steps_per_epoch} steps, batch {self.config.train.batch_size} "
-            f"({self.config.train.batch_size // jax.device_count()} a device, "
+            f"{self.steps_per_epoch} steps, batch {batch} "
+            f"({batch // jax.device_count()} a device{in_pieces}, "
             f"batch normalisation over {group})"
         )

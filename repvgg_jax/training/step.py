@@ -38,6 +38,7 @@ class TrainStep:
       ema_decay: a step, of the moving averages in the state, if it has any.
       pieces: how many pieces of the batch go through the network one after the other.
       group_size: images of a group that pieces do not split.
+      over_pieces: where (pieces, images of a piece, …) lie; None leaves it to the compiler.
       unrolled: compile every piece apart. Loops are slow on CPUs; elsewhere they save memory.
     """
 
@@ -51,6 +52,7 @@ class TrainStep:
     ema_decay: float = 0.0
     pieces: int = 1
     group_size: int = 1
+    over_pieces: jax.sharding.Sharding | None = None
     unrolled: bool = False
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
@@ -127,11 +129,15 @@ class TrainStep:
         """(n, …) as (pieces, n / pieces, …), whole groups each.
 
         Neighbouring groups go to different pieces, so that a device that holds neighbouring
-        images has work to do in every piece.
+        images has some of every piece. Where it holds fewer groups than there are pieces,
+        `over_pieces` moves images, or every piece would be the work of some devices alone.
         """
         shape = values.shape[1:]
         groups = values.reshape(-1, self.pieces, self.group_size, *shape)
-        return groups.swapaxes(0, 1).reshape(self.pieces, -1, *shape)
+        pieces = groups.swapaxes(0, 1).reshape(self.pieces, -1, *shape)
+        if self.over_pieces is None:
+            return pieces
+        return jax.lax.with_sharding_constraint(pieces, self.over_pieces)
 
     def _averaged(self, state: TrainState, variables: Any) -> Any:
         """The moving averages after this step; young ones forget faster."""

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import pathlib
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -77,7 +78,10 @@ def _fetch(repository: str, revision: str | None, cache_dir: str | os.PathLike |
         ) from error
     try:
         return huggingface_hub.hf_hub_download(
-            repository, _FILE, revision=revision, cache_dir=cache_dir
+            repository,
+            _FILE,
+            revision=revision,
+            cache_dir=None if cache_dir is None else pathlib.Path(cache_dir),
         )
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         lines = str(error).strip().splitlines()
