@@ -1,4 +1,4 @@
-"""Every command and code block of the README and of docs/ is true."""
+"""The commands, Python and tables of the README are true; docs/ are tested in test_docs.py."""
 
 import os
 import pathlib
