@@ -7,12 +7,14 @@ runs `sample_distorted_bounding_box`, `decode_and_crop_jpeg` and a bilinear resi
 antialiased; ours is. Images are pieces of two real photographs, enlarged, 500x375 pixels at
 quality 90; `short side N` are the same as `prepare --short_side=N --quality=90` writes them.
 `batches` rows are this package's whole way, from records on disk through Grain's threads to arrays
-on the CPU's device. PyTurboJPEG (below 2) decodes where it and its library are installed.
+on the CPU's device, of a data set as long as ImageNet. PyTurboJPEG (below 2) decodes where it and
+its library are installed.
 
     python benchmarks/input_pipeline.py --rounds 5 --write
     python benchmarks/input_pipeline.py --tensorflow-python OTHER_VENV/bin/python
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -22,8 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import harness
+
+IMAGENET = 1_281_167  # training images
 
 CONTENDERS = {
     "tf.data, originals": ("tensorflow", "originals"),
@@ -120,6 +126,20 @@ def _turbojpeg():
     return lambda file: decoder.decode(file, pixel_format=TJPF_RGB)
 
 
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+    """A source, so many times."""
+
+    source: Any
+    times: int
+
+    def __len__(self) -> int:
+        return len(self.source) * self.times
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self.source[index % len(self.source)]
+
+
 def _batches(path: str):
     import jax
 
@@ -132,6 +152,8 @@ def _batches(path: str):
     data = load(settings)
     count = len(data.train)
     batch_size = next(size for size in range(32, 0, -1) if count % size == 0)
+    # Grain shuffles few images more slowly than many.
+    data = dataclasses.replace(data, train=Repeated(data.train, IMAGENET // count))
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     batches = train_batches(data, batch_size=batch_size, seed=0, start_step=0, sharding=device)
     return lambda: [next(batches)["label"] for _ in range(count // batch_size)]
