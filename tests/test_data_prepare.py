@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -62,9 +61,10 @@ def stored(output, split="train"):
     }
 
 
-def run(*arguments, **options):
+def run(*arguments, through=()):
+    """Runs the command, `through` another one that takes it as its last arguments."""
     command = [sys.executable, "-m", "repvgg_jax.data.prepare", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    done = subprocess.run([*through, *command], capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -240,15 +240,14 @@ def test_the_command(tmp_path):
     assert "every image can be decoded" in out
 
 
-def limit_files() -> None:
-    """No file may grow beyond this, as if the disk were full then."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (66_000, 66_000))
+# No file may grow beyond 64 KiB, as if the disk were full then.
+FULL = ("bash", "-c", 'ulimit -f 64; exec "$@"', "-")
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_continues(tmp_path):
     source, output = write_tars(tmp_path / "in", FILES), tmp_path / "out"
     arguments = (f"--source={source}", f"--output={output}", "--processes=1")
-    status, _, err = run(*arguments, preexec_fn=limit_files)
+    status, _, err = run(*arguments, through=FULL)
     assert status == 1
     assert re.match(r"error: .*/out/\w+-00000-of-00001.array_record cannot be written, make", err)
     assert err.count("\n") == 1
