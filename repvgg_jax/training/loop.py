@@ -93,7 +93,7 @@ def train(
         )
         stack.callback(report.close)
         stop = stack.enter_context(StopRequest(distributed.agree_to_stop))
-        run.dataset.undecodable.say = report.say
+        run.dataset.undecodable.say = report.say_for_itself
         for warning in warnings:
             report.say(warning)
         report.say(f"{run.describe()} -> {workdir.path}")
