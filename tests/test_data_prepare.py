@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -13,10 +16,11 @@ from PIL import Image
 
 from repvgg_jax.data import decoding, records
 from repvgg_jax.data.dataset import load
-from repvgg_jax.data.prepare import inputs, preparing, shards
+from repvgg_jax.data.prepare import inputs, preparing, room, shards
 from tests.pictures import damaged, encoded, images, pixels, settings, write_tars, write_tree
 
 FILES = images()
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 CMYK, PNG = "train/n02/n02_001.JPEG", "train/n03/n03_002.JPEG"
 
 
@@ -57,9 +61,10 @@ def stored(output, split="train"):
     }
 
 
-def run(*arguments):
+def run(*arguments, through=()):
+    """Runs the command, `through` another one that takes it as its last arguments."""
     command = [sys.executable, "-m", "repvgg_jax.data.prepare", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([*through, *command], capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -147,6 +152,15 @@ class TestPreparing:
         with pytest.raises(ValueError, match=r"0.01 MB free, about 0.\d+ MB are needed; .*256"):
             prepare(write_tree(tmp_path / "in", FILES), tmp_path / "out")
 
+    def test_what_is_foretold_is_what_it_takes(self, tmp_path):
+        source = write_tree(tmp_path / "in", FILES)
+        for form in (shards.Form(), shards.Form(short_side=40, quality=90)):
+            output = tmp_path / f"{form.short_side}"
+            _, lines = prepare(source, output, form=form)
+            foretold = float(next(re.finditer(r"take about ([\d.]+) MB", "".join(lines)))[1]) * 1e6
+            taken = sum(path.stat().st_size for path in output.glob("*.array_record"))
+            assert taken <= foretold < taken + 5 * room.SHARD
+
     def test_verifying_finds_a_flipped_bit(self, tmp_path):
         prepare(write_tree(tmp_path / "in", FILES), tmp_path / "out")
         shard = tmp_path / "out" / "train-00002-of-00003.array_record"
@@ -224,6 +238,81 @@ def test_the_command(tmp_path):
     status, out, err = run("--verify", output)
     assert (status, err) == (0, "")
     assert "every image can be decoded" in out
+
+
+# No file may grow beyond 64 KiB, as if the disk were full then.
+FULL = ("bash", "-c", 'ulimit -f 64; exec "$@"', "-")
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(tmp_path):
+    source, output = write_tars(tmp_path / "in", FILES), tmp_path / "out"
+    arguments = (f"--source={source}", f"--output={output}", "--processes=1")
+    status, _, err = run(*arguments, through=FULL)
+    assert status == 1
+    assert re.match(r"error: .*/out/\w+-00000-of-00001.array_record cannot be written, make", err)
+    assert err.count("\n") == 1
+    assert list(output.iterdir()) == []
+    status, _, err = run(*arguments)
+    assert (status, err) == (0, "")
+    assert len(stored(output)) == 12
+
+
+def test_a_process_that_dies_is_one_line_and_the_same_command_continues(tmp_path):
+    source, output = write_tars(tmp_path / "in", FILES), tmp_path / "out"
+    arguments = [f"--source={source}", f"--output={output}", "--shard_images=6", "--processes=1"]
+    killer = """
+import os, signal, sys
+from repvgg_jax import cli
+from repvgg_jax.data.prepare import __main__ as command
+from repvgg_jax.data.prepare import shards
+
+def die(path, digests, verify=shards._verify):
+    if "train-00001" in path.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    verify(path, digests)
+
+shards._verify = die  # in the processes, too: each runs this file
+if __name__ == "__main__":
+    cli.run(command.main)
+"""
+    (tmp_path / "killer.py").write_text(killer)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "killer.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: one of the processes that work died")
+    assert done.stderr.count("\n") == 1
+    left = {path.name for path in output.iterdir()}
+    first = "train-00000-of-00002.array_record"
+    assert left == {first, f"{first}.done.json"}
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "")
+    assert "1 of 3 shards are finished" in out
+    assert len(stored(output)) == 12
+
+
+def test_what_is_missing_and_the_room_it_will_take_come_in_one_line(tmp_path):
+    write_tars(tmp_path, FILES)
+    (tmp_path / "ILSVRC2012_img_val.tar").unlink()
+    needed = []
+    for side in (0, 256):
+        form = (f"--short_side={side}", "--quality=90")
+        status, _, err = run(f"--source={tmp_path}", f"--output={tmp_path}/a/b", *form)
+        assert status == 1
+        assert err.count("\n") == 1
+        message = (
+            rf"error: .*missing: ILSVRC2012_img_val.tar \(6.3 GB, image-net.org\); prepared with "
+            rf"--short_side={side}, all of ImageNet takes about ([\d.]+) GB, [\d.,]+ [GM]B are "
+            rf"free in {tmp_path}/a/b\n"
+        )
+        needed.append(float(re.fullmatch(message, err)[1]))
+        assert not (tmp_path / "a").exists()
+    assert 144 < needed[0] < 160
+    assert 30 < needed[1] < 60
 
 
 def test_a_mistake_is_one_line(tmp_path):

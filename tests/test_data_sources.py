@@ -1,5 +1,6 @@
 """Every source: what it reads, that it crosses into workers, and what it says of bad data."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -11,8 +12,10 @@ import sys
 import pytest
 
 from repvgg_jax.data import records
+from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import load
 from tests.pictures import CLASSES, images, settings, write_tree
+from tests.test_data import SHARDING
 
 FILES = images()
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -60,6 +63,14 @@ def everywhere(tmp_path_factory):
         "records": settings(f"records:{root / 'records'}", train_size=32),
         "tfds": settings("tfds:pictures", directory=str(root / "tfds"), train_size=32),
     }
+
+
+def take_training_images(data):
+    """Every training image once."""
+    batches = train_batches(data, batch_size=8, seed=0, start_step=0, sharding=SHARDING)
+    for _ in itertools.islice(batches, 2):
+        pass
+    batches.close()
 
 
 KINDS = ["folder", "records", "tfds"]
@@ -188,6 +199,72 @@ class TestBadData:
         with pytest.raises(
             ValueError, match=r"1 of 1 shards of 'validation' missing: pictures-val"
         ):
+            load(config)
+
+    def test_tfds_with_a_damaged_record(self, tmp_path):
+        root = write_tfds(tmp_path / "t", FILES)
+        shard = next(root.rglob("*train*-of-*"))
+        content = bytearray(shard.read_bytes())
+        content[30_000] ^= 4  # one of the last of twelve records
+        shard.write_bytes(content)
+        config = settings("tfds:pictures", directory=str(root), train_size=8)
+        place = r"record \d+ of pictures-train\.array_record-00000-of-00001 is damaged: Corrupted"
+        found = set()
+        for config.train_split in ("train", "train[25%:]"):
+            source = load(config).train
+            damaged = [i for i in range(len(source)) if not self.can_read(source, i, place)]
+            found.add(damaged[0] - len(source))
+            assert len(damaged) == 1
+        assert len(found) == 1  # the same record of the file, whatever the split takes of it
+        data = load(config)
+        with pytest.raises(ValueError, match=rf"training image .*{place}.*config.data.max_bad=0"):
+            take_training_images(data)
+        config.max_bad = 1
+        data = load(config)
+        data.undecodable.say = (lines := []).append
+        take_training_images(data)
+        assert len(lines) == 1
+        assert re.search(place, lines[0])
+
+    def can_read(self, source, index, message):
+        try:
+            source[index]
+        except OSError as error:
+            named = re.match(message, str(error))
+            assert named
+            assert f"record {index + 12 - len(source)} of" in named[0]
+            return False
+        return True
+
+    def test_a_damaged_first_record_is_one_of_those_that_may_be(self, tmp_path):
+        root = write_tfds(tmp_path / "t", FILES)
+        shard = next(root.rglob("*train*-of-*"))
+        content = bytearray(shard.read_bytes())
+        content[100] ^= 4
+        shard.write_bytes(content)
+        config = settings("tfds:pictures", directory=str(root), train_size=8, max_bad=1)
+        data = load(config)
+        data.undecodable.say = (lines := []).append
+        take_training_images(data)
+        assert "record 0 of pictures-train" in lines[0]
+
+    @pytest.mark.parametrize("length", [0, 65536, -7])
+    def test_tfds_with_a_shard_that_was_cut_short(self, tmp_path, length):
+        root = write_tfds(tmp_path / "t", FILES)
+        shard = next(root.rglob("*train*-of-*"))
+        shard.write_bytes(shard.read_bytes()[:length])
+        config = settings("tfds:pictures", directory=str(root), train_size=8)
+        with pytest.raises(
+            ValueError, match=r"1 of 1 shards of 'train' damaged or cut short: pictures-tr.* \(\w"
+        ):
+            load(config)
+
+    def test_tfds_with_another_number_of_records_than_promised(self, tmp_path):
+        root = write_tfds(tmp_path / "t", FILES)
+        shard = next(root.rglob("*train*-of-*"))
+        shard.write_bytes(next(root.rglob("*validation*-of-*")).read_bytes())
+        config = settings("tfds:pictures", directory=str(root), train_size=8)
+        with pytest.raises(ValueError, match=r"'train' damaged .*-00001 \(5 records of 12\); copy"):
             load(config)
 
     def test_tfds_without_random_access(self, tmp_path):

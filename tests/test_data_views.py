@@ -51,6 +51,16 @@ class TestDecoding:
         mean = inside.reshape(rows, reduction, columns, reduction, 3).mean((1, 3))
         assert np.abs(mean - small[:rows, :columns]).mean() < 2.5
 
+    @pytest.mark.parametrize("name", ["jpeg", "odd", "grey", "progressive", "trailing"])
+    def test_quickly_only_colour_differs(self, name):
+        content = self.files[name]
+        quick, exact = decoding.decode(content, quickly=True), decoding.decode(content)
+        brightness = [one @ np.array([0.299, 0.587, 0.114]) for one in (quick, exact)]
+        inside = (exact.min(-1) > 16) & (exact.max(-1) < 240)  # where no channel is cut off
+        assert np.abs(brightness[0] - brightness[1])[inside].max() < 1.5
+        assert difference(quick, exact).mean() < 4
+        assert (quick != exact).any() == (name != "grey")
+
     @pytest.mark.parametrize("name", ["cmyk", "png"])
     def test_what_cannot_be_reduced_is_decoded_whole(self, name):
         assert decoding.decode(self.files[name], 2).shape == (60, 80, 3)
@@ -152,18 +162,25 @@ class TestRandomResizedCrop:
     @pytest.mark.parametrize("form", ["JPEG", "PNG"])
     def test_is_nearly_pillows_resize_of_the_part(self, form, seed):
         """Also where a large JPEG is decoded at a fraction of its size."""
-        image = photo(seed, 427, 640)
+        self.compare(photo(seed, 427, 640), form, seed, 48)
+
+    @pytest.mark.parametrize("seed", range(4))
+    @pytest.mark.parametrize("shape", [(256, 341), (375, 500)])
+    def test_is_nearly_pillows_resize_of_the_part_at_the_usual_size(self, shape, seed):
+        self.compare(photo(seed, *shape), "JPEG", seed, 224)
+
+    def compare(self, image, form, seed, size):
         content, crop = encoded(image, form), RandomResizedCrop()
-        seen = crop({"encoded": content}, 48, np.random.default_rng(seed))
-        assert seen.shape == (48, 48, 3)
-        top, left, height, width = crop.part(427, 640, np.random.default_rng(seed))
+        seen = crop({"encoded": content}, size, np.random.default_rng(seed))
+        assert seen.shape == (size, size, 3)
+        top, left, height, width = crop.part(image.height, image.width, np.random.default_rng(seed))
         # A JPEG's part is decoded at a fraction, and its edges are multiples of that.
-        fractions = [r for r in (8, 4, 2) if min(height, width) >= 48 * r and form == "JPEG"]
+        fractions = [r for r in (8, 4, 2) if min(height, width) >= size * r and form == "JPEG"]
         step = max(fractions, default=1)
         top, left, height, width = (round(n / step) * step for n in (top, left, height, width))
         part = pixels(content)[top : top + height, left : left + width]
-        image = Image.fromarray(part).resize((48, 48), Image.Resampling.BILINEAR)
-        assert difference(seen, np.asarray(image)).mean() < 4
+        expected = Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR)
+        assert difference(seen, np.asarray(expected)).mean() < 4
 
     def test_rng_decides(self):
         content, crop = encoded(photo(0)), RandomResizedCrop()

@@ -20,6 +20,7 @@ from repvgg_jax.training.loop import train
 from repvgg_jax.training.place import Place, launched_place
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.watch import PATIENCE, Watch
+from tests.pictures import damaged, images, write_tree
 from tests.processes import RECIPE, free_port, started
 
 # A process that is silent for PATIENCE counts as lost; then two rounds of last words, each of a few
@@ -115,6 +116,30 @@ def test_four_devices_continue_what_eight_began(alone, tmp_path):
         "to rounding, not to the bit"
     ) in run.out(0)
     assert_same_run(alone, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_every_bad_image_is_named_by_the_process_that_met_it(tmp_path):
+    files = images(train=24, val=8)
+    bad = sorted(files)[::4]
+    broken = {name: damaged(content) for name, content in files.items() if name in bad}
+    write_tree(tmp_path / "data", files | broken)
+    arguments = [
+        f"--config.data.source=folder:{tmp_path / 'data'}",
+        "--config.data.train_size=16",
+        f"--config.data.max_bad={len(bad)}",
+        "--config.train.batch_size=24",
+        "--config.eval.batch_size=8",
+    ]
+    with started(tmp_path, 2, *arguments) as run:
+        assert run.wait() == [0, 0]
+    met = [
+        re.findall(rf"^{start}(?:training|held-out) image (\S+) cannot", run.out(i), re.M)
+        for i, start in enumerate(("", "process 1: "))
+    ]
+    assert all(met)
+    assert sorted({*met[0], *met[1]}) == bad
+    assert "process 0: " not in run.out(0)
 
 
 @pytest.mark.slow

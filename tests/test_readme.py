@@ -1,4 +1,7 @@
-"""The README's bash and Python blocks do what it says; its console blocks need what tests lack."""
+"""The README's bash and Python blocks and its tables are true; docs/ are tested in test_docs.py.
+
+Its console blocks need what tests lack: ImageNet, or a TPU compiler.
+"""
 
 import os
 import pathlib

@@ -675,6 +675,16 @@ class TestInitFrom:
             self.start(source)
 
 
+def test_what_other_processes_say(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    silent = report.Report(Workdir(tmp_path), title="", config={}, start_step=0, total_steps=1)
+    silent.say("what all know")
+    silent.say_for_itself("an image [3] is bad " + "x" * 200)
+    silent.close()
+    assert capsys.readouterr().out == f"process 3: an image [3] is bad {'x' * 200}\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_person_sees(tmp_path, capsys):
     train(small_config(train__epochs=1), tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()

@@ -1,5 +1,6 @@
 """Batches of global arrays, in an order that any number of processes agrees on."""
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import grain
 import jax
 from absl import flags
 
+from repvgg_jax.data import workers
 from repvgg_jax.data.dataset import Dataset
 from repvgg_jax.data.reading import EvalReader, TrainReader
 
@@ -96,12 +98,24 @@ def _read(
     if dataset.workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # a library's caller has no flags, and Grain reads its own
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=dataset.workers))
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=dataset.workers),
+            worker_init_fn=workers.begin,
+        )
     batches = iter(stream)
     try:
+        if dataset.workers:
+            with workers.shielded():
+                batches.get_state()  # makes the workers' iterators, which can be started then
+                batches.start_prefetch()
         yield from batches
     finally:
         batches.close()
+        if dataset.workers:
+            # What they read ahead lies in shared memory, and is held by iterators that refer to
+            # each other.
+            del batches
+            gc.collect()
 
 
 def _globally(local: Mapping[str, Any], sharding: jax.sharding.Sharding) -> Batch:

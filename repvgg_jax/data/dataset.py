@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from repvgg_jax.data import digits, fake, folder, records, tfds
+from repvgg_jax.data.arrays import ArraySource
 from repvgg_jax.data.reading import EvalReader
 from repvgg_jax.data.source import Source
 from repvgg_jax.data.undecodable import Undecodable
@@ -100,8 +101,8 @@ def load(settings: ConfigDict) -> Dataset:
             f"classes; 0 takes what the data have"
         )
     train_size, eval_size = settings.train_size, settings.eval_size or settings.train_size
-    if "image" in (first := train[0]):
-        height, width, channels = first["image"].shape
+    if isinstance(train, ArraySource):
+        height, width, channels = train.images.shape[1:]
     elif train_size:
         height = width = 0
         channels = 3

@@ -37,13 +37,15 @@ def size(encoded: bytes) -> tuple[int, int]:
         return image.height, image.width
 
 
-def decode(encoded: bytes, reduction: int = 1) -> np.ndarray:
+def decode(encoded: bytes, reduction: int = 1, *, quickly: bool = False) -> np.ndarray:
     """All pixels.
 
     Args:
       encoded: a JPEG, PNG or other file that Pillow knows.
       reduction: 1, 2, 4 or 8. Height and width are divided by it, rounding up, in the JPEG's
         frequencies, which takes less time. Only where the format can; look at the shape.
+      quickly: a JPEG that stores colour at half the resolution has each value repeated, where
+        otherwise values in between are interpolated, as Pillow does. Brightness is the same.
 
     Returns:
       RGB, uint8 (height, width, 3).
@@ -56,7 +58,12 @@ def decode(encoded: bytes, reduction: int = 1) -> np.ndarray:
         height, width = (math.ceil(length / reduction) for length in header[:2])
         try:
             return simplejpeg.decode_jpeg(
-                encoded, "RGB", min_height=height, min_width=width, min_factor=reduction
+                encoded,
+                "RGB",
+                fastupsample=quickly,
+                min_height=height,
+                min_width=width,
+                min_factor=reduction,
             )
         except ValueError:
             pass  # Pillow tells damage from oddity

@@ -6,6 +6,8 @@ shrinks an image by s it blurs it with [k, 1 - 2k, k], k = (s² - 1)/12, which g
 steps together the variance of the widened filter, s²/6; at s = 2 they are the same filter.
 """
 
+import math
+
 import cv2
 import numpy as np
 from PIL import Image
@@ -44,9 +46,18 @@ def resize_quickly(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     scales = pixels.shape[0] / height, pixels.shape[1] / width
     if max(scales) > 2:
         return resize(pixels, height, width)
-    blurs = [max(0.0, (scale**2 - 1) / 12) for scale in scales]
-    if any(blurs):
-        rows, columns = (np.array([k, 1 - 2 * k, k], np.float32) for k in blurs)
-        pixels = cv2.sepFilter2D(pixels, -1, columns, rows, borderType=cv2.BORDER_REPLICATE)
+    if max(scales) > 1:
+        (rows, down), (columns, across) = map(_blur, scales)
+        pixels = cv2.GaussianBlur(
+            pixels, (columns, rows), across, sigmaY=down, borderType=cv2.BORDER_REPLICATE
+        )
     resized = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
     return resized.reshape(height, width, -1)
+
+
+def _blur(scale: float) -> tuple[int, float]:
+    """Taps and standard deviation of the Gaussian that is [k, 1 - 2k, k], as OpenCV wants it."""
+    if scale <= 1:
+        return 1, 1.0  # one tap is [1], whatever the deviation
+    k = (scale**2 - 1) / 12
+    return 3, math.sqrt(0.5 / math.log((1 - 2 * k) / k))

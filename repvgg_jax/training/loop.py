@@ -96,7 +96,8 @@ def train(
             total_steps=run.total_steps,
         )
         stack.callback(report.close)
-        run.dataset.undecodable.say = checkpoints.say = report.say
+        checkpoints.say = report.say
+        run.dataset.undecodable.say = report.say_for_itself
         for warning in warnings:
             report.say(warning)
         report.say(f"{run.describe()} -> {workdir.path}")

@@ -18,7 +18,7 @@ Row = Mapping[str, float]
 
 
 class Report:
-    """Reports of one run; silent on every process but the first.
+    """Reports of one run; silent on every process but the first, unless asked not to be.
 
     In a terminal the line of the running step rewrites itself; elsewhere there is a plain line
     for every row of `metrics.jsonl`.
@@ -60,6 +60,13 @@ class Report:
         """Prints a line."""
         if self._active:
             self._console.print(text, markup=False)
+
+    def say_for_itself(self, text: str) -> None:
+        """Prints a line on any process; those after the first say which they are."""
+        if self._active:
+            self.say(text)
+        else:
+            self._console.print(f"process {jax.process_index()}: {text}", markup=False)
 
     def step(self, step: int, row: Row) -> None:
         """Shows the state of the running step, in a terminal only; call it for every step."""

@@ -1,19 +1,23 @@
 """Draws every operation and policy: `python -m repvgg_jax.data.augment --output augment.png`."""
 
-import argparse
+from collections.abc import Sequence
 
-from repvgg_jax.data.augment.picture import draw
+from absl import flags
+
+from repvgg_jax import cli
+
+OUTPUT = flags.DEFINE_string("output", "augment.png", "The PNG file to write.")
+SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn by chance.", lower_bound=0)
 
 
-def main() -> None:
-    """Parses the flags and draws."""
-    parser = argparse.ArgumentParser(description="Draw every augmentation on two photographs.")
-    parser.add_argument("--output", default="augment.png", help="the PNG file to write")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn by chance")
-    flags = parser.parse_args()
-    draw(flags.output, flags.seed)
-    print(f"wrote {flags.output}")
+def main(_: Sequence[str]) -> int:
+    """Draws; returns the exit status."""
+    from repvgg_jax.data.augment.picture import draw
+
+    draw(OUTPUT.value, SEED.value)
+    print(f"wrote {OUTPUT.value}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

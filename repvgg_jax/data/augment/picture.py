@@ -17,6 +17,7 @@ from repvgg_jax.data.augment.normalise import Normalise
 from repvgg_jax.data.augment.operation import operate
 from repvgg_jax.data.augment.policies import AutoAugment, RandAugment, Raug15
 from repvgg_jax.data.photos import crops
+from repvgg_jax.data.resizing import resize
 
 SIZE = 128
 ARGUMENTS = {
@@ -43,8 +44,7 @@ ARGUMENTS = {
 
 def rows(seed: int = 0) -> dict[str, np.ndarray]:
     """Labelled rows of eight pictures: uint8 (8, 128, 128, 3), half of each photograph."""
-    images = crops(427, 2)
-    images = images[:, :: 427 // SIZE, :: 427 // SIZE][:, :SIZE, :SIZE].repeat(4, 0)
+    images = np.stack([resize(crop, SIZE, SIZE) for crop in crops(427, 2)]).repeat(4, 0)
     key = jax.random.key(seed)
     kinds = jnp.array(list(ARGUMENTS), jnp.int32).repeat(8)
     arguments = jnp.array([(*of, *of) for of in ARGUMENTS.values()], jnp.float32).reshape(-1)
@@ -54,7 +54,7 @@ def rows(seed: int = 0) -> dict[str, np.ndarray]:
         np.tile(images, (len(ARGUMENTS), 1, 1, 1))
     ).reshape(len(ARGUMENTS), *images.shape)
     pictures = {
-        kind.name.lower(): np.asarray(row) for kind, row in zip(ARGUMENTS, operations, strict=True)
+        _label(kind): np.asarray(row) for kind, row in zip(ARGUMENTS, operations, strict=True)
     }
     normalise = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     plain = Augmentation(normalise, flip=0.5, fill=(124, 116, 104))
@@ -78,9 +78,16 @@ def rows(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def draw(path: str | os.PathLike[str], seed: int = 0) -> None:
-    """Writes the picture, a row for each operation, policy and stage."""
+    """Writes the picture, a row for each operation, policy and stage.
+
+    Raises:
+      ValueError: the directory that shall hold it does not exist.
+    """
     from PIL import Image, ImageDraw
 
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"--output={path}: there is no directory {path.parent}")
     pictures = rows(seed)
     gap, margin = 4, 140
     sheet = Image.new(
@@ -89,13 +96,20 @@ def draw(path: str | os.PathLike[str], seed: int = 0) -> None:
     pen = ImageDraw.Draw(sheet)
     for row, (name, images) in enumerate(pictures.items()):
         top = gap + row * (SIZE + gap)
-        pen.text((8, top + SIZE // 2), name, fill="black")
+        pen.multiline_text((8, top + SIZE // 2), name, fill="black", anchor="lm")
         for column, image in enumerate(images):
             sheet.paste(Image.fromarray(image), (margin + column * (SIZE + gap), top))
-    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     sheet.save(temporary, format="PNG")
     temporary.replace(path)
+
+
+def _label(kind: Kind) -> str:
+    """The operation, as docs/augmentation.md calls it, and what its columns differ in."""
+    name = kind.name.lower().replace("_", "-")
+    if not any(ARGUMENTS[kind]):
+        return name
+    return f"{name}\n{', '.join(f'{argument:g}' for argument in ARGUMENTS[kind])}"
 
 
 def _visible(images: jax.Array, normalise: Normalise) -> np.ndarray:

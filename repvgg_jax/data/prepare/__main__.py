@@ -32,7 +32,7 @@ VERIFY = flags.DEFINE_string(
 
 def main(_: Sequence[str]) -> int:
     """Prepares or verifies; returns the exit status."""
-    from repvgg_jax.data.prepare import inputs, preparing, shards
+    from repvgg_jax.data.prepare import inputs, preparing, room, shards
 
     processes = PROCESSES.value or os.cpu_count() or 1
     if VERIFY.value is not None:
@@ -46,11 +46,20 @@ def main(_: Sequence[str]) -> int:
     if SHORT_SIDE.value < 0:
         raise ValueError(f"--short_side={SHORT_SIDE.value} must be 0 or more")
     output = pathlib.Path(OUTPUT.value)
+    form = shards.Form(SHORT_SIDE.value, QUALITY.value)
+    try:
+        found = inputs.find(pathlib.Path(SOURCE.value))
+    except inputs.MissingError as error:
+        needed = room.of_imagenet(form, SHARD_IMAGES.value)
+        raise ValueError(
+            f"{error}; prepared with --short_side={form.short_side}, all of ImageNet takes about "
+            f"{room.text(needed)}, {room.text(room.free(output))} are free in {output}"
+        ) from error
     manifest = preparing.prepare(
-        inputs.find(pathlib.Path(SOURCE.value)),
+        found,
         output,
         preparing.Settings(
-            form=shards.Form(SHORT_SIDE.value, QUALITY.value),
+            form=form,
             shard_images=SHARD_IMAGES.value,
             processes=processes,
             max_bad=MAX_BAD.value,

@@ -18,6 +18,10 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 VAL_LABELS = "val_labels.txt"
 
 
+class MissingError(ValueError):
+    """Files that must be there are not; the text says which."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Item:
     """An image to prepare.
@@ -67,14 +71,15 @@ def find(root: pathlib.Path) -> Inputs:
     """Images of a directory with ImageNet's tar files, or else of a class-per-folder tree.
 
     Raises:
-      ValueError: neither; says all that is missing.
+      MissingError: neither; says all that is missing.
+      ValueError: no such directory, or something in it is damaged or does not fit.
     """
     if not root.is_dir():
         raise ValueError(f"--source={root} is no directory")
     if (root / "train").is_dir() and (root / "val").is_dir():
         return _tree(root)
     if missing := _missing_tars(root):
-        raise ValueError(
+        raise MissingError(
             f"{root} holds neither train/ and val/ with a folder for every class, nor ImageNet's "
             f"files; missing: {'; '.join(missing)}"
         )

@@ -4,21 +4,16 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import pathlib
-import random
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from repvgg_jax.data import records
-from repvgg_jax.data.decoding import UndecodableError
-from repvgg_jax.data.prepare import shards
+from repvgg_jax.data.prepare import room, shards
 from repvgg_jax.data.prepare.inputs import Inputs
 from repvgg_jax.data.prepare.shards import UNFINISHED, Done, Form, Job
-
-IMAGENET = {"train": 1_281_167, "val": 50_000}
-SAMPLE = 64  # images whose size after encoding anew foretells the others'
-SPARE = 1.05  # of the disk space foretold, to be sure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +40,8 @@ def prepare(
 
     Raises:
       ValueError: images cannot be decoded, or the disk is too small.
-      OSError: something cannot be read or written.
+      OSError: something cannot be read or written, or a process died. Finished shards stay, what
+        is half-written does not, and there is no manifest.
     """
     plan = {split: _jobs(inputs, split, output, settings) for split in inputs.splits}
     jobs = [job for split in plan.values() for job in split]
@@ -53,33 +49,30 @@ def prepare(
     todo = [job for job in jobs if found[job.path] is None]
     for split, items in inputs.splits.items():
         say(f"{split}: {len(items):,} images of {len(inputs.classes):,} classes")
-    if len(inputs.classes) == 1000 and {k: len(v) for k, v in inputs.splits.items()} != IMAGENET:
-        say(f"note: all of ImageNet is {IMAGENET['train']:,} and {IMAGENET['val']:,} images")
+    if (
+        len(inputs.classes) == 1000
+        and {k: len(v) for k, v in inputs.splits.items()} != room.IMAGENET
+    ):
+        train, val = room.IMAGENET.values()
+        say(f"note: all of ImageNet is {train:,} and {val:,} images")
     output.mkdir(parents=True, exist_ok=True)
-    for stray in output.glob(f"*{UNFINISHED}"):
-        stray.unlink()
-    _check_disk(todo, len(jobs), output, settings, say)
+    _remove_unfinished(output)
+    _check_room(todo, len(jobs), output, say)
 
     if todo:  # an older manifest would promise what is about to change
         (output / records.MANIFEST).unlink(missing_ok=True)
     done = {path: result for path, result in found.items() if result is not None}
-    for job, result in _work(todo, settings):
-        done[job.path] = result
+    try:
+        for job, result in _work(todo, settings):
+            done[job.path] = result
+            _check_bad(done.values(), settings.max_bad)
         _check_bad(done.values(), settings.max_bad)
-    _check_bad(done.values(), settings.max_bad)
+        manifest = _manifest(inputs, plan, done, settings.form)
+        manifest.write(output)
+    finally:
+        _remove_unfinished(output)
 
-    results = list(done.values())
-    changed = sorted(name for result in results for name in result.changed)
-    bad = sorted(line for result in results for line in result.bad)
-    manifest = records.Manifest(
-        classes=inputs.classes,
-        splits={
-            split: tuple(done[job.path].shard for job in jobs if done[job.path].shard.images)
-            for split, jobs in plan.items()
-        },
-        details={**dataclasses.asdict(settings.form), "changed_to_rgb_jpeg": changed, "bad": bad},
-    )
-    manifest.write(output)
+    changed, bad = manifest.details["changed_to_rgb_jpeg"], manifest.details["bad"]
     if changed:
         say(f"{len(changed)} images were no RGB or grey JPEG and now are: {_some(changed)}")
     if bad:
@@ -87,11 +80,35 @@ def prepare(
     return manifest
 
 
+def _manifest(
+    inputs: Inputs,
+    plan: Mapping[str, Sequence[Job]],
+    done: Mapping[pathlib.Path, Done],
+    form: Form,
+) -> records.Manifest:
+    changed = sorted(name for result in done.values() for name in result.changed)
+    bad = sorted(line for result in done.values() for line in result.bad)
+    return records.Manifest(
+        classes=inputs.classes,
+        splits={
+            split: tuple(done[job.path].shard for job in jobs if done[job.path].shard.images)
+            for split, jobs in plan.items()
+        },
+        details={**dataclasses.asdict(form), "changed_to_rgb_jpeg": changed, "bad": bad},
+    )
+
+
+def _remove_unfinished(output: pathlib.Path) -> None:
+    for stray in output.glob(f"*{UNFINISHED}"):
+        stray.unlink()
+
+
 def verify(output: pathlib.Path, *, processes: int = 1) -> None:
     """Reads a prepared directory whole: checksums, counts, labels, every image.
 
     Raises:
       ValueError: what is wrong, first shards first.
+      OSError: a process died.
     """
     manifest = records.Manifest.read(output)
     records.check_files(output, manifest)
@@ -102,8 +119,8 @@ def verify(output: pathlib.Path, *, processes: int = 1) -> None:
             pool.submit(shards.check, output / shard.file, shard, len(manifest.classes))
             for shard in todo
         ]
-        for future in _watched(futures, "verifying", [shard.images for shard in todo]):
-            wrong += [future.result()] if future.result() else []
+        for _, what in _results(futures, "verifying", [shard.images for shard in todo]):
+            wrong += [what] if what else []
     if wrong:
         raise ValueError(f"{output}: {len(wrong)} of {len(todo)} shards are bad: {_some(wrong)}")
 
@@ -121,34 +138,18 @@ def _jobs(inputs: Inputs, split: str, output: pathlib.Path, settings: Settings) 
     ]
 
 
-def _check_disk(
-    todo: Sequence[Job],
-    total: int,
-    output: pathlib.Path,
-    settings: Settings,
-    say: Callable[[str], None],
+def _check_room(
+    todo: Sequence[Job], total: int, output: pathlib.Path, say: Callable[[str], None]
 ) -> None:
-    items = [item for job in todo for item in job.items]
-    needed = float(sum(item.size for item in items))
-    if settings.form.short_side and items:
-        before = after = 1
-        for item in random.Random(0).sample(items, min(SAMPLE, len(items))):
-            try:
-                stored = settings.form.apply(content := item.read())
-            except UndecodableError:
-                continue
-            before, after = before + len(content), after + len(stored)
-        needed *= after / before
-    needed = needed * SPARE + 256 * len(items)  # a record's name, label and index
-    free = shutil.disk_usage(output).free
+    needed, free = room.of_jobs(todo), room.free(output)
     say(
         f"{total - len(todo)} of {total} shards are finished; the others take about "
-        f"{_size(needed)}, {_size(free)} are free in {output}"
+        f"{room.text(needed)}, {room.text(free)} are free in {output}"
     )
     if needed > free:
         raise ValueError(
-            f"{output} has {_size(free)} free, about {_size(needed)} are needed; make room, give "
-            f"another --output, or store smaller images, --short_side=256"
+            f"{output} has {room.text(free)} free, about {room.text(needed)} are needed; make "
+            f"room, give another --output, or store smaller images, --short_side=256"
         )
 
 
@@ -157,21 +158,27 @@ def _work(todo: Sequence[Job], settings: Settings) -> Iterator[tuple[Job, Done]]
         futures = [pool.submit(shards.write, job) for job in todo]
         jobs = dict(zip(futures, todo, strict=True))
         try:
-            for future in _watched(futures, "preparing", [len(job.items) for job in todo]):
-                yield jobs[future], future.result()
+            for future, done in _results(futures, "preparing", [len(job.items) for job in todo]):
+                yield jobs[future], done
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _watched(
+def _results(
     futures: Sequence[concurrent.futures.Future], title: str, images: Sequence[int]
-) -> Iterator[concurrent.futures.Future]:
+) -> Iterator[tuple[concurrent.futures.Future, Any]]:
     sizes = dict(zip(futures, images, strict=True))
     columns = (BarColumn(), MofNCompleteColumn(), "images", TimeRemainingColumn())
     with Progress(f"{title:>9}", *columns) as progress:
         bar = progress.add_task(title, total=sum(images))
         for future in concurrent.futures.as_completed(futures):
-            yield future
+            try:
+                yield future, future.result()
+            except BrokenProcessPool as error:
+                raise OSError(
+                    "one of the processes that work died, perhaps for lack of memory; the same "
+                    "command continues, with fewer of them if you say --processes"
+                ) from error
             progress.advance(bar, sizes[future])
 
 
@@ -194,7 +201,3 @@ def _check_bad(results: Iterable[Done], allowed: int) -> None:
 def _some(lines: Sequence[str], most: int = 5) -> str:
     rest = f" and {len(lines) - most} more" if len(lines) > most else ""
     return "; ".join(lines[:most]) + rest
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count > 1e8 else f"{count / 1e6:,.2f} MB"

@@ -108,27 +108,11 @@ def write(job: Job) -> Done:
     """Writes a shard under a temporary name, verifies it, and only then gives it its own.
 
     Raises:
-      OSError: an image cannot be read, or the disk is full.
+      OSError: an image cannot be read, or the shard cannot be written: the disk is full.
       ValueError: the file does not hold what was written.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     unfinished = job.path.with_name(job.path.name + UNFINISHED)
-    changed, bad, digests = [], [], []
-    writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
-    for item in job.items:
-        content = item.read()
-        try:
-            stored = job.form.apply(content)
-        except decoding.UndecodableError as error:
-            bad.append(f"{item.name}: {error}")
-            continue
-        if not decoding.is_plain_jpeg(content):
-            changed.append(item.name)
-        record = records.pack(encoded=stored, label=item.label, name=item.name)
-        digests.append(hashlib.sha256(record).digest())
-        writer.write(record)
-    writer.close()
+    digests, changed, bad = _write_records(job, unfinished)
     _verify(unfinished, digests)
     shard = records.Shard(
         job.path.name, len(digests), unfinished.stat().st_size, sha256(unfinished)
@@ -141,6 +125,33 @@ def write(job: Job) -> Done:
     temporary.write_text(json.dumps({"fingerprint": job.fingerprint, **dataclasses.asdict(done)}))
     temporary.replace(note)
     return done
+
+
+def _write_records(job: Job, path: pathlib.Path) -> tuple[list[bytes], list[str], list[str]]:
+    """Digests of the records, names of images that changed, and of bad ones with the reason."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    digests, changed, bad = [], [], []
+    try:
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        for item in job.items:
+            content = item.read()
+            try:
+                stored = job.form.apply(content)
+            except decoding.UndecodableError as error:
+                bad.append(f"{item.name}: {error}")
+                continue
+            if not decoding.is_plain_jpeg(content):
+                changed.append(item.name)
+            record = records.pack(encoded=stored, label=item.label, name=item.name)
+            digests.append(hashlib.sha256(record).digest())
+            writer.write(record)
+        writer.close()
+    except RuntimeError as error:  # whatever the system answers, a full disk first of all
+        raise OSError(
+            f"{job.path} cannot be written, make room and the same command continues: {error}"
+        ) from error
+    return digests, changed, bad
 
 
 def check(path: pathlib.Path, shard: records.Shard, classes: int) -> str | None:
@@ -174,8 +185,11 @@ def _verify(path: pathlib.Path, digests: list[bytes]) -> None:
     if not digests:
         return
     shard = records.Shard(path.name, len(digests), 0, "")
-    stored = records.open_shards(path.parent, [shard])
-    found = [hashlib.sha256(stored[index]).digest() for index in range(len(stored))]
+    try:
+        stored = records.open_shards(path.parent, [shard])
+        found = [hashlib.sha256(stored[index]).digest() for index in range(len(stored))]
+    except RuntimeError:
+        found = []  # it cannot even be read
     if found != digests:
         raise ValueError(f"{path} does not hold what was written to it; look for a failing disk")
 
