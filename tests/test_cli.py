@@ -281,7 +281,8 @@ def test_a_tolerance_that_nothing_meets(place, tmp_path):
     check_one_line(tmp_path, 1, message, "convert.py", workdir, "--output=x", "--tolerance=0")
 
 
-@pytest.mark.parametrize("family", ["official", pytest.param("timm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["official", "timm"])
 def test_converting_a_checkpoint_of_another_project(tmp_path, family):
     """A published file in, a fused network out, proven on photographs."""
     trained = random_variables(create_model("A0", num_classes=7))

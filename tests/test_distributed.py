@@ -74,7 +74,7 @@ def alone(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("launcher", ["slurm", "open mpi"])
+@pytest.mark.parametrize("launcher", ["slurm", pytest.param("open mpi", marks=pytest.mark.slow)])
 def test_two_processes_are_one_run(alone, tmp_path, launcher):
     with started(tmp_path, 2, devices=4, launcher=launcher) as run:
         assert run.wait() == [0, 0]

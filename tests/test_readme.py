@@ -100,6 +100,7 @@ def test_the_commands_are_these():
     }
 
 
+@pytest.mark.slow
 def test_the_scripts_then_the_python_blocks(place):
     """In the order in which a reader would type them."""
     out = shell("python train.py --config configs/digits.py", place)

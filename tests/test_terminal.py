@@ -14,7 +14,7 @@ from tests.processes import RECIPE, ROOT, TIMEOUT
 
 COLUMNS = 160
 LIVE = re.compile(
-    r"step (\d+)/160, ((?:\d+ h )?(?:\d+ min )?(?:\d+ s )?)left  loss (\d+\.\d{4})  "
+    r"step (\d+)/480, ((?:\d+ h )?(?:\d+ min )?(?:\d+ s )?)left  loss (\d+\.\d{4})  "
     r"accuracy (\d+\.\d\d)%  ([\d,]+) images/s a device  data-wait (\d+)%"
 )
 
@@ -36,7 +36,9 @@ def shown(command: list[str], **options) -> str:
 
 def test_the_live_line(tmp_path):
     (tmp_path / "recipe.py").write_text(RECIPE)
-    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    # Test runners say in these how wide their own terminal is.
+    unset = {"NO_COLOR", "COLUMNS", "LINES"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     text = shown(
         [
@@ -44,20 +46,21 @@ def test_the_live_line(tmp_path):
             str(ROOT / "train.py"),
             "--config=recipe.py",
             "--workdir=run",
-            "--config.train.epochs=20",
-            "--config.eval.every_epochs=20",
-            "--config.checkpoint.every_epochs=20",
-            "--config.report.every_steps=160",
+            "--config.train.epochs=60",
+            "--config.eval.every_epochs=60",
+            "--config.checkpoint.every_epochs=60",
+            "--config.report.every_steps=480",
         ],
         cwd=tmp_path,
         env=environment,
     )
+    # The line is written four times a second; the steps take some seconds.
     lines = [match.groups() for match in LIVE.finditer(text)]
     steps = [int(step) for step, *_ in lines]
     assert len(set(steps)) >= 2  # it goes on between two rows of the report
     assert steps == sorted(steps)
     assert steps[0] >= 1
-    assert steps[-1] <= 160
+    assert steps[-1] <= 480
     for _, left, loss, accuracy, speed, wait in lines:
         assert left
         assert float(loss) > 0

@@ -1,10 +1,12 @@
 """`load_pretrained`: timm's RepVGGs by their hub names."""
 
+import contextlib
 import difflib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights.loading import Weights, load_weights
@@ -71,18 +73,21 @@ def _fetch(repository: str, revision: str | None, cache_dir: str | os.PathLike |
     """The local path of a repository's weights, downloaded where they are not yet."""
     try:
         import huggingface_hub
+        import huggingface_hub.errors
+        import huggingface_hub.utils.logging
     except ImportError as error:
         raise ValueError(
             f"{repository} comes through huggingface_hub, which is not installed: "
             "pip install 'repvgg-jax[hub]', or give load_weights the file itself"
         ) from error
     try:
-        return huggingface_hub.hf_hub_download(
-            repository,
-            _FILE,
-            revision=revision,
-            cache_dir=None if cache_dir is None else pathlib.Path(cache_dir),
-        )
+        with _quiet(huggingface_hub.utils.logging):
+            return huggingface_hub.hf_hub_download(
+                repository,
+                _FILE,
+                revision=revision,
+                cache_dir=None if cache_dir is None else pathlib.Path(cache_dir),
+            )
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
@@ -90,3 +95,14 @@ def _fetch(repository: str, revision: str | None, cache_dir: str | os.PathLike |
             f"{repository}/{_FILE} is neither in the local cache nor to be had from the hub "
             f"({type(error).__name__}: {reason}); connect once, or give load_weights the file"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Without the warnings of every attempt: the error that comes in the end says it all."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
