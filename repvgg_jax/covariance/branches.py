@@ -1,0 +1,233 @@
+"""The 3x3 branch is computed, the others fold into one 1x1 convolution."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from repvgg_jax.covariance.form import Form, Params, Statistics
+from repvgg_jax.covariance.maps import (
+    at,
+    conv1x1,
+    conv1x1_of_two,
+    conv3x3,
+    mean_and_covariance,
+    outer,
+    sums,
+    values_per_channel,
+    wide_type,
+)
+from repvgg_jax.covariance.small import apply, diagonal, flat, in_groups, outer_small, rounded
+
+
+class Shift(NamedTuple):
+    """Constants near the means, subtracted before anything is squared.
+
+    Attributes:
+      y3: near the mean of the 3x3 convolution's output, (G, features).
+      x: near the mean of the input, (G, channels).
+    """
+
+    y3: jax.Array
+    x: jax.Array
+
+
+class Moments(NamedTuple):
+    """First and second moments. Means are relative to `Shift`.
+
+    Attributes:
+      mean3: mean of the 3x3 convolution's output, (G, features).
+      var3: its variance, (G, features).
+      mean: mean of the input where the 1x1 kernel sees it, (G, channels).
+      covariance: of the same, within channel groups, (G, k, channels / k, channels / k).
+    """
+
+    mean3: jax.Array
+    var3: jax.Array
+    mean: jax.Array
+    covariance: jax.Array
+
+
+class Folded(NamedTuple):
+    """A block as scale * (y3 - shift.y3) + (kernel + diag(skip))'(x - shift.x) + bias.
+
+    The identity stays apart from the kernel: it is multiplied in float32, as in the plain
+    form, while the kernel takes part in a convolution and is rounded for it.
+
+    Attributes:
+      scale: of the 3x3 branch, (G, features).
+      kernel: of the 1x1 branch, (G, k, channels / k, features / k).
+      skip: scale of the identity branch, (G, features); None where there is none.
+      bias: (G, features).
+    """
+
+    scale: jax.Array
+    kernel: jax.Array
+    skip: jax.Array | None
+    bias: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def by_branches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, Statistics]:
+    """The 3x3 branch is computed, the others fold into one 1x1 convolution."""
+    return _forward(form, x, params)[0]
+
+
+def _forward(form: Form, x: jax.Array, params: Params) -> tuple[Any, Any]:
+    kernel = params["conv3x3"]["kernel"].astype(x.dtype)
+    seen = _seen(form, x)
+    y3 = conv3x3(form, x, kernel)
+    shift, moments = _measure(form, x, seen, y3, kernel)
+    folded, statistics = _fold(form, x.dtype, shift, params, moments)
+
+    bias = folded.bias - folded.scale * shift.y3 - apply(shift.x, folded.kernel)
+    z = conv1x1(seen, folded.kernel, wide_type(x.dtype)) + at(y3, folded.scale) * y3
+    if folded.skip is not None:
+        bias -= folded.skip * shift.x
+        z += at(x, folded.skip) * x
+    z += at(y3, bias)
+    out = (jnp.maximum(z, 0) if form.relu else z).astype(x.dtype)
+    return (out, statistics), (x, seen, y3, out, params, shift, moments)
+
+
+def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, Any]:
+    x, seen, y3, out, params, shift, moments = residuals
+    dout, dstatistics = cotangents
+    kernel = params["conv3x3"]["kernel"].astype(x.dtype)
+    count = values_per_channel(form, y3)
+    dz = jnp.where(out > 0, dout, 0) if form.relu else dout
+
+    # What reaches the folded block: sums over images and pixels.
+    dbias = sums(form, dz)
+    dscale = sums(form, dz * (y3 - at(y3, shift.y3)))
+    dfolded = outer(form, seen, dz) - outer_small(form, shift.x, dbias)
+    dskip = diagonal(dfolded) if form.identity else None
+
+    # From there to the parameters and the moments. Nothing here is larger than a kernel.
+    fold = functools.partial(_fold, form, x.dtype, shift)
+    small = {name: piece for name, piece in params.items() if name != "conv3x3"}
+    (folded, _), pull = jax.vjp(fold, small, moments)
+    dparams, dmoments = pull((Folded(dscale, dfolded, dskip, dbias), dstatistics))
+
+    # The 3x3 branch: y3 acts through its scale, its mean and its variance.
+    slope = dmoments.var3 * (2 / count)
+    level = dmoments.mean3 / count - slope * (shift.y3 + moments.mean3)
+    dy3 = at(y3, folded.scale) * dz + (at(y3, slope) * y3 + at(y3, level))
+    dy3 = dy3.astype(x.dtype)
+    (dkernel,) = jax.linear_transpose(lambda kernel: conv3x3(form, x, kernel), kernel)(dy3)
+
+    # The other two: x acts through the folded kernel, its mean and its covariance.
+    slope = dmoments.covariance + dmoments.covariance.swapaxes(-1, -2)
+    slope = rounded(slope / count, x.dtype)
+    level = dmoments.mean / count - apply(shift.x + moments.mean, slope)
+    dseen = conv1x1_of_two(dz, folded.kernel.swapaxes(-1, -2), seen, slope) + at(seen, level)
+    if folded.skip is not None:
+        dseen += at(dz, folded.skip) * dz
+    dx = _spread(form, dy3, kernel, dseen, x)
+
+    dkernel = dkernel.astype(params["conv3x3"]["kernel"].dtype)
+    return dx, {**dparams, "conv3x3": {"kernel": dkernel}}
+
+
+by_branches.defvjp(_forward, _backward)
+
+
+def _measure(
+    form: Form, x: jax.Array, seen: jax.Array, y3: jax.Array, kernel: jax.Array
+) -> tuple[Shift, Moments]:
+    """The moments of a block's input and of its 3x3 convolution's output."""
+    count = values_per_channel(form, y3)
+    near, mean, covariance = mean_and_covariance(form, seen)
+
+    # What the 3x3 convolution makes of a constant image, on average over pixels: its mean
+    # up to the deviations of x. Near the border some taps see only padding.
+    summed = (_share_inside(form, x, y3)[:, :, None, None] * kernel).sum(axis=(0, 1))
+    near3 = apply(near.astype(mean.dtype), in_groups(form, summed).swapaxes(0, 1)[None])
+    shifted3 = y3 - at(y3, near3)
+    mean3 = sums(form, shifted3) / count
+    var3 = jnp.maximum(sums(form, jnp.square(shifted3)) / count - jnp.square(mean3), 0)
+    return Shift(near3, near.astype(mean.dtype)), Moments(mean3, var3, mean, covariance)
+
+
+def _fold(
+    form: Form, dtype: Any, shift: Shift, params: Params, moments: Moments
+) -> tuple[Folded, Statistics]:
+    """Folds the block, given the moments; also its three normalisations' mean and variance.
+
+    The kernels are rounded to `dtype`, as the convolution will do, before the bias is
+    computed: it then centres what is really computed.
+    """
+    kernel = rounded(params["conv1x1"]["kernel"][0, 0], dtype)
+    kernel = in_groups(form, kernel).swapaxes(0, 1)[None]
+    mean = shift.x + moments.mean
+    product = jnp.matmul(moments.covariance, kernel, precision="highest")
+    statistics = {
+        "bn3x3": (shift.y3 + moments.mean3, moments.var3),
+        "bn1x1": (apply(mean, kernel), flat((kernel * product).sum(axis=-2))),
+    }
+    if form.identity:
+        statistics["bn_identity"] = (mean, diagonal(moments.covariance))
+    # Rounding can take a variance of nothing below zero.
+    statistics = {norm: (mean, jnp.maximum(var, 0)) for norm, (mean, var) in statistics.items()}
+    scale = {
+        norm: params[norm]["scale"][None] * lax.rsqrt(var + form.epsilon)
+        for norm, (_, var) in statistics.items()
+    }
+    kernel = rounded(kernel * in_groups(form, scale["bn1x1"])[..., None, :], dtype)
+    skip = scale.get("bn_identity")
+    bias = -scale["bn3x3"] * moments.mean3 - apply(moments.mean, kernel)
+    for norm in statistics:
+        bias += params[norm]["bias"][None]
+    if skip is not None:
+        bias -= skip * moments.mean
+    return Folded(scale["bn3x3"], kernel, skip, bias), statistics
+
+
+def _seen(form: Form, x: jax.Array) -> jax.Array:
+    """The pixels that a 1x1 kernel sees."""
+    if form.stride == 1:
+        return x
+    # Five computations read these few pixels. Made once they cost less than reading all of x
+    # for each, which compilers prefer to do unless there is a barrier.
+    return lax.optimization_barrier(x[:, :: form.stride, :: form.stride])
+
+
+def _spread(
+    form: Form, dy3: jax.Array, kernel: jax.Array, dseen: jax.Array, x: jax.Array
+) -> jax.Array:
+    """What `dy3` is under the 3x3 convolution's transpose, plus `dseen` where it was seen."""
+
+    def transpose(kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        (dx,) = jax.linear_transpose(lambda x: conv3x3(form, x, kernel), x)(dy)
+        return dx
+
+    if form.stride == 1:
+        return (transpose(kernel, dy3) + dseen).astype(x.dtype)
+    # Between the pixels of `dseen` would be zeros, in an array as large as x. Instead it goes
+    # through the same convolution, beside dy3, by a kernel that is 1 in the middle.
+    channels = x.shape[-1] // form.groups
+    one = jnp.zeros((3, 3, channels, channels), x.dtype).at[1, 1].set(jnp.eye(channels))
+    one = jnp.tile(one, form.groups)
+    return transpose(
+        _side_by_side(form, kernel, one), _side_by_side(form, dy3, dseen.astype(x.dtype))
+    )
+
+
+def _side_by_side(form: Form, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Their last axes joined, every channel group with its own."""
+    parts = [a.reshape(*a.shape[:-1], form.groups, -1) for a in (x, y)]
+    return jnp.concatenate(parts, axis=-1).reshape(*x.shape[:-1], -1)
+
+
+def _share_inside(form: Form, x: jax.Array, y3: jax.Array) -> jax.Array:
+    """For each tap of the 3x3 kernel the share of output pixels where it sees no padding."""
+
+    def along(axis: int) -> np.ndarray:
+        centres = np.arange(y3.shape[axis])[:, None] * form.stride
+        taps = centres + np.array([-1, 0, 1]) * form.dilation
+        return ((taps >= 0) & (taps < x.shape[axis])).mean(axis=0)
+
+    return jnp.asarray(np.outer(along(1), along(2)), wide_type(x.dtype))

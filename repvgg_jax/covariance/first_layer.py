@@ -1,0 +1,72 @@
+"""A first layer: its statistics come from the covariance of the pixels under the kernel."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from repvgg_jax.covariance.form import Form, Params, Statistics
+from repvgg_jax.covariance.maps import at, conv1x1, conv3x3, mean_and_covariance, wide_type
+from repvgg_jax.covariance.small import apply, flat, in_groups, rounded
+
+
+def by_patches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, Statistics]:
+    """Both convolutions fold into one: for a first layer, with more features than patch.
+
+    The nine pixels under a 3x3 kernel are a vector of 27 numbers on colour images, and every
+    branch is a linear map of it. Its covariance has the statistics of them all, so that the
+    output is the only large array that is kept. There is no identity: the channels differ.
+    """
+    dtype, wide = x.dtype, wide_type(x.dtype)
+    seen = _patches(form, x)
+    near, mean, covariance = mean_and_covariance(form, seen)
+
+    kernel3x3, kernel1x1 = (params[name]["kernel"] for name in ("conv3x3", "conv1x1"))
+    centred = jnp.pad(kernel1x1, ((1, 1), (1, 1), (0, 0), (0, 0)))
+    folded, bias, statistics = jnp.zeros(()), jnp.zeros(()), {}
+    for norm, kernel in (("bn3x3", kernel3x3), ("bn1x1", centred)):
+        kernel = rounded(kernel.reshape(1, 1, seen.shape[-1], -1), dtype)
+        product = jnp.matmul(covariance, kernel, precision="highest")
+        var = jnp.maximum(flat((kernel * product).sum(axis=-2)), 0)
+        statistics[norm] = (apply(near.astype(wide) + mean, kernel), var)
+        scale = params[norm]["scale"][None] * lax.rsqrt(var + form.epsilon)
+        folded += kernel * in_groups(form, scale)[..., None, :]
+        bias += params[norm]["bias"][None]
+    folded = rounded(folded, dtype)
+    bias -= apply(near.astype(wide) + mean, folded)
+
+    if form.image_groups == 1:
+        folded = folded.reshape(kernel3x3.shape).astype(dtype)
+        z = conv3x3(form, x, folded, preferred_element_type=wide)
+    else:
+        z = conv1x1(seen, folded, wide)
+    z += at(z, bias)
+    return (_relu(z, dtype) if form.relu else z.astype(dtype)), statistics
+
+
+def _patches(form: Form, x: jax.Array) -> jax.Array:
+    """The nine pixels under the 3x3 kernel, (images, height/stride, width/stride, 9 channels)."""
+    channels = x.shape[-1]
+    # One convolution, by kernels that are 1 at one tap of one channel; exact at this precision.
+    taps = jnp.eye(9 * channels, dtype=x.dtype).reshape(3, 3, channels, -1)
+    return conv3x3(form, x, taps, precision="highest")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _relu(z: jax.Array, dtype: Any) -> jax.Array:
+    """ReLU, rounded; its derivative needs the output only, which the next layer keeps anyway."""
+    return jnp.maximum(z, 0).astype(dtype)
+
+
+def _relu_forward(z: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    out = _relu(z, dtype)
+    return out, out
+
+
+def _relu_backward(dtype: Any, out: jax.Array, dout: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where(out > 0, dout, 0).astype(wide_type(dtype)),)
+
+
+_relu.defvjp(_relu_forward, _relu_backward)
