@@ -20,7 +20,16 @@ from repvgg_jax.covariance.maps import (
     values_per_channel,
     wide_type,
 )
-from repvgg_jax.covariance.small import apply, diagonal, flat, in_groups, outer_small, rounded
+from repvgg_jax.covariance.small import (
+    apply,
+    diagonal,
+    flat,
+    in_groups,
+    matmul,
+    on_diagonal,
+    outer_small,
+    rounded,
+)
 
 
 class Shift(NamedTuple):
@@ -42,13 +51,15 @@ class Moments(NamedTuple):
       mean3: mean of the 3x3 convolution's output, (G, features).
       var3: its variance, (G, features).
       mean: mean of the input where the 1x1 kernel sees it, (G, channels).
-      covariance: of the same, within channel groups, (G, k, channels / k, channels / k).
+      var: its variance, (G, channels).
+      var1: variance of the 1x1 convolution's output, (G, features).
     """
 
     mean3: jax.Array
     var3: jax.Array
     mean: jax.Array
-    covariance: jax.Array
+    var: jax.Array
+    var1: jax.Array
 
 
 class Folded(NamedTuple):
@@ -80,7 +91,8 @@ def _forward(form: Form, x: jax.Array, params: Params) -> tuple[Any, Any]:
     kernel = params["conv3x3"]["kernel"].astype(x.dtype)
     seen = _seen(form, x)
     y3 = conv3x3(form, x, kernel)
-    shift, moments = _measure(form, x, seen, y3, kernel)
+    pointwise = _pointwise(form, x.dtype, params["conv1x1"]["kernel"])
+    shift, moments, product = _measure(form, x, seen, y3, kernel, pointwise)
     folded, statistics = _fold(form, x.dtype, shift, params, moments)
 
     bias = folded.bias - folded.scale * shift.y3 - apply(shift.x, folded.kernel)
@@ -90,11 +102,11 @@ def _forward(form: Form, x: jax.Array, params: Params) -> tuple[Any, Any]:
         z += at(x, folded.skip) * x
     z += at(y3, bias)
     out = (jnp.maximum(z, 0) if form.relu else z).astype(x.dtype)
-    return (out, statistics), (x, seen, y3, out, params, shift, moments)
+    return (out, statistics), (x, seen, y3, out, params, shift, moments, product)
 
 
 def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, Any]:
-    x, seen, y3, out, params, shift, moments = residuals
+    x, seen, y3, out, params, shift, moments, product = residuals
     dout, dstatistics = cotangents
     kernel = params["conv3x3"]["kernel"].astype(x.dtype)
     count = values_per_channel(form, y3)
@@ -106,7 +118,8 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     dfolded = outer(form, seen, dz) - outer_small(form, shift.x, dbias)
     dskip = diagonal(dfolded) if form.identity else None
 
-    # From there to the parameters and the moments. Nothing here is larger than a kernel.
+    # From there to the parameters and the moments. Nothing here is larger than a vector of
+    # channels, or a kernel.
     fold = functools.partial(_fold, form, x.dtype, shift)
     small = {name: piece for name, piece in params.items() if name != "conv3x3"}
     (folded, _), pull = jax.vjp(fold, small, moments)
@@ -119,9 +132,16 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     dy3 = dy3.astype(x.dtype)
     (dkernel,) = jax.linear_transpose(lambda kernel: conv3x3(form, x, kernel), kernel)(dy3)
 
-    # The other two: x acts through the folded kernel, its mean and its covariance.
-    slope = dmoments.covariance + dmoments.covariance.swapaxes(-1, -2)
-    slope = rounded(slope / count, x.dtype)
+    # The other two: x acts through the folded kernel, its mean and its covariance C, and C
+    # through the variances diag(W'CW) and diag(C). W acts through the first of them, too.
+    unrounded = params["conv1x1"]["kernel"]
+    pointwise, pull = jax.vjp(functools.partial(_pointwise, form, x.dtype), unrounded)
+    dvar1 = in_groups(form, dmoments.var1)[..., None, :]
+    (dpointwise,) = pull(2 * (dvar1 * product).sum(axis=0, keepdims=True))
+    dcovariance = matmul(dvar1 * pointwise, pointwise.swapaxes(-1, -2))
+    if form.identity:
+        dcovariance += on_diagonal(form, dmoments.var)
+    slope = rounded(dcovariance * (2 / count), x.dtype)
     level = dmoments.mean / count - apply(shift.x + moments.mean, slope)
     dseen = conv1x1_of_two(dz, folded.kernel.swapaxes(-1, -2), seen, slope) + at(seen, level)
     if folded.skip is not None:
@@ -129,18 +149,34 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     dx = _spread(form, dy3, kernel, dseen, x)
 
     dkernel = dkernel.astype(params["conv3x3"]["kernel"].dtype)
-    return dx, {**dparams, "conv3x3": {"kernel": dkernel}}
+    dpointwise += dparams["conv1x1"]["kernel"]
+    return dx, {**dparams, "conv3x3": {"kernel": dkernel}, "conv1x1": {"kernel": dpointwise}}
 
 
 by_branches.defvjp(_forward, _backward)
 
 
+def _pointwise(form: Form, dtype: Any, kernel: jax.Array) -> jax.Array:
+    """The 1x1 kernel as a matrix for every channel group, (1, k, channels / k, features / k).
+
+    Rounded to `dtype`, as the convolution will do.
+    """
+    return in_groups(form, rounded(kernel[0, 0], dtype)).swapaxes(0, 1)[None]
+
+
 def _measure(
-    form: Form, x: jax.Array, seen: jax.Array, y3: jax.Array, kernel: jax.Array
-) -> tuple[Shift, Moments]:
-    """The moments of a block's input and of its 3x3 convolution's output."""
+    form: Form,
+    x: jax.Array,
+    seen: jax.Array,
+    y3: jax.Array,
+    kernel: jax.Array,
+    pointwise: jax.Array,
+) -> tuple[Shift, Moments, jax.Array]:
+    """The moments of a block's input and of its convolutions' outputs, and CW."""
     count = values_per_channel(form, y3)
     near, mean, covariance = mean_and_covariance(form, seen)
+    product = matmul(covariance, pointwise)
+    var1 = flat((pointwise * product).sum(axis=-2))
 
     # What the 3x3 convolution makes of a constant image, on average over pixels: its mean
     # up to the deviations of x. Near the border some taps see only padding.
@@ -149,7 +185,8 @@ def _measure(
     shifted3 = y3 - at(y3, near3)
     mean3 = sums(form, shifted3) / count
     var3 = jnp.maximum(sums(form, jnp.square(shifted3)) / count - jnp.square(mean3), 0)
-    return Shift(near3, near.astype(mean.dtype)), Moments(mean3, var3, mean, covariance)
+    shift = Shift(near3, near.astype(mean.dtype))
+    return shift, Moments(mean3, var3, mean, diagonal(covariance), var1), product
 
 
 def _fold(
@@ -157,19 +194,17 @@ def _fold(
 ) -> tuple[Folded, Statistics]:
     """Folds the block, given the moments; also its three normalisations' mean and variance.
 
-    The kernels are rounded to `dtype`, as the convolution will do, before the bias is
+    The folded kernel is rounded to `dtype`, as the convolution will do, before the bias is
     computed: it then centres what is really computed.
     """
-    kernel = rounded(params["conv1x1"]["kernel"][0, 0], dtype)
-    kernel = in_groups(form, kernel).swapaxes(0, 1)[None]
+    kernel = _pointwise(form, dtype, params["conv1x1"]["kernel"])
     mean = shift.x + moments.mean
-    product = jnp.matmul(moments.covariance, kernel, precision="highest")
     statistics = {
         "bn3x3": (shift.y3 + moments.mean3, moments.var3),
-        "bn1x1": (apply(mean, kernel), flat((kernel * product).sum(axis=-2))),
+        "bn1x1": (apply(mean, kernel), moments.var1),
     }
     if form.identity:
-        statistics["bn_identity"] = (mean, diagonal(moments.covariance))
+        statistics["bn_identity"] = (mean, moments.var)
     # Rounding can take a variance of nothing below zero.
     statistics = {norm: (mean, jnp.maximum(var, 0)) for norm, (mean, var) in statistics.items()}
     scale = {

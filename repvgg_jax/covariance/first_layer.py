@@ -9,7 +9,7 @@ from jax import lax
 
 from repvgg_jax.covariance.form import Form, Params, Statistics
 from repvgg_jax.covariance.maps import at, conv1x1, conv3x3, mean_and_covariance, wide_type
-from repvgg_jax.covariance.small import apply, flat, in_groups, rounded
+from repvgg_jax.covariance.small import apply, flat, in_groups, matmul, rounded
 
 
 def by_patches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, Statistics]:
@@ -28,7 +28,7 @@ def by_patches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, Sta
     folded, bias, statistics = jnp.zeros(()), jnp.zeros(()), {}
     for norm, kernel in (("bn3x3", kernel3x3), ("bn1x1", centred)):
         kernel = rounded(kernel.reshape(1, 1, seen.shape[-1], -1), dtype)
-        product = jnp.matmul(covariance, kernel, precision="highest")
+        product = matmul(covariance, kernel)
         var = jnp.maximum(flat((kernel * product).sum(axis=-2)), 0)
         statistics[norm] = (apply(near.astype(wide) + mean, kernel), var)
         scale = params[norm]["scale"][None] * lax.rsqrt(var + form.epsilon)

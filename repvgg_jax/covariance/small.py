@@ -13,7 +13,12 @@ def apply(x: jax.Array, matrices: jax.Array) -> jax.Array:
     """Every group's x'M, (G, out)."""
     groups = matrices.shape[1]
     x = x.reshape(x.shape[0], groups, 1, -1)
-    return flat(jnp.matmul(x, matrices, precision="highest"))
+    return flat(matmul(x, matrices))
+
+
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Products of matrices; accelerators would multiply with fewer bits unless told otherwise."""
+    return jnp.matmul(x, y, precision="highest")
 
 
 def outer_small(form: Form, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -31,6 +36,12 @@ def diagonal(matrices: jax.Array) -> jax.Array:
     # A sum, which compilers attach to what is around it; `jnp.diagonal` gathers and scatters.
     on_it = jnp.eye(matrices.shape[-1], dtype=bool)
     return flat(jnp.where(on_it, matrices, 0).sum(axis=-1))
+
+
+def on_diagonal(form: Form, values: jax.Array) -> jax.Array:
+    """Every group's diagonal matrix of (G, channels)."""
+    on_it = jnp.eye(values.shape[-1] // form.groups, dtype=bool)
+    return jnp.where(on_it, in_groups(form, values)[..., None], 0)
 
 
 def flat(x: jax.Array) -> jax.Array:
