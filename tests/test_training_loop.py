@@ -753,7 +753,15 @@ class TestCheckpoints:
         assert int(state.step) == 11
         assert "22 is not sound" in said[0]
 
-    @pytest.mark.parametrize("damage", ["emptied", "halved", "removed", "flipped"])
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            pytest.param("emptied", marks=pytest.mark.slow),
+            pytest.param("halved", marks=pytest.mark.slow),
+            "removed",
+            "flipped",
+        ],
+    )
     def test_damage_to_any_one_file(self, path, straight, damage):
         """Either the step before is restored and the damaged one named, or nothing was lost."""
         like = jax.device_get(final_state(straight[0], small_config()))
