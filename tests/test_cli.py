@@ -184,7 +184,7 @@ def wait_for(condition, process, seconds=120):
     [
         signal.SIGTERM,
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        # SIGKILL comes twenty times in test_digits.py.
     ],
 )
 def test_an_interrupted_run_continues_with_the_same_command(tmp_path, number):
