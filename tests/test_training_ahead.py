@@ -14,7 +14,7 @@ LIBTPU = importlib.util.find_spec("libtpu") is not None
 def test_the_step_compiles_for_a_slice_of_tpus():
     program = compile_ahead(small_config(), "v5e:2x2", timeout=300)
     assert program.devices == 4
-    assert program.title.startswith("RepVGG small (float32) on v5e:2x2: 4 devices in 1 processes")
+    assert program.title.startswith("RepVGG small (float32) on v5e:2x2: 4 devices in 1 process,")
     assert program.batch.startswith("global batch 128 = 128 a process = 32 a device")
     assert program.collectives["all-reduce"] >= 1
     assert 0 < program.arguments < program.peak < program.hbm == 16 * 2**30

@@ -233,8 +233,8 @@ def _compile(config: ConfigDict, topology: str) -> Program:
     return Program(
         title=(
             f"RepVGG {run.model.variant.name} ({config.model.dtype}) on {topology}: "
-            f"{len(devices)} devices in {processes} processes, images of "
-            f"{height}x{width}x{channels} in {len(run.dataset.classes)} classes"
+            f"{len(devices)} devices in {processes} process{'es' if processes > 1 else ''}, "
+            f"images of {height}x{width}x{channels} in {len(run.dataset.classes)} classes"
         ),
         batch=(
             f"global batch {batch} = {batch // processes} a process = "
