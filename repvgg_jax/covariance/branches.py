@@ -93,7 +93,7 @@ def _forward(form: Form, x: jax.Array, params: Params) -> tuple[Any, Any]:
     y3 = conv3x3(form, x, kernel)
     pointwise = _pointwise(form, x.dtype, params["conv1x1"]["kernel"])
     shift, moments, product = _measure(form, x, seen, y3, kernel, pointwise)
-    folded, statistics = _fold(form, x.dtype, shift, params, moments)
+    folded, statistics = _fold(form, x.dtype, shift, params, pointwise, moments)
 
     bias = folded.bias - folded.scale * shift.y3 - apply(shift.x, folded.kernel)
     z = conv1x1(seen, folded.kernel, wide_type(x.dtype)) + at(y3, folded.scale) * y3
@@ -121,9 +121,12 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     # From there to the parameters and the moments. Nothing here is larger than a vector of
     # channels, or a kernel.
     fold = functools.partial(_fold, form, x.dtype, shift)
-    small = {name: piece for name, piece in params.items() if name != "conv3x3"}
-    (folded, _), pull = jax.vjp(fold, small, moments)
-    dparams, dmoments = pull((Folded(dscale, dfolded, dskip, dbias), dstatistics))
+    norms = {name: piece for name, piece in params.items() if name.startswith("bn")}
+    pointwise, to_kernel = jax.vjp(
+        functools.partial(_pointwise, form, x.dtype), params["conv1x1"]["kernel"]
+    )
+    (folded, _), pull = jax.vjp(fold, norms, pointwise, moments)
+    dnorms, dpointwise, dmoments = pull((Folded(dscale, dfolded, dskip, dbias), dstatistics))
 
     # The 3x3 branch: y3 acts through its scale, its mean and its variance.
     slope = dmoments.var3 * (2 / count)
@@ -134,10 +137,8 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
 
     # The other two: x acts through the folded kernel, its mean and its covariance C, and C
     # through the variances diag(W'CW) and diag(C). W acts through the first of them, too.
-    unrounded = params["conv1x1"]["kernel"]
-    pointwise, pull = jax.vjp(functools.partial(_pointwise, form, x.dtype), unrounded)
     dvar1 = in_groups(form, dmoments.var1)[..., None, :]
-    (dpointwise,) = pull(2 * (dvar1 * product).sum(axis=0, keepdims=True))
+    dpointwise += 2 * (dvar1 * product).sum(axis=0, keepdims=True)
     dcovariance = matmul(dvar1 * pointwise, pointwise.swapaxes(-1, -2))
     if form.identity:
         dcovariance += on_diagonal(form, dmoments.var)
@@ -149,8 +150,8 @@ def _backward(form: Form, residuals: Any, cotangents: Any) -> tuple[jax.Array, A
     dx = _spread(form, dy3, kernel, dseen, x)
 
     dkernel = dkernel.astype(params["conv3x3"]["kernel"].dtype)
-    dpointwise += dparams["conv1x1"]["kernel"]
-    return dx, {**dparams, "conv3x3": {"kernel": dkernel}, "conv1x1": {"kernel": dpointwise}}
+    (dkernel1x1,) = to_kernel(dpointwise)
+    return dx, {**dnorms, "conv3x3": {"kernel": dkernel}, "conv1x1": {"kernel": dkernel1x1}}
 
 
 by_branches.defvjp(_forward, _backward)
@@ -190,32 +191,31 @@ def _measure(
 
 
 def _fold(
-    form: Form, dtype: Any, shift: Shift, params: Params, moments: Moments
+    form: Form, dtype: Any, shift: Shift, norms: Params, pointwise: jax.Array, moments: Moments
 ) -> tuple[Folded, Statistics]:
     """Folds the block, given the moments; also its three normalisations' mean and variance.
 
     The folded kernel is rounded to `dtype`, as the convolution will do, before the bias is
     computed: it then centres what is really computed.
     """
-    kernel = _pointwise(form, dtype, params["conv1x1"]["kernel"])
     mean = shift.x + moments.mean
     statistics = {
         "bn3x3": (shift.y3 + moments.mean3, moments.var3),
-        "bn1x1": (apply(mean, kernel), moments.var1),
+        "bn1x1": (apply(mean, pointwise), moments.var1),
     }
     if form.identity:
         statistics["bn_identity"] = (mean, moments.var)
     # Rounding can take a variance of nothing below zero.
     statistics = {norm: (mean, jnp.maximum(var, 0)) for norm, (mean, var) in statistics.items()}
     scale = {
-        norm: params[norm]["scale"][None] * lax.rsqrt(var + form.epsilon)
+        norm: norms[norm]["scale"][None] * lax.rsqrt(var + form.epsilon)
         for norm, (_, var) in statistics.items()
     }
-    kernel = rounded(kernel * in_groups(form, scale["bn1x1"])[..., None, :], dtype)
+    kernel = rounded(pointwise * in_groups(form, scale["bn1x1"])[..., None, :], dtype)
     skip = scale.get("bn_identity")
     bias = -scale["bn3x3"] * moments.mean3 - apply(moments.mean, kernel)
     for norm in statistics:
-        bias += params[norm]["bias"][None]
+        bias += norms[norm]["bias"][None]
     if skip is not None:
         bias -= skip * moments.mean
     return Folded(scale["bn3x3"], kernel, skip, bias), statistics
