@@ -3,7 +3,8 @@
 Compiles train steps and stages ahead of time for one TPU v5e chip (`pip install
 'repvgg-jax[tpu]'`) and prints XLA's own counts: bytes accessed, passes per block (bytes over
 the size of one activation, over the blocks), FLOPs, memory, and how long compiling took.
-Ours in both train forms beside a plain Flax version (`plain.py`).
+Ours in both train forms beside a plain Flax version (`plain.py`), each with the compiler as it is
+and with `config.train.compiler_options` (`docs/covariance.md`).
 
     python benchmarks/traffic.py                       # the stage and A0
     python benchmarks/traffic.py --models A0 B1 --forms plain covariance --write
@@ -12,9 +13,11 @@ Three counts of bytes, none of them a time. "GB" is the compiler's own total: it
 operand wherever it lies, and copies into the chip's fast memory (VMEM, 128 MiB) several times.
 The other two are added up over the compiled program (`hbm.py`): "HBM GB" takes only operands and
 results that lie in the main memory, so that what stays in VMEM costs nothing, and "touched GB"
-takes those of all computations, wherever they lie, but no copies.
+takes those of all computations, wherever they lie, but no copies. All count arrays with the padding
+of their layout: 48 channels take the room of 128.
 """
 
+import itertools
 import json
 import os
 import time
@@ -24,6 +27,7 @@ import harness
 import hbm
 
 FORMS = ("plain", "branches", "covariance")
+FEWER_COPIES = "xla_tpu_msa_inefficient_use_to_copy_ratio=3"
 
 
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +40,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     lowered = lower(job, jax.sharding.SingleDeviceSharding(device))
     traced = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=job["options"])
     done = time.perf_counter()
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     text = compiled.as_text()
@@ -141,6 +145,13 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--models", nargs="*", default=["A0"], help="whole train steps")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument(
+        "--compiler-options",
+        nargs="*",
+        default=[FEWER_COPIES],
+        metavar="NAME=VALUE",
+        help="of XLA, with which everything is compiled once more; nothing: it is not",
+    )
     parser.add_argument("--batch", type=int, default=32, help="images per chip")
     parser.add_argument("--image-size", type=int, default=224, help="pixels")
     parser.add_argument(
@@ -164,11 +175,14 @@ def main() -> None:
         programs.insert(
             0, {"channels": channels, "size": size, "blocks": blocks, "batch": args.batch}
         )
+    settings: list[dict[str, str]] = [{}]
+    if args.compiler_options:
+        settings.append(dict(option.split("=", 1) for option in args.compiler_options))
     rows = []
     for program in programs:
         baseline: dict[str, Any] | None = None
-        for form in args.forms:
-            job = program | {"form": form}
+        for form, options in itertools.product(args.forms, settings):
+            job = program | {"form": form, "options": options}
             if args.dump:
                 job["dump"] = os.path.abspath(args.dump)
             # libtpu serves one process at a time, and a compiler that fails takes its process
@@ -176,24 +190,24 @@ def main() -> None:
             counts = harness.in_subprocess(
                 __file__, job, timeout=args.timeout, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1"
             )
-            rows.append(_row(program, form, counts, baseline))
+            baseline = baseline or (None if "error" in counts else counts)
+            rows.append(_row(job, counts, baseline))
             print(json.dumps(rows[-1]), flush=True)
-            if form == args.forms[0] and "error" not in counts:
-                baseline = counts
     harness.report(
         "traffic",
         rows,
-        note=f"{__doc__}\nRatios are to {args.forms[0]!r}, the first form. bfloat16, batch "
-        f"{args.batch}, TPU v5e, compiled ahead of time.",
+        note=f"{__doc__}\nRatios are to a program's first row that compiled. bfloat16, batch {args.batch}, "
+        "TPU v5e, compiled ahead of time. Options: "
+        f"{', '.join(args.compiler_options) or 'none'}.",
         write=args.write,
     )
 
 
 def _row(
-    program: dict[str, Any], form: str, counts: dict[str, Any], baseline: dict[str, Any] | None
+    job: dict[str, Any], counts: dict[str, Any], baseline: dict[str, Any] | None
 ) -> dict[str, Any]:
-    name = program.get("model") or "{blocks} x {channels} at {size}x{size}".format(**program)
-    row = {"program": name, "form": form}
+    name = job.get("model") or "{blocks} x {channels} at {size}x{size}".format(**job)
+    row = {"program": name, "form": job["form"], "options": "yes" if job["options"] else "no"}
     if "error" in counts:
         names = (
             *("GB", "passes", "HBM GB", "touched GB", "touched passes", "GFLOP", "temp MiB"),
@@ -201,7 +215,7 @@ def _row(
         )
         return row | dict.fromkeys(names) | {"error": counts["error"]}
     base = baseline or counts
-    one_pass = activations(program) / 1e9
+    one_pass = activations(job) / 1e9
     return row | {
         "GB": counts["gb"],
         "passes": counts["gb"] / one_pass,

@@ -17,8 +17,8 @@ _PROGRAM = """HloModule jit_run, is_scheduled=true
 }
 
 ENTRY %main.1 (x.1: bf16[4,8], y.1: f32[16]) -> (f32[8], bf16[4,8]) {
-  %x.1 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
-  %y.1 = f32[16]{0:T(128)} parameter(1)
+  %x.1 = bf16[4,8]{1,0} parameter(0)
+  %y.1 = f32[16]{0} parameter(1)
 INSTRUCTIONS
 }
 """
@@ -41,7 +41,19 @@ def hbm() -> types.ModuleType:
         # Reads 64 bytes of x, writes 64.
         ("%f = bf16[4,8]{1,0} fusion(%x.1), kind=kLoop, calls=%inner", 128, 128),
         # The result stays in fast memory.
-        ("%f = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} fusion(%x.1), kind=kLoop, calls=%inner", 64, 128),
+        ("%f = bf16[4,8]{1,0:S(1)} fusion(%x.1), kind=kLoop, calls=%inner", 64, 128),
+        # Whole tiles: 24 rows of 128, where the sides are 3, 20 and 5 and 20 is the fastest.
+        (
+            "%f = bf16[3,20,5]{1,2,0:T(8,128)(2,1)} fusion(%x.1), kind=kLoop, calls=%inner",
+            64 + 2 * 24 * 128,
+            64 + 2 * 24 * 128,
+        ),
+        # A scalar and a vector of 4 bytes in tiles of 256 numbers.
+        (
+            "%f = (f32[]{:T(256)}, f32[1]{0:T(256)}) fusion(%x.1), kind=kLoop, calls=%inner",
+            64 + 2 * 1024,
+            64 + 2 * 1024,
+        ),
         # Several results: 32 + 64 bytes, and x and y are read.
         (
             "%f = (f32[8]{0}, bf16[4,8]{1,0}) fusion(%x.1, %y.1), kind=kOutput, calls=%inner",

@@ -97,6 +97,8 @@ def default_config(variant: str | Variant = "A0") -> ConfigDict:
                 "label_smoothing": 0.0,
                 "shard_optimizer": False,  # each device keeps a share of momentum and EMA (ZeRO-1)
                 "auxiliary_weight": 0.1,  # of each auxiliary head's loss (plus-L2pse)
+                # Of XLA, for the step: ("NAME=VALUE", …); docs/covariance.md has one for TPUs.
+                "compiler_options": (),
             },
             "optimizer": {
                 "name": "sgd",  # or adamw
