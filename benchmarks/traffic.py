@@ -196,8 +196,8 @@ def main() -> None:
     harness.report(
         "traffic",
         rows,
-        note=f"{__doc__}\nRatios are to a program's first row that compiled. bfloat16, batch {args.batch}, "
-        "TPU v5e, compiled ahead of time. Options: "
+        note=f"{__doc__}\nRatios are to a program's first row that compiled. bfloat16, batch "
+        f"{args.batch}, TPU v5e, compiled ahead of time. Options: "
         f"{', '.join(args.compiler_options) or 'none'}.",
         write=args.write,
     )

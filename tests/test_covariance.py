@@ -73,7 +73,7 @@ CASES = [
         ("no-identity", 8, 8, {"identity": False}),
         ("wider", 6, 8, {}),
         ("stem", 3, 8, {"stride": 2}),
-        # Here features outnumber the patch: another computation, see `_by_patches`.
+        # Here features outnumber the patch: another computation, see `by_patches`.
         ("first-layer", 3, 32, {"stride": 2}),
         ("first-layer-stride-1", 2, 18, {}),
         ("first-layer-dilation", 1, 9, {"dilation": 2, "stride": 2}),
@@ -99,10 +99,20 @@ CASES = [
     + [pytest.param(*case.values, "float32", 1e-5, id=f"{case.id}-float32") for case in CASES[::4]],
 )
 def test_same_values_statistics_and_gradients(channels, options, dtype, tolerance, rng):
+    check_same(rng, (IMAGES, 7, 10, channels), options, dtype, tolerance)
+
+
+@pytest.mark.parametrize("width", [7, 8, 11, 12])
+def test_a_first_layer_takes_as_many_columns_as_divide_the_width(width, rng):
+    """Statistics of 4, 4, 3 and 3 columns at once; the last one ends in padding or at a pixel."""
+    check_same(rng, (4, 5, width, 3), {"features": 27, "stride": 2}, "float64", 1e-12)
+
+
+def check_same(rng, shape, options, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         options = options | {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
         branches, fast = pair(**options)
-        x = jnp.asarray(rng.normal(0.3, 1, (IMAGES, 7, 10, channels)), dtype)
+        x = jnp.asarray(rng.normal(0.3, 1, shape), dtype)
         variables = some_variables(branches, x, rng)
         shape = jax.eval_shape(branches.apply, variables, x).shape
         weights = jnp.asarray(rng.normal(size=shape), dtype)

@@ -24,6 +24,20 @@ def test_the_step_compiles_for_a_slice_of_tpus():
 
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu")
+def test_options_reach_the_compiler():
+    """Arrays that stay out of the fast memory are not copied there, which the count shows."""
+    config = small_config()
+    as_it_is = compile_ahead(config, "v5e:2x2", timeout=300)
+    config.train.compiler_options = ("xla_vf_vmem_memory_space_assignment=false",)
+    assert compile_ahead(config, "v5e:2x2", timeout=300).accessed < as_it_is.accessed
+    config.train.compiler_options = ("xla_vf_vmem_no_such=false",)
+    with pytest.raises(
+        ValueError, match=r"on tpu: .*No such compile option: 'xla_vf_vmem_no_such'"
+    ):
+        compile_ahead(config, "v5e:2x2", timeout=300)
+
+
+@pytest.mark.skipif(not LIBTPU, reason="needs libtpu")
 def test_too_little_time():
     with pytest.raises(TimeoutError, match=r"v5e:2x2 was not done after 0 s; --compile_timeout"):
         compile_ahead(small_config(), "v5e:2x2", timeout=0.1)

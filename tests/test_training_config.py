@@ -139,6 +139,12 @@ class TestBatchSizes:
         ({"train__accumulate": 0}, "config.train.accumulate=0 must be 1 or more"),
         ({"train__label_smoothing": 1.0}, r"train.label_smoothing=1.0 must be in \[0, 1\)"),
         ({"train__auxiliary_weight": -0.1}, "train.auxiliary_weight=-0.1 must be 0 or more"),
+        ({"train__compiler_options": ("xla",)}, r"=\('xla',\) must hold texts NAME=VALUE"),
+        ({"train__compiler_options": (1,)}, r"=\(1,\) must hold texts NAME=VALUE"),
+        (
+            {"train__compiler_options": ("xla_no_such=1",)},
+            r"train.compiler_options=\('xla_no_such=1',\) on cpu: .*No such compile option",
+        ),
         ({"optimizer__learning_rate": float("nan")}, "learning_rate=nan must be a finite number"),
         ({"optimizer__learning_rate": -0.1}, "learning_rate=-0.1 must be 0 or more"),
         ({"optimizer__warmup_epochs": 3.0}, "warmup_epochs=3.0 leaves nothing .*epochs=2"),

@@ -5,11 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from repvgg_jax.covariance.form import Form, Params, Statistics
 from repvgg_jax.covariance.maps import at, conv1x1, conv3x3, mean_and_covariance, wide_type
 from repvgg_jax.covariance.small import apply, flat, in_groups, matmul, rounded
+
+_LANES = 128  # numbers for which an accelerator's memory has room side by side, used or not
 
 
 def by_patches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, Statistics]:
@@ -20,14 +23,14 @@ def by_patches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, Sta
     output is the only large array that is kept. There is no identity: the channels differ.
     """
     dtype, wide = x.dtype, wide_type(x.dtype)
-    seen = _patches(form, x)
-    near, mean, covariance = mean_and_covariance(form, seen)
+    patches, columns = _patches(form, x)
+    near, mean, covariance = mean_and_covariance(form, patches, columns)
 
     kernel3x3, kernel1x1 = (params[name]["kernel"] for name in ("conv3x3", "conv1x1"))
     centred = jnp.pad(kernel1x1, ((1, 1), (1, 1), (0, 0), (0, 0)))
     folded, bias, statistics = jnp.zeros(()), jnp.zeros(()), {}
     for norm, kernel in (("bn3x3", kernel3x3), ("bn1x1", centred)):
-        kernel = rounded(kernel.reshape(1, 1, seen.shape[-1], -1), dtype)
+        kernel = rounded(kernel.reshape(1, 1, 9 * x.shape[-1], -1), dtype)
         product = matmul(covariance, kernel)
         var = jnp.maximum(flat((kernel * product).sum(axis=-2)), 0)
         statistics[norm] = (apply(near.astype(wide) + mean, kernel), var)
@@ -41,17 +44,38 @@ def by_patches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, Sta
         folded = folded.reshape(kernel3x3.shape).astype(dtype)
         z = conv3x3(form, x, folded, preferred_element_type=wide)
     else:
-        z = conv1x1(seen, folded, wide)
+        z = conv1x1(patches.reshape(*patches.shape[:2], -1, 9 * x.shape[-1]), folded, wide)
     z += at(z, bias)
     return (_relu(z, dtype) if form.relu else z.astype(dtype)), statistics
 
 
-def _patches(form: Form, x: jax.Array) -> jax.Array:
-    """The nine pixels under the 3x3 kernel, (images, height/stride, width/stride, 9 channels)."""
-    channels = x.shape[-1]
+def _patches(form: Form, x: jax.Array) -> tuple[jax.Array, int]:
+    """The nine pixels under the 3x3 kernel, of as many columns side by side as there is room for.
+
+    Returns:
+      (images, height/stride, width/stride/columns, columns x 9 channels), and how many columns.
+    """
+    channels, dilation, stride = x.shape[-1], form.dilation, form.stride
+    width = -(-x.shape[2] // stride)
+    most = max(1, _LANES // (9 * channels))
+    columns = max(n for n in range(1, most + 1) if width % n == 0)
     # One convolution, by kernels that are 1 at one tap of one channel; exact at this precision.
-    taps = jnp.eye(9 * channels, dtype=x.dtype).reshape(3, 3, channels, -1)
-    return conv3x3(form, x, taps, precision="highest")
+    taps = np.zeros(
+        (3, (columns - 1) * stride + 2 * dilation + 1, channels, columns, 3, 3, channels)
+    )
+    for column, row, tap in np.ndindex(columns, 3, 3):
+        taps[row, column * stride + tap * dilation, :, column, row, tap] = np.eye(channels)
+    beyond = (width - 1) * stride + dilation + 1 - x.shape[2]
+    patches = lax.conv_general_dilated(
+        x,
+        jnp.asarray(taps.reshape(*taps.shape[:3], -1), x.dtype),
+        window_strides=(stride, columns * stride),
+        padding=((dilation, dilation), (dilation, beyond)),
+        rhs_dilation=(dilation, 1),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision="highest",
+    )
+    return patches, columns
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -79,16 +79,28 @@ def sums(form: Form, x: jax.Array) -> jax.Array:
     return sums.reshape(form.image_groups, -1, x.shape[-1]).sum(axis=1)
 
 
-def mean_and_covariance(form: Form, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A constant near the mean, the mean relative to it, and the covariance."""
-    count = values_per_channel(form, seen)
-    mean = sums(form, seen) / count
+def mean_and_covariance(
+    form: Form, seen: jax.Array, columns: int = 1
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A constant near the mean, the mean relative to it, and the covariance.
+
+    Where `columns` pixels lie side by side on the last axis, they are so many values of each
+    channel.
+    """
+    channels = seen.shape[-1] // columns
+    count = values_per_channel(form, seen) * columns
+    mean = sums(form, seen).reshape(-1, columns, channels).sum(axis=1) / count
     # In the convolutions' dtype, so that subtracting it from x loses nothing more.
     near = lax.stop_gradient(mean.astype(seen.dtype))
-    shifted = seen - at(seen, near)
+    shifted = seen - at(seen, jnp.tile(near, columns))
     mean -= near
-    covariance = outer(form, shifted, shifted) / count - outer_small(form, mean, mean)
-    return near, mean, covariance
+    products = outer(form, shifted, shifted)
+    if columns > 1:  # those of a column with itself lie on the diagonal
+        blocks = [
+            slice(start, start + channels) for start in range(0, columns * channels, channels)
+        ]
+        products = sum((products[..., block, block] for block in blocks), jnp.zeros(()))
+    return near, mean, products / count - outer_small(form, mean, mean)
 
 
 def at(x: jax.Array, per_group: jax.Array) -> jax.Array:
