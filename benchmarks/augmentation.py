@@ -71,9 +71,7 @@ def main() -> None:
             "compile s": compiling[name],
             "GFLOP": program.cost_analysis()["flops"] / 1e9,
             "GB": program.cost_analysis()["bytes accessed"] / 1e9,
-            "median ms": 1e3 * took[name]["median"],
-            "min ms": 1e3 * took[name]["min"],
-            "max ms": 1e3 * took[name]["max"],
+            **harness.milliseconds(took[name]),
             "time x": harness.ratio(took, name, "together"),
         }
         for name, program in programs.items()

@@ -150,6 +150,11 @@ def summary(times: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "min": min(times), "max": max(times)}
 
 
+def milliseconds(seconds: Mapping[str, float]) -> dict[str, float]:
+    """A summary of seconds as cells of a table."""
+    return {f"{name} ms": 1e3 * value for name, value in seconds.items()}
+
+
 def ratio(took: Mapping[str, Mapping[str, float]], name: str, to: str) -> float | None:
     """Of two medians among summaries; None where the second is missing."""
     return took[name]["median"] / took[to]["median"] if to in took else None

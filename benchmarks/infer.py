@@ -139,9 +139,7 @@ def main() -> None:
                     "batch": batch,
                     "runner": kind,
                     "images/s": batch / took[kind]["median"],
-                    "median ms": 1e3 * took[kind]["median"],
-                    "min ms": 1e3 * took[kind]["min"],
-                    "max ms": 1e3 * took[kind]["max"],
+                    **harness.milliseconds(took[kind]),
                     "time x": harness.ratio(took, kind, kinds[0]),
                 }
                 for kind in took

@@ -87,9 +87,7 @@ def main() -> None:
             {
                 "model": name,
                 "batch": args.batch,
-                "median ms": 1e3 * took["median"],
-                "min ms": 1e3 * took["min"],
-                "max ms": 1e3 * took["max"],
+                **harness.milliseconds(took),
                 "least ms": 1e3 * least,
                 "limited by": "memory" if moved / bandwidth > flop / arithmetic else "arithmetic",
                 "achieved": least / took["median"],
