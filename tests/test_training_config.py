@@ -6,6 +6,7 @@ import re
 import pytest
 
 from repvgg_jax.training import config as configs
+from repvgg_jax.training.loop import train
 from repvgg_jax.training.run import Run
 from tests.runs import small_config
 
@@ -141,10 +142,6 @@ class TestBatchSizes:
         ({"train__auxiliary_weight": -0.1}, "train.auxiliary_weight=-0.1 must be 0 or more"),
         ({"train__compiler_options": ("xla",)}, r"=\('xla',\) must hold texts NAME=VALUE"),
         ({"train__compiler_options": (1,)}, r"=\(1,\) must hold texts NAME=VALUE"),
-        (
-            {"train__compiler_options": ("xla_no_such=1",)},
-            r"train.compiler_options=\('xla_no_such=1',\) on cpu: .*No such compile option",
-        ),
         ({"optimizer__learning_rate": float("nan")}, "learning_rate=nan must be a finite number"),
         ({"optimizer__learning_rate": -0.1}, "learning_rate=-0.1 must be 0 or more"),
         ({"optimizer__warmup_epochs": 3.0}, "warmup_epochs=3.0 leaves nothing .*epochs=2"),
@@ -169,3 +166,12 @@ def test_a_mistake_is_one_line_before_anything_is_computed(overrides, message):
     with pytest.raises(ValueError, match=message) as caught:
         begin()
     assert "\n" not in str(caught.value)
+
+
+def test_options_of_another_platforms_compiler_stop_only_training(tmp_path):
+    config = small_config(train__compiler_options=("xla_no_such=1",))
+    Run.from_config(config)  # to evaluate or to convert what it has trained
+    told = r"^config.train.compiler_options=\('xla_no_such=1',\) on cpu: .*No such compile option"
+    with pytest.raises(ValueError, match=told):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from repvgg_jax.data.arrays import ArraySource
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.training import config as configs
+from repvgg_jax.training.compiling import try_options
 from repvgg_jax.training.run import Run
 
 _PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -218,6 +219,7 @@ def _compile(config: ConfigDict, topology: str) -> Program:
     processes = len({device.process_index for device in devices})
     configs.check(config, devices=len(devices), processes=processes)
     run = Run.from_config(config, dataset=_dataset(config), devices=devices)
+    try_options(config.train.compiler_options, run.mesh)
 
     began = time.perf_counter()
     lowered = run.lower_step()

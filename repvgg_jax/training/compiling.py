@@ -8,25 +8,41 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 _EXAMPLE = "xla_tpu_msa_inefficient_use_to_copy_ratio=3"
 
 
-def compiler_options(settings: Sequence[str], mesh: Mesh) -> dict[str, str]:
-    """`config.train.compiler_options` as `jax.jit` takes them, tried on the devices' compiler.
-
-    Args:
-      settings: NAME=VALUE each.
-      mesh: the devices.
+def parse_options(settings: Sequence[str]) -> dict[str, str]:
+    """`config.train.compiler_options`, NAME=VALUE each, as `jax.jit` takes them.
 
     Raises:
-      ValueError: not of that form, or the compiler knows no such option or value.
+      ValueError: not of that form.
     """
-    where = f"config.train.compiler_options={settings!r}"
     if not all(isinstance(setting, str) and "=" in setting for setting in settings):
-        raise ValueError(f"{where} must hold texts NAME=VALUE, as ({_EXAMPLE!r},) does")
-    options = dict(setting.split("=", maxsplit=1) for setting in settings)
-    if options:
-        nothing = jax.ShapeDtypeStruct((), "float32", sharding=NamedSharding(mesh, PartitionSpec()))
-        try:
-            jax.jit(lambda x: x, compiler_options=options).lower(nothing).compile()
-        except jax.errors.JaxRuntimeError as error:
-            platform = mesh.devices.flat[0].platform
-            raise ValueError(f"{where} on {platform}: {str(error).splitlines()[0]}") from error
-    return options
+        raise ValueError(
+            f"config.train.compiler_options={settings!r} must hold texts NAME=VALUE, as "
+            f"({_EXAMPLE!r},) does"
+        )
+    return dict(setting.split("=", maxsplit=1) for setting in settings)
+
+
+def try_options(settings: Sequence[str], mesh: Mesh) -> None:
+    """Compiles next to nothing with the options.
+
+    Not part of reading a configuration: what was trained on one platform is evaluated and
+    converted on others, whose compilers have other options.
+
+    Args:
+      settings: as for `parse_options`.
+      mesh: the devices to compile for.
+
+    Raises:
+      ValueError: their compiler knows no such option or value.
+    """
+    options = parse_options(settings)
+    if not options:
+        return
+    nothing = jax.ShapeDtypeStruct((), "float32", sharding=NamedSharding(mesh, PartitionSpec()))
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(nothing).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"config.train.compiler_options={settings!r} on {mesh.devices.flat[0].platform}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error

@@ -8,6 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from repvgg_jax.training.compiling import parse_options
+
 _SEEDS = 2**32  # Grain takes no others, and jax would take them for smaller ones
 
 _LEAST: Mapping[str, float] = {
@@ -66,6 +68,7 @@ def check_limits(config: ConfigDict) -> None:
             f"config.train.epochs={config.train.epochs}"
         )
     _check_sizes(config.data.sizes, config.data.train_size)
+    parse_options(config.train.compiler_options)
 
 
 def _check_sizes(sizes: Any, train_size: int) -> None:

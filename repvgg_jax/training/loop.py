@@ -18,6 +18,7 @@ from repvgg_jax.fuse import fuse_params
 from repvgg_jax.training import config as configs
 from repvgg_jax.training import distributed
 from repvgg_jax.training.checkpoint import Checkpoints
+from repvgg_jax.training.compiling import try_options
 from repvgg_jax.training.evaluation import Evaluation, counted, row
 from repvgg_jax.training.meter import Meter
 from repvgg_jax.training.profile import Profile
@@ -77,6 +78,7 @@ def train(
         # First, so that a signal while the run starts waits for the first question.
         stop = stack.enter_context(StopRequest(distributed.agree_to_stop))
         run = Run.from_config(config)
+        try_options(config.train.compiler_options, run.mesh)
         if jax.process_index() == 0:
             say = functools.partial(print, flush=True)  # there is no report yet
             stack.enter_context(workdir.claimed(config, say=say))

@@ -20,7 +20,7 @@ from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.sizes import TrainSizes
 from repvgg_jax.model import RepVGG
 from repvgg_jax.training import config as configs
-from repvgg_jax.training.compiling import compiler_options
+from repvgg_jax.training.compiling import parse_options
 from repvgg_jax.training.optimizer import make_optimizer
 from repvgg_jax.training.sharding import data_mesh, state_sharding
 from repvgg_jax.training.state import TrainState, initial_state
@@ -42,7 +42,6 @@ class Run:
       augment: the same with augmentation, for training.
       mixing: of images and targets, or None.
       mesh: all devices, on one axis `data`.
-      compiler_options: of XLA, for the train step.
       steps_per_epoch: whole batches in the training images.
       total_steps: of the run.
     """
@@ -56,7 +55,6 @@ class Run:
     augment: Augmentation
     mixing: Mixing | None
     mesh: Mesh
-    compiler_options: dict[str, str]
     steps_per_epoch: int
     total_steps: int
 
@@ -95,7 +93,6 @@ class Run:
         steps_per_epoch = len(dataset.train) // batch_size
         total_steps = config.train.epochs * steps_per_epoch
         normalise = Normalise(tuple(config.data.mean), tuple(config.data.std))
-        mesh = data_mesh(jax.devices() if devices is None else devices)
         return cls(
             config=config,
             dataset=dataset,
@@ -114,8 +111,7 @@ class Run:
             normalise=normalise,
             augment=make_augmentation(config.augment, normalise),
             mixing=make_mixing(config.augment),
-            mesh=mesh,
-            compiler_options=compiler_options(config.train.compiler_options, mesh),
+            mesh=data_mesh(jax.devices() if devices is None else devices),
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
         )
@@ -199,7 +195,7 @@ class Run:
             dataclasses.replace(self.train_step, over_pieces=over_pieces),
             out_shardings=(self.state_sharding(), self.replicated),
             donate_argnums=0,
-            compiler_options=self.compiler_options,
+            compiler_options=parse_options(self.config.train.compiler_options),
         )
         return jitted.lower(self.abstract_state(), self.abstract_batch(size))
 
