@@ -4,7 +4,8 @@ Runners are timed in turn, A B C A B C …, each in its own process; ratios are 
 one's median.
 Ours runs in JAX and, where `repvgg_jax.export` and the runtime are installed, exported to
 ONNX and run by onnxruntime and OpenVINO. "deploy plain" leaves every convolution to XLA
-(`lowering="plain"`). On a GPU everything is bfloat16, on a CPU float32.
+(`lowering="plain"`). In "deploy constant" and under `torch.compile` with freezing the weights are
+constants of the program. On a GPU everything is bfloat16, on a CPU float32.
 
     python benchmarks/infer.py --models A0 B1 B1g4 --batch 1 8 32 --write
     python benchmarks/infer.py --runners deploy "torch compile" "timm compile" --batch 256
@@ -22,9 +23,9 @@ import numpy as np
 import torch_peer
 
 RUNNERS = (
-    "deploy", "deploy plain", "train form", "onnxruntime", "openvino",
-    "torch", "torch channels_last", "torch compile", "torch train form",
-    "timm channels_last", "timm compile",
+    "deploy", "deploy constant", "deploy plain", "train form", "onnxruntime", "openvino",
+    "torch", "torch channels_last", "torch compile", "torch compile freezing",
+    "torch train form", "timm channels_last", "timm compile",
 )  # fmt: skip
 
 
@@ -55,6 +56,7 @@ def runner(kind: str, name: str, images: np.ndarray) -> Callable[[], Any]:
             images,
             channels_last="channels_last" in kind or "compile" in kind,
             compile="compile" in kind,
+            freezing="freezing" in kind,
             bf16=torch.cuda.is_available(),
         )
     if kind in ("onnxruntime", "openvino"):
@@ -70,7 +72,11 @@ def runner(kind: str, name: str, images: np.ndarray) -> Callable[[], Any]:
     if kind != "train form":
         lowering = "plain" if kind == "deploy plain" else "auto"
         model, variables = model.clone(deploy=True, lowering=lowering), rv.fuse_params(variables)
-    apply, x = jax.jit(model.apply), jax.device_put(images.astype(dtype))
+    x = jax.device_put(images.astype(dtype))
+    if kind == "deploy constant":
+        predict = jax.jit(lambda images: model.apply(variables, images))
+        return lambda: jax.block_until_ready(predict(x))
+    apply = jax.jit(model.apply)
     return lambda: jax.block_until_ready(apply(variables, x))
 
 

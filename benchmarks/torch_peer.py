@@ -120,10 +120,18 @@ def trainer(model: Any, images: Any, labels: Any, *, channels_last: bool = False
     return step
 
 
-def predictor(model: Any, images: Any, *, channels_last: bool = False,
-              compile: bool = False, bf16: bool = False) -> Callable[[], None]:  # fmt: skip
-    """A function that computes the logits of `images` and waits for them; as `trainer`."""
+def predictor(model: Any, images: Any, *, channels_last: bool = False, compile: bool = False,
+              freezing: bool = False, bf16: bool = False) -> Callable[[], None]:  # fmt: skip
+    """A function that computes the logits of `images` and waits for them; as `trainer`.
+
+    With `freezing` the compiler takes the weights as constants, in the whole process.
+    """
     import torch
+
+    if freezing:
+        import torch._inductor.config as inductor
+
+        inductor.freezing = True
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memory = torch.channels_last if channels_last else torch.contiguous_format

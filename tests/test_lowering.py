@@ -159,3 +159,14 @@ def test_others_stay_plain(change):
 def test_unknown_lowering():
     with pytest.raises(ValueError, match="lowering='fast' must be one of 'auto', 'plain'"):
         create_model("A0", lowering="fast")
+
+
+def test_a_kernel_that_is_a_constant_is_transformed_once():
+    """When the program is compiled; as an argument it is transformed whenever it runs."""
+    x, kernel = operands(48, 40, 1, 14, 14)
+    argument = jax.jit(lambda x, k: convolve(conv_general_dilated, x, k, 1, 1)).lower(x, kernel)
+    constant = jax.jit(lambda x: convolve(conv_general_dilated, x, kernel, 1, 1)).lower(x)
+    argument, constant = argument.compile(), constant.compile()
+    np.testing.assert_allclose(constant(x), argument(x, kernel), rtol=0, atol=1e-5)
+    saved = argument.cost_analysis()["flops"] - constant.cost_analysis()["flops"]
+    assert saved >= 2 * kernel.size
