@@ -26,8 +26,9 @@ from typing import Any
 import harness
 import hbm
 
+from repvgg_jax.training.compiling import FEWER_COPIES, parse_options
+
 FORMS = ("plain", "branches", "covariance")
-FEWER_COPIES = "xla_tpu_msa_inefficient_use_to_copy_ratio=3"
 
 
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def main() -> None:
         )
     settings: list[dict[str, str]] = [{}]
     if args.compiler_options:
-        settings.append(dict(option.split("=", 1) for option in args.compiler_options))
+        settings.append(parse_options(args.compiler_options))
     rows = []
     for program in programs:
         baseline: dict[str, Any] | None = None
@@ -214,7 +215,7 @@ def _row(
             *("peak MiB", "compile s", "bytes x", "HBM x", "touched x", "peak x", "FLOP x"),
         )
         return row | dict.fromkeys(names) | {"error": counts["error"]}
-    base = baseline or counts
+    assert baseline is not None  # these counts, if there were none before
     one_pass = activations(job) / 1e9
     return row | {
         "GB": counts["gb"],
@@ -226,11 +227,11 @@ def _row(
         "temp MiB": counts["temp_mib"],
         "peak MiB": counts["peak_mib"],
         "compile s": counts["compile_s"],
-        "bytes x": counts["gb"] / base["gb"],
-        "HBM x": counts["hbm_gb"] / base["hbm_gb"],
-        "touched x": counts["touched_gb"] / base["touched_gb"],
-        "peak x": counts["peak_mib"] / base["peak_mib"],
-        "FLOP x": counts["gflop"] / base["gflop"],
+        "bytes x": counts["gb"] / baseline["gb"],
+        "HBM x": counts["hbm_gb"] / baseline["hbm_gb"],
+        "touched x": counts["touched_gb"] / baseline["touched_gb"],
+        "peak x": counts["peak_mib"] / baseline["peak_mib"],
+        "FLOP x": counts["gflop"] / baseline["gflop"],
         "error": None,
     }
 

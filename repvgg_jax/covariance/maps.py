@@ -94,13 +94,10 @@ def mean_and_covariance(
     near = lax.stop_gradient(mean.astype(seen.dtype))
     shifted = seen - at(seen, jnp.tile(near, columns))
     mean -= near
-    products = outer(form, shifted, shifted)
-    if columns > 1:  # those of a column with itself lie on the diagonal
-        blocks = [
-            slice(start, start + channels) for start in range(0, columns * channels, channels)
-        ]
-        products = sum((products[..., block, block] for block in blocks), jnp.zeros(()))
-    return near, mean, products / count - outer_small(form, mean, mean)
+    products = jnp.split(outer(form, shifted, shifted), columns, axis=-2)
+    # Those of a column with itself lie on the diagonal.
+    own = [jnp.split(row, columns, axis=-1)[i] for i, row in enumerate(products)]
+    return near, mean, sum(own[1:], own[0]) / count - outer_small(form, mean, mean)
 
 
 def at(x: jax.Array, per_group: jax.Array) -> jax.Array:

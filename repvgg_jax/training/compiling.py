@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-_EXAMPLE = "xla_tpu_msa_inefficient_use_to_copy_ratio=3"
+FEWER_COPIES = "xla_tpu_msa_inefficient_use_to_copy_ratio=3"
+"""On TPUs, copies into fast memory only where they save traffic; see `docs/covariance.md`."""
 
 
 def parse_options(settings: Sequence[str]) -> dict[str, str]:
@@ -17,7 +18,7 @@ def parse_options(settings: Sequence[str]) -> dict[str, str]:
     if not all(isinstance(setting, str) and "=" in setting for setting in settings):
         raise ValueError(
             f"config.train.compiler_options={settings!r} must hold texts NAME=VALUE, as "
-            f"({_EXAMPLE!r},) does"
+            f"({FEWER_COPIES!r},) does"
         )
     return dict(setting.split("=", maxsplit=1) for setting in settings)
 
