@@ -37,8 +37,9 @@ def main(_: Sequence[str]) -> int:
             "give --workdir, the directory of a training run, or --from, a checkpoint file, "
             "and --output, the directory to write"
         )
-    from repvgg_jax import deployment, origin
-    from repvgg_jax.conversion import convert
+    from repvgg_jax.convert import deployed as deployment
+    from repvgg_jax.convert import source as origin
+    from repvgg_jax.convert.pipeline import convert
 
     output = pathlib.Path(OUTPUT.value)
     deployment.check_formats(FORMAT.value)

@@ -65,18 +65,18 @@ COMPILE_TIMEOUT = flags.DEFINE_integer(
 
 def main(_: Sequence[str]) -> int:
     """Trains; returns the exit status."""
-    from repvgg_jax.training.assessment import assess
-    from repvgg_jax.training.distributed import is_first
-    from repvgg_jax.training.joining import joined
-    from repvgg_jax.training.loop import train
-    from repvgg_jax.training.profile import parse_steps
+    from repvgg_jax.cluster.consensus import is_first
+    from repvgg_jax.cluster.initialize import joined
+    from repvgg_jax.train.assessment import assess
+    from repvgg_jax.train.loop import train
+    from repvgg_jax.train.profile import parse_steps
 
     recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     if not recipe.is_file():
         found = ", ".join(sorted(path.name for path in RECIPES.glob("*.py")))
         raise ValueError(f"--config={recipe}: no such file; there are in {RECIPES}: {found}")
     if COMPILE_ONLY.value is not None:
-        from repvgg_jax.training.ahead import compile_ahead
+        from repvgg_jax.train.aot import compile_ahead
 
         print(compile_ahead(CONFIG.value, COMPILE_ONLY.value, timeout=COMPILE_TIMEOUT.value))
         return 0

@@ -145,7 +145,7 @@ def _batches(path: str):
 
     from repvgg_jax.data.batches import train_batches
     from repvgg_jax.data.dataset import load
-    from repvgg_jax.training.config import default_config
+    from repvgg_jax.train.config import default_config
 
     settings = default_config().data
     settings.source, settings.train_size = f"records:{path}", 224

@@ -43,8 +43,8 @@ def recipe_of(model: str) -> pathlib.Path | None:
 
 def config_of(model: str, topology: str) -> Any:
     """The recipe of `model`, 32 images a chip of the slice; without one, the default settings."""
-    from repvgg_jax.training.ahead import chips_in
-    from repvgg_jax.training.config import default_config
+    from repvgg_jax.train.aot import chips_in
+    from repvgg_jax.train.config import default_config
 
     recipe = recipe_of(model)
     config = runpy.run_path(str(recipe))["get_config"]() if recipe else default_config(model)
@@ -59,7 +59,7 @@ def row_of(model: str, topology: str, timeout: float) -> dict[str, Any]:
     """Compiles one program and returns its row; one that fails has `error`."""
     import dataclasses
 
-    from repvgg_jax.training.ahead import compile_ahead
+    from repvgg_jax.train.aot import compile_ahead
 
     row: dict[str, Any] = facts_of(model) | harness.origin()
     row |= {"model": model, "topology": topology}

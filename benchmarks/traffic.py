@@ -26,7 +26,7 @@ from typing import Any
 import harness
 import hbm
 
-from repvgg_jax.training.compiling import FEWER_COPIES, parse_options
+from repvgg_jax.train.compiling import FEWER_COPIES, parse_options
 
 FORMS = ("plain", "branches", "covariance")
 

@@ -7,7 +7,7 @@ seeds (docs/results.md).
 """
 
 from repvgg_jax import Variant
-from repvgg_jax.training.config import default_config
+from repvgg_jax.train.config import default_config
 
 # The images have 8x8 pixels, so the stem and the first stage keep their resolution.
 DIGITS = Variant(

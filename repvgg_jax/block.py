@@ -10,7 +10,7 @@ per channel, so the sum is one 3x3 convolution with a bias, and that is the depl
 
     y = ReLU( K * x + b )
 
-`repvgg_jax.fuse.fuse_params` computes K and b from the branches. Parameter names:
+`repvgg_jax.reparam.fuse_params` computes K and b from the branches. Parameter names:
 
     training form   conv3x3/kernel  bn3x3/{scale,bias}  conv1x1/kernel  bn1x1/{scale,bias}
                     bn_identity/{scale,bias}            each bn with batch_stats {mean,var}
@@ -30,8 +30,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repvgg_jax import covariance
-from repvgg_jax import lowering as lowerings
-from repvgg_jax.lowering import Lowering
+from repvgg_jax import cpu_conv as lowerings
+from repvgg_jax.cpu_conv import Lowering
 from repvgg_jax.norm import BatchNorm, image_groups, updated
 from repvgg_jax.variants import SqueezeExcite
 
@@ -66,7 +66,7 @@ class RepVGGBlock(nn.Module):
       train_form: how training computes the branches: "branches" as they are drawn, or
         "covariance", the same function without holding two of them (`repvgg_jax.covariance`).
       lowering: how convolutions are computed: "auto", on CPUs in the way that was measured to
-        be fastest (`repvgg_jax.lowering`), or "plain", as drawn everywhere.
+        be fastest (`repvgg_jax.cpu_conv`), or "plain", as drawn everywhere.
       dtype: of the convolutions; parameters, statistics and batch normalisation stay float32.
       param_dtype: of the parameters.
     """

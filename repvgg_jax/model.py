@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repvgg_jax import lowering as lowerings
+from repvgg_jax import cpu_conv as lowerings
 from repvgg_jax.block import RepVGGBlock, TrainForm, torch_bias_init, torch_kernel_init
-from repvgg_jax.lowering import Lowering
+from repvgg_jax.cpu_conv import Lowering
 from repvgg_jax.norm import BatchNorm
 from repvgg_jax.variants import Layer, Variant, get_variant
 
@@ -47,7 +47,7 @@ def create_model(
         computes the same function, statistics and gradients without ever holding two of the
         three (`docs/covariance.md`). Variables are the same.
       lowering: "auto" computes float32 convolutions on CPUs in ways they are good at
-        (`repvgg_jax.lowering`); "plain" leaves them as they are on every platform.
+        (`repvgg_jax.cpu_conv`); "plain" leaves them as they are on every platform.
       remat: recompute every block's activations in the backward pass instead of keeping them.
       dtype: of the convolutions, float32 or bfloat16. Parameters, statistics, batch
         normalisation and the classifier stay float32.

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from repvgg_jax.fuse import fuse_params
 from repvgg_jax.model import RepVGG
+from repvgg_jax.reparam import fuse_params
 
 TOLERANCE = 1e-5
 """Largest |Δlogit| allowed, relative to the largest |logit|, in float32."""

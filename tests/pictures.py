@@ -10,7 +10,7 @@ from PIL import Image
 from repvgg_jax.data import photos
 from repvgg_jax.data.dataset import Dataset
 from repvgg_jax.data.source import Source
-from repvgg_jax.training.config import default_config
+from repvgg_jax.train.config import default_config
 
 CLASSES = ("n01", "n02", "n03")
 

@@ -15,7 +15,7 @@ TIMEOUT = 300  # seconds; these machines are busy
 # A few thousand parameters on made-up images; a step takes milliseconds.
 RECIPE = """
 from repvgg_jax import Variant
-from repvgg_jax.training.config import default_config
+from repvgg_jax.train.config import default_config
 
 
 def get_config():

@@ -5,7 +5,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from repvgg_jax import Variant
-from repvgg_jax.training.config import default_config
+from repvgg_jax.train.config import default_config
 
 SMALL = Variant("small", (1, 1), (8, 16), 8, strides=(1, 2), stem_stride=1)
 

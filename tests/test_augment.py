@@ -20,7 +20,7 @@ from repvgg_jax.data.augment.erasing import Erasing
 from repvgg_jax.data.augment.keys import Stage
 from repvgg_jax.data.augment.policies import AutoAugment, RandAugment, Raug15
 from repvgg_jax.data.photos import crops
-from repvgg_jax.training.config import default_config
+from repvgg_jax.train.config import default_config
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 OVER_BATCH = jax.sharding.NamedSharding(MESH, jax.sharding.PartitionSpec("data"))

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from repvgg_jax.training import ahead
+from repvgg_jax.train import aot as ahead
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 

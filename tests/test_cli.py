@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from repvgg_jax import create_model, fuse_params, load_weights, save_weights
-from repvgg_jax.deployment import load_deployed
+from repvgg_jax.convert.deployed import load_deployed
 from repvgg_jax.proof import logits
-from repvgg_jax.training.run import Run
-from repvgg_jax.training.trained import trained_state
-from repvgg_jax.training.workdir import Workdir
+from repvgg_jax.train.run import Run
+from repvgg_jax.train.trained import trained_state
+from repvgg_jax.train.workdir import Workdir
 from tests.trees import random_variables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

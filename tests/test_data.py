@@ -9,7 +9,7 @@ import pytest
 from repvgg_jax.data.arrays import ArraySource
 from repvgg_jax.data.batches import eval_batches, train_batches
 from repvgg_jax.data.dataset import load
-from repvgg_jax.training.config import default_config
+from repvgg_jax.train.config import default_config
 from tests.pictures import in_memory
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -13,9 +13,9 @@ import pytest
 from absl import logging
 
 from configs.digits import get_config
-from repvgg_jax.training.checkpoint import Checkpoints
-from repvgg_jax.training.loop import train
-from repvgg_jax.training.run import Run
+from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.loop import train
+from repvgg_jax.train.run import Run
 from tests.test_cli import run, start
 
 

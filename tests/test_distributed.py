@@ -13,13 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from repvgg_jax.training import distributed
-from repvgg_jax.training.checkpoint import Checkpoints
-from repvgg_jax.training.config import check
-from repvgg_jax.training.loop import train
-from repvgg_jax.training.place import Place, launched_place
-from repvgg_jax.training.run import Run
-from repvgg_jax.training.watch import PATIENCE, Watch
+from repvgg_jax.cluster import consensus as distributed
+from repvgg_jax.cluster.process_info import Place, launched_place
+from repvgg_jax.cluster.watchdog import PATIENCE, Watch
+from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.config import check
+from repvgg_jax.train.loop import train
+from repvgg_jax.train.run import Run
 from tests.pictures import damaged, images, write_tree
 from tests.processes import RECIPE, free_port, started
 

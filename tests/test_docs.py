@@ -143,7 +143,7 @@ import json, sys
 import train
 from absl import flags
 from ml_collections import config_flags
-from repvgg_jax.training import config as configs
+from repvgg_jax.train import config as configs
 
 found = []
 for arguments, devices, processes in json.load(sys.stdin):

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from repvgg_jax import create_model, fuse_params
 from repvgg_jax.export import FORMATS, Metadata, Network, export, exporting, parse_format
-from repvgg_jax.fuse import unfuse_params
+from repvgg_jax.reparam import unfuse_params
 from tests import export_networks as nets
 
 

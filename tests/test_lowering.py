@@ -6,7 +6,7 @@ import pytest
 
 from repvgg_jax import create_model
 from repvgg_jax.block import RepVGGBlock
-from repvgg_jax.lowering import conv_general_dilated, training_conv_general_dilated
+from repvgg_jax.cpu_conv import conv_general_dilated, training_conv_general_dilated
 from tests.trees import random_images
 
 

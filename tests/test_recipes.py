@@ -7,9 +7,9 @@ import jax
 import pytest
 
 from repvgg_jax import VARIANTS
-from repvgg_jax.training import config as configs
-from repvgg_jax.training.optimizer import schedule
-from repvgg_jax.training.recipes import paper_120
+from repvgg_jax.train import config as configs
+from repvgg_jax.train.optimizer import schedule
+from repvgg_jax.train.recipes import paper_120
 
 FOLDER = pathlib.Path(configs.__file__).parents[2] / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("digits", "__init__"))

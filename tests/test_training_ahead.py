@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from repvgg_jax.training.ahead import chips_in, compile_ahead
+from repvgg_jax.train.aot import chips_in, compile_ahead
 from tests.runs import small_config
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from repvgg_jax.training import config as configs
-from repvgg_jax.training.loop import train
-from repvgg_jax.training.run import Run
+from repvgg_jax.train import config as configs
+from repvgg_jax.train.loop import train
+from repvgg_jax.train.run import Run
 from tests.runs import small_config
 
 

@@ -25,19 +25,20 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from repvgg_jax import fuse_params, save_weights
+from repvgg_jax.cluster import lock as owner
 from repvgg_jax.data.batches import eval_batches
-from repvgg_jax.training import config as configs
-from repvgg_jax.training import evaluation, loop, owner, report
-from repvgg_jax.training import step as step_module
-from repvgg_jax.training.assessment import assess
-from repvgg_jax.training.checkpoint import Checkpoints
-from repvgg_jax.training.checksum import checksums
-from repvgg_jax.training.loop import train
-from repvgg_jax.training.manifest import Manifest
-from repvgg_jax.training.profile import parse_steps
-from repvgg_jax.training.run import Run
-from repvgg_jax.training.start import starting_state
-from repvgg_jax.training.workdir import Workdir
+from repvgg_jax.train import config as configs
+from repvgg_jax.train import evaluation, loop, report
+from repvgg_jax.train import step as step_module
+from repvgg_jax.train.assessment import assess
+from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.checksum import checksums
+from repvgg_jax.train.loop import train
+from repvgg_jax.train.manifest import Manifest
+from repvgg_jax.train.profile import parse_steps
+from repvgg_jax.train.run import Run
+from repvgg_jax.train.start import starting_state
+from repvgg_jax.train.workdir import Workdir
 from tests.runs import SMALL, small_config
 
 
@@ -430,8 +431,8 @@ class TestSaving:
         """A real one: no file may grow beyond some kilobytes in a process of its own."""
         script = """
 import os, resource, sys, pathlib
-from repvgg_jax.training.checkpoint import Checkpoints
-from repvgg_jax.training.run import Run
+from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.run import Run
 from tests.runs import small_config
 path = pathlib.Path(sys.argv[1])
 state = Run.from_config(small_config()).initial_state()

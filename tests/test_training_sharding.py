@@ -8,10 +8,10 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from repvgg_jax import Variant
-from repvgg_jax.training.checkpoint import Checkpoints
-from repvgg_jax.training.run import Run
-from repvgg_jax.training.sharding import data_mesh, split_largest, state_sharding
-from repvgg_jax.training.state import TrainState
+from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.run import Run
+from repvgg_jax.train.sharding import data_mesh, split_largest, state_sharding
+from repvgg_jax.train.state import TrainState
 from tests.runs import small_config
 
 # Large enough for kernels that are worth splitting over eight devices.

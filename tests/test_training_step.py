@@ -9,12 +9,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from repvgg_jax import create_model
-from repvgg_jax.fuse.penalty import equivalent_l2
-from repvgg_jax.training import config as configs
-from repvgg_jax.training.optimizer import decay_mask, make_optimizer, schedule
-from repvgg_jax.training.run import Run
-from repvgg_jax.training.step import EvalStep
-from repvgg_jax.training.task import Classification
+from repvgg_jax.reparam.penalty import equivalent_l2
+from repvgg_jax.train import config as configs
+from repvgg_jax.train.optimizer import decay_mask, make_optimizer, schedule
+from repvgg_jax.train.run import Run
+from repvgg_jax.train.step import EvalStep
+from repvgg_jax.train.task import Classification
 from tests.runs import SMALL, small_config
 from tests.trees import TINY_AUXILIARY, paths, random_variables
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from repvgg_jax import proof
 from repvgg_jax.export.metadata import Metadata
-from repvgg_jax.fuse import grammar
 from repvgg_jax.model import RepVGG
+from repvgg_jax.reparam import grammar
 
 BATCH = 16
 """Images at a time in a proof: enough to keep two cores busy, little memory at 224 pixels."""

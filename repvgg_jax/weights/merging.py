@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from repvgg_jax.fuse import unfuse_params
+from repvgg_jax.reparam import unfuse_params
 from repvgg_jax.weights.differences import differences
 from repvgg_jax.weights.loading import Weights
 from repvgg_jax.weights.tree import in_head

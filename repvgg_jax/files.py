@@ -1,0 +1,55 @@
+"""Files that are either the old one or the new one, whatever happens."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A temporary name beside `path`, which takes its place if the body succeeds.
+
+    The body writes a file or a directory of that name. A file is flushed to disk before the
+    rename; an existing directory at `path` is replaced. After an error nothing is left behind,
+    and `path` is as it was. The temporary name keeps the suffix of `path`.
+
+    Raises:
+      OSError: the parent directory cannot be created or written.
+    """
+    path = pathlib.Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex[:8]
+    temporary = path.with_name(f".{path.stem}.{unique}{path.suffix}")
+    replaced = path.with_name(f".{path.name}.{unique}.old")
+    try:
+        yield temporary
+        if temporary.is_dir():
+            if path.exists():
+                path.replace(replaced)
+        else:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        for leftover in (temporary, replaced):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    leftover.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with pathlib.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

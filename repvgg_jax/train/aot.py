@@ -1,0 +1,305 @@
+"""The train step of a run, compiled ahead of time for TPUs that are not there.
+
+libtpu holds the compiler and needs no TPU. It serves one program at a time and takes its
+process along where it fails, so every program is compiled in a process of its own:
+`python -m repvgg_jax.train.aot`, the job as JSON on its standard input.
+"""
+
+import collections
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from repvgg_jax.data.arrays import ArraySource
+from repvgg_jax.data.dataset import Dataset, load
+from repvgg_jax.train import config as configs
+from repvgg_jax.train.compiling import try_options
+from repvgg_jax.train.run import Run
+
+_PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = (
+    "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
+    "16x16x16",
+)  # fmt: skip
+
+_BUILT_IN = ("digits", "fake")  # sources that are there wherever the package is
+
+_COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A generation of TPUs, as Google's documentation of each has it.
+
+    Attributes:
+      hbm: memory of a chip, GiB.
+      topologies: of the slices that can be had.
+      options: what libtpu needs to know beside the topology.
+    """
+
+    hbm: int
+    topologies: tuple[str, ...]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CHIPS: Mapping[str, Chip] = {
+    # Both cores of a chip as one device, as on the machines themselves.
+    "v4": Chip(32, _CUBES, {"chip_config_name": "megacore"}),
+    "v5e": Chip(16, _PLANES),
+    "v5p": Chip(95, (*_CUBES, "16x16x24")),
+    "v6e": Chip(32, _PLANES),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler says of a train step; all counts are of one device and step.
+
+    Attributes:
+      title: what was compiled for what, in a line.
+      batch: what falls to a device, in a line.
+      devices: how many there are.
+      parameters: of the network.
+      arguments: bytes of the state and the batch.
+      temporaries: bytes of what lives within the step.
+      peak: bytes at the fullest moment.
+      hbm: bytes of memory that a device has.
+      flops: floating-point operations.
+      accessed: bytes read and written, as the compiler counts them.
+      collectives: how many of each kind.
+      trace_seconds: until there was a program to compile.
+      compile_seconds: compiling.
+    """
+
+    title: str
+    batch: str
+    devices: int
+    parameters: int
+    arguments: int
+    temporaries: int
+    peak: int
+    hbm: int
+    flops: float
+    accessed: float
+    collectives: dict[str, int]
+    trace_seconds: float
+    compile_seconds: float
+
+    def __str__(self) -> str:
+        """A table for a person."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.collectives.items()))
+        lines = {
+            "memory, peak": f"{_mib(self.peak)} of {self.hbm / 2**30:.0f} GiB "
+            f"({self.peak / self.hbm:.1%})",
+            "  state and batch": _mib(self.arguments),
+            "  temporaries": _mib(self.temporaries),
+            "arithmetic": f"{self.flops / 1e9:,.1f} GFLOP",
+            "memory traffic": f"{self.accessed / 1e9:,.2f} GB",
+            "collectives": kinds or "none",
+            "compiled in": f"{self.compile_seconds:.1f} s, "
+            f"after {self.trace_seconds:.1f} s of tracing",
+        }
+        table = "\n".join(f"{name:<18}{value}" for name, value in lines.items())
+        return f"{self.title}\n{self.batch}\nof one device and step:\n{table}"
+
+
+def compile_ahead(config: ConfigDict, topology: str, *, timeout: float) -> Program:
+    """Compiles the train step that a configuration describes for a TPU slice.
+
+    No data are read: except for the built-in sources, images are taken to be ImageNet's.
+
+    Args:
+      config: complete; `config.train.batch_size` is of all devices together.
+      topology: GENERATION:SHAPE, say `v5e:16x16`.
+      timeout: seconds after which to give up.
+
+    Raises:
+      ValueError: no such topology, no libtpu, a setting that cannot work, or a program that
+        does not fit the devices' memory.
+      TimeoutError: it took too long.
+      OSError: the compiler crashed.
+    """
+    chip_of(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "compiling for TPUs needs libtpu, also without a TPU: pip install 'repvgg-jax[tpu]'"
+        )
+    root = str(pathlib.Path(__file__).resolve().parents[2])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no machine whose metadata could be asked for
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    job = json.dumps({"config": configs.plain(config), "topology": topology})
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=job,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(
+            f"compiling for {topology} was not done after {timeout:.0f} s; --compile_timeout waits "
+            "longer"
+        ) from error
+    if done.returncode:
+        raise OSError(
+            f"the compiler crashed on {topology}: {_reason(done.returncode, done.stderr)}"
+        )
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return Program(**answer)
+
+
+def chip_of(topology: str) -> Chip:
+    """The generation that a topology names.
+
+    Raises:
+      ValueError: there is no such topology.
+    """
+    generation, _, shape = topology.partition(":")
+    if generation not in CHIPS:
+        examples = ", ".join(f"{name}:{chip.topologies[-1]}" for name, chip in CHIPS.items())
+        raise ValueError(
+            f"there is no TPU topology {topology!r}; write GENERATION:SHAPE with one of "
+            f"{', '.join(CHIPS)}, say {examples}"
+        )
+    chip = CHIPS[generation]
+    if shape not in chip.topologies:
+        raise ValueError(
+            f"there is no TPU topology {topology!r}; of {generation} there are: "
+            f"{', '.join(chip.topologies)}"
+        )
+    return chip
+
+
+def chips_in(topology: str) -> int:
+    """How many chips a topology has, each of them one device.
+
+    Raises:
+      ValueError: there is no such topology.
+    """
+    chip_of(topology)
+    return math.prod(int(size) for size in topology.partition(":")[2].split("x"))
+
+
+def _compile(config: ConfigDict, topology: str) -> Program:
+    """Compiles in this process."""
+    from jax.experimental import topologies
+
+    chip = chip_of(topology)
+    options = dict(chip.options)
+    if topology.endswith(":1x1"):  # a host of one chip; others have four
+        options |= {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    devices: list[Any] = found.devices
+    processes = len({device.process_index for device in devices})
+    configs.check(config, devices=len(devices), processes=processes)
+    run = Run.from_config(config, dataset=_dataset(config), devices=devices)
+    try_options(config.train.compiler_options, run.mesh)
+
+    began = time.perf_counter()
+    lowered = run.lower_step()
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    done = time.perf_counter()
+
+    memory: Any = compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis()
+    batch = config.train.batch_size
+    group = configs.bn_group_size(config) or batch
+    height, width, channels = run.dataset.image_shape
+    return Program(
+        title=(
+            f"RepVGG {run.model.variant.name} ({config.model.dtype}) on {topology}: "
+            f"{len(devices)} devices in {processes} process{'es' if processes > 1 else ''}, "
+            f"images of {height}x{width}x{channels} in {len(run.dataset.classes)} classes"
+        ),
+        batch=(
+            f"global batch {batch} = {batch // processes} a process = "
+            f"{batch // len(devices)} a device; batch normalisation over {group}"
+        ),
+        devices=len(devices),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state().params)),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        hbm=chip.hbm * 2**30,
+        flops=cost["flops"],
+        accessed=cost["bytes accessed"],
+        collectives=dict(collections.Counter(_COLLECTIVE.findall(compiled.as_text() or ""))),
+        trace_seconds=traced - began,
+        compile_seconds=done - traced,
+    )
+
+
+def _dataset(config: ConfigDict) -> Dataset:
+    """The configuration's data set, or one of ImageNet's shapes and of nothing else."""
+    if config.data.source in _BUILT_IN:
+        return load(config.data)
+    size, eval_size = config.data.train_size or 224, config.data.eval_size
+    shape, eval_shape = (size, size, 3), (eval_size or size, eval_size or size, 3)
+
+    def blank(count: int) -> ArraySource:
+        # One blank image, seen `count` times: no memory behind it.
+        images = np.broadcast_to(np.zeros((), np.uint8), (count, *shape))
+        return ArraySource(images, np.broadcast_to(np.int32(0), (count,)))
+
+    classes = tuple(f"class {i}" for i in range(1000))
+    train, evaluation = blank(1_281_167), blank(50_000)
+    return Dataset(config.data.source, train, evaluation, shape, eval_shape, classes)
+
+
+def _reason(status: int, output: str) -> str:
+    if status < 0:
+        return f"{signal.Signals(-status).name} in libtpu"
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else f"exit status {status}"
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def _main() -> None:
+    job = json.load(sys.stdin)
+    try:
+        answer = dataclasses.asdict(_compile(configs.from_plain(job["config"]), job["topology"]))
+    except ValueError as error:
+        answer = {"error": str(error)}
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        line = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
+        answer = {
+            "error": f"the step does not fit {job['topology']}: {line[:300]}; a smaller "
+            "config.train.batch_size, config.model.remat=True or more chips make it smaller"
+        }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main()

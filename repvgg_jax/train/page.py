@@ -1,0 +1,156 @@
+"""All of a run on one page that needs nothing else: it can be mailed and read offline."""
+
+import base64
+import html
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from repvgg_jax.train.workdir import Workdir, write_atomically
+
+Row = Mapping[str, Any]
+
+_PACKAGES = ("repvgg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
+       padding: 0 1rem }
+h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .15rem 1.2rem .15rem 0; text-align: left; border-bottom: 1px solid #e6e6e6 }
+img { max-width: 100% }
+.quiet { color: #666 } code { font-size: .9em }
+"""
+
+
+def write(workdir: Workdir, title: str, rows: Sequence[Row], config: Mapping[str, Any]) -> None:
+    """Writes `report.html`.
+
+    Args:
+      workdir: where it goes, and where the picture of the curves is.
+      title: of the run.
+      rows: of `metrics.jsonl`.
+      config: the run's configuration, plain.
+    """
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="quiet">{html.escape(_state(rows))}</p>',
+        *_forms(rows),
+        *_curves(workdir),
+        *_evaluations(rows),
+        *_speed(rows),
+        "<h2>Configuration</h2>",
+        _table(["setting", "value"], [(k, v) for k, v in _flat(config)]),
+        "<h2>Environment</h2>",
+        _table(["what", "version"], _environment()),
+    ]
+    text = "\n".join(parts)
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style></head>\n"
+        f"<body>\n{text}\n</body>\n</html>\n"
+    )
+    write_atomically(workdir.page, page)
+
+
+def _state(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "nothing reported yet"
+    ended = "finished" if "final/accuracy" in rows[-1] else "running or interrupted"
+    return f"{ended} at step {rows[-1]['step']:,}"
+
+
+def _forms(rows: Sequence[Row]) -> list[str]:
+    final = next((row for row in reversed(rows) if "final/accuracy" in row), None)
+    if final is None:
+        return []
+    names = [
+        name.removeprefix("final/")
+        for name in final
+        if name.startswith("final/") and not name.endswith("_fused")
+    ]
+    body = [
+        (name, _number(final[f"final/{name}"]), _number(final[f"final/{name}_fused"]))
+        for name in names
+    ]
+    return [
+        "<h2>The network as trained, and fused</h2>",
+        _table(["held-out images", "three branches", "fused"], body),
+    ]
+
+
+def _curves(workdir: Workdir) -> list[str]:
+    if not workdir.curves.exists():
+        return []
+    data = base64.b64encode(workdir.curves.read_bytes()).decode()
+    return ["<h2>Curves</h2>", f'<img alt="loss and accuracy" src="data:image/png;base64,{data}">']
+
+
+def _evaluations(rows: Sequence[Row]) -> list[str]:
+    found = [row for row in rows if "eval/accuracy" in row]
+    if not found:
+        return []
+    names = [name for name in found[0] if name.startswith("eval/")]
+    return [
+        "<h2>Evaluations</h2>",
+        _table(
+            ["step", *(name.removeprefix("eval/") for name in names)],
+            [(f"{row['step']:,}", *(_number(row[name]) for name in names)) for row in found],
+        ),
+    ]
+
+
+def _speed(rows: Sequence[Row]) -> list[str]:
+    found = [row for row in rows if "images_per_second_per_device" in row]
+    if not found:
+        return []
+    speeds = sorted(row["images_per_second_per_device"] for row in found)
+    waits = sorted(row["data_wait"] for row in found)
+    body = [
+        (name, *(form(values[index]) for index in (len(values) // 2, 0, -1)))
+        for name, values, form in (
+            ("images/s a device", speeds, lambda v: f"{v:,.1f}"),
+            ("waiting for data", waits, lambda v: f"{v:.1%}"),
+        )
+    ]
+    return ["<h2>Speed</h2>", _table(["over the rows", "median", "least", "most"], body)]
+
+
+def _environment() -> list[tuple[str, str]]:
+    devices = jax.devices()
+    found = [
+        ("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"),
+        ("processes", str(jax.process_count())),
+        ("system", platform.platform()),
+        ("python", platform.python_version()),
+    ]
+    for package in _PACKAGES:
+        try:
+            found.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
+    lines = []
+    for key, value in settings.items():
+        name = f"{path}.{key}" if path else key
+        lines += _flat(value, name) if isinstance(value, Mapping) else [(name, repr(value))]
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        texts = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
+        return f"<tr>{texts}</tr>"
+
+    lines = [row(head, "th"), *(row(cells, "td") for cells in body)]
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
