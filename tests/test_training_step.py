@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from repvgg_jax import create_model
 from repvgg_jax.reparam.penalty import equivalent_l2
+from repvgg_jax.text import differences
 from repvgg_jax.train import config as configs
 from repvgg_jax.train.optimizer import decay_mask, make_optimizer, schedule
 from repvgg_jax.train.run import Run
@@ -422,10 +423,10 @@ class TestConfig:
 
     def test_differences_name_what_changed(self):
         old, new = configs.plain(small_config()), configs.plain(small_config(seed=3))
-        assert configs.differences(old, new) == ["config.seed: 0 -> 3"]
+        assert differences(old, new) == ["config.seed: 0 -> 3"]
         del new["seed"]
-        assert configs.differences(old, new) == ["config.seed: removed"]
-        assert configs.differences(old, old) == []
+        assert differences(old, new) == ["config.seed: removed"]
+        assert differences(old, old) == []
 
     @pytest.mark.parametrize(
         ("overrides", "message"),
