@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import re
 import shutil
 import sys
 import tempfile
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from repvgg_jax import RepVGG, SqueezeExcite, Variant, create_model, fuse_params
-from repvgg_jax.export import FORMATS, Artefact, Metadata, Network, export
+from repvgg_jax.export import FORMATS, Artifact, Network, Normalize, export
 from tests.trees import random_variables
 
 # As in repvgg_jax.export.onnx, for tests that import openvino before it does.
@@ -63,7 +64,8 @@ def fresh(kind: str, with_preprocessing: bool = False) -> Network:
         model(kind),
         fuse_params(variables(kind)),
         images=images(),
-        metadata=Metadata(MEAN, STD, () if kind == "features" else LABELS),
+        normalize=Normalize(MEAN, STD),
+        labels=() if kind == "features" else LABELS,
         with_preprocessing=with_preprocessing,
     )
 
@@ -73,10 +75,10 @@ network = functools.cache(fresh)
 
 
 @functools.cache
-def artefact(
+def artifact(
     name: str, kind: str, dtype: str | None = None, with_preprocessing: bool = False
-) -> Artefact:
-    """An artefact that tests only read, written once."""
+) -> Artifact:
+    """An artifact that tests only read, written once."""
     directory = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, directory)
     form = FORMATS[name]
@@ -85,11 +87,11 @@ def artefact(
 
 @functools.cache
 def expected(kind: str) -> np.ndarray:
-    """What artefacts must answer: the three-branch network on images normalised by hand."""
-    normalised = (images() / 255 - np.asarray(MEAN)) / np.asarray(STD)
+    """What artifacts must answer: the three-branch network on images normalized by hand."""
+    normalized = (images() / 255 - np.asarray(MEAN)) / np.asarray(STD)
     with jax.default_matmul_precision("highest"):
         apply = jax.jit(model(kind).apply)
-        return np.asarray(apply(variables(kind), normalised.astype(np.float32)))
+        return np.asarray(apply(variables(kind), normalized.astype(np.float32)))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -106,3 +108,10 @@ def relative(reference: np.ndarray, other: np.ndarray) -> float:
     """Largest difference, relative to the largest of the reference."""
     assert reference.shape == other.shape
     return float(np.abs(reference - other).max() / np.abs(reference).max())
+
+
+def documented(section: str) -> list[str]:
+    """The Python blocks of a section of docs/deploy.md."""
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
+    (text,) = re.findall(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)

@@ -1,0 +1,75 @@
+"""Fuses a trained RepVGG, proves the fused network equal and writes it for its runtimes.
+
+python convert.py --workdir runs/digits --output deploy
+python convert.py --from RepVGG-A0-train.pth --output deploy --format onnx,safetensors
+
+Also `repvgg-convert` and `python -m repvgg_jax.convert`.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from repvgg_jax import cli
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Convert the newest checkpoint of this run.")
+FROM = flags.DEFINE_string(
+    "from", None, "Or this checkpoint: .safetensors, .npz, .pth, or a hub name of timm's."
+)
+OUTPUT = flags.DEFINE_string("output", None, "The directory to write.")
+FORMAT = flags.DEFINE_list(
+    "format", ["orbax", "safetensors"], "What to write, one or several; see docs/deploy.md."
+)
+PREPROCESSING = flags.DEFINE_bool(
+    "with-preprocessing", False, "Artifacts take uint8 images and return probabilities."
+)
+IMAGE_SIZE = flags.DEFINE_integer(
+    "image-size", 224, "With --from: height and width of the images, in pixels."
+)
+TOLERANCE = flags.DEFINE_float(
+    "tolerance", 1e-5, "Largest |Δlogit| allowed, relative to the largest |logit|."
+)
+
+
+def main(_: Sequence[str]) -> int:
+    """Converts; returns the exit status."""
+    workdir, weights = WORKDIR.value, FROM.value
+    if OUTPUT.value is None or (workdir is None) == (weights is None):
+        raise ValueError(
+            "give --workdir, the directory of a training run, or --from, a checkpoint file, "
+            "and --output, the directory to write"
+        )
+    from repvgg_jax.convert import source
+    from repvgg_jax.convert.deployed import Output
+    from repvgg_jax.convert.pipeline import convert
+    from repvgg_jax.export import parse_targets
+
+    targets = parse_targets(FORMAT.value)
+    output = Output(pathlib.Path(OUTPUT.value))
+    if workdir is not None:
+        network = source.from_run(pathlib.Path(workdir))
+    else:
+        assert weights is not None
+        network = source.from_weights(weights, image_size=IMAGE_SIZE.value)
+    done = convert(
+        network,
+        output,
+        targets=targets,
+        tolerance=TOLERANCE.value,
+        with_preprocessing=PREPROCESSING.value,
+    )
+    print(done.table())
+    return 0
+
+
+def run() -> None:
+    """The command: parses the flags, converts and exits."""
+    for flag in flags.FLAGS.flags_by_module_dict().get(__name__, ()):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # shown by --help
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    run()
