@@ -4,7 +4,7 @@ python convert.py --workdir runs/digits --output deploy
 python convert.py --from RepVGG-A0-train.pth --output deploy --format onnx,safetensors
 """
 
-from repvgg_jax.convert.__main__ import run
+from repvgg_jax.convert import command
 
 if __name__ == "__main__":
-    run()
+    command.run()

@@ -1,13 +1,6 @@
-"""Fuses a trained RepVGG, proves the fused network equal and writes it for its runtimes.
-
-python convert.py --workdir runs/digits --output deploy
-python convert.py --from RepVGG-A0-train.pth --output deploy --format onnx,safetensors
-
-Also `repvgg-convert` and `python -m repvgg_jax.convert`.
-"""
+"""The command `convert.py`, and `repvgg-convert` of an installed package."""
 
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -65,11 +58,5 @@ def main(_: Sequence[str]) -> int:
 
 
 def run() -> None:
-    """The command: parses the flags, converts and exits."""
-    for flag in flags.FLAGS.flags_by_module_dict().get(__name__, ()):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # shown by --help
+    """Runs the command and exits."""
     cli.run(main)
-
-
-if __name__ == "__main__":
-    run()
