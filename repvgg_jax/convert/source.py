@@ -54,7 +54,7 @@ def from_run(path: pathlib.Path, *, say: Callable[[str], None] = print) -> Origi
     """
     workdir = Workdir(path)
     run = Run.from_config(workdir.read_config())
-    state = trained_state(workdir, run, say=say)
+    state = trained_state(workdir, run)
     step = int(state.step)
     return Origin(
         title=f"RepVGG {run.model.variant.name}, step {step} of {path}",

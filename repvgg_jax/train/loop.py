@@ -83,12 +83,11 @@ def train(
             say = functools.partial(print, flush=True)  # there is no report yet
             stack.enter_context(workdir.claimed(config, say=say))
         distributed.meet("claimed")
-        warnings: list[str] = []
         checkpoints = stack.enter_context(
-            Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, say=warnings.append)
+            Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep)
         )
         restored = checkpoints.restore(run.abstract_state())
-        checkpoints.set_aside_unsound()
+        checkpoints.set_aside_corrupt()
         state, beginning = starting_state(run) if restored is None else (restored, None)
         report = Report(
             workdir,
@@ -98,10 +97,7 @@ def train(
             total_steps=run.total_steps,
         )
         stack.callback(report.close)
-        checkpoints.say = report.say
         run.dataset.undecodable.say = report.say_for_itself
-        for warning in warnings:
-            report.say(warning)
         report.say(f"{run.describe()} -> {workdir.path}")
         if beginning is not None:
             report.say(beginning)

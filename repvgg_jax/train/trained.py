@@ -1,8 +1,6 @@
 """What a run has trained so far, for those who start from it, evaluate it or convert it."""
 
-import logging
 import pathlib
-from collections.abc import Callable
 
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.run import Run
@@ -15,7 +13,6 @@ def trained_state(
     run: Run,
     *,
     step: int | None = None,
-    say: Callable[[str], None] = logging.warning,
 ) -> TrainState:
     """The state of the newest sound checkpoint in a run's directory.
 
@@ -23,12 +20,11 @@ def trained_state(
       workdir: of the run.
       run: whose network and optimiser are those of the checkpoint.
       step: of another checkpoint than the newest.
-      say: told of every checkpoint that is not sound.
 
     Raises:
       ValueError: no sound checkpoint there, or that of another network or optimiser.
     """
-    with Checkpoints(workdir.checkpoints, say=say) as checkpoints:
+    with Checkpoints(workdir.checkpoints) as checkpoints:
         state = checkpoints.restore(run.abstract_state(), step=step)
     if state is None:
         raise ValueError(f"{workdir.path} holds no checkpoint yet; train there first")
