@@ -191,7 +191,7 @@ def _metadata(experiment: Experiment) -> RunMetadata:
 
 def _restore_or_start(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
     restored = checkpoints.restore(experiment.abstract_state())
-    checkpoints.set_aside_unsound()
+    checkpoints.set_aside_corrupt()
     if restored is None:
         return starting_state(experiment)
     logger.info("resuming from step %d of %d", int(restored.step), experiment.total_steps)

@@ -18,10 +18,8 @@ from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import one_line
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import Experiment, build_model
-from repvgg_jax.train.optimizer import make_optimizer
 from repvgg_jax.train.settings import Settings
-from repvgg_jax.train.sharding import data_mesh
-from repvgg_jax.train.state import TrainState, initial_state, state_from
+from repvgg_jax.train.state import TrainState, state_from
 from repvgg_jax.train.workdir import RunMetadata, Workdir
 from repvgg_jax.weights import (
     Merged,
@@ -90,11 +88,8 @@ def load_run(workdir: Workdir | str | pathlib.Path, *, step: int | None = None) 
     metadata = workdir.read_metadata() or _metadata_from_data(workdir, settings)
     model = build_model(settings, len(metadata.classes))
     with Checkpoints(workdir.checkpoints) as checkpoints:
-        state = checkpoints.restore(_abstract_state(settings, model, metadata), step=step)
-    if state is None:
-        raise ValueError(f"{workdir.path} holds no checkpoint yet; train there first")
-    variables = jax.tree.map(np.asarray, state.result)
-    return RunWeights(workdir.path, settings, model, variables, int(state.step), metadata)
+        found, variables = checkpoints.restore_variables(step)
+    return RunWeights(workdir.path, settings, model, variables, found, metadata)
 
 
 def validation_images(run: RunWeights, count: int) -> tuple[np.ndarray, str]:
@@ -197,26 +192,4 @@ def _metadata_from_data(workdir: Workdir, settings: Settings) -> RunMetadata:
         image_shape=dataset.image_shape,
         eval_shape=dataset.eval_shape,
         normalize=Normalize(settings.data.mean, settings.data.std),
-    )
-
-
-def _abstract_state(settings: Settings, model: RepVGG, metadata: RunMetadata) -> TrainState:
-    optimizer = make_optimizer(
-        settings.optimizer,
-        batch_size=settings.train.batch_size,
-        steps_per_epoch=1,  # numbers of the schedule are no part of the state
-        total_steps=settings.train.epochs,
-    )
-    sharding = jax.sharding.NamedSharding(data_mesh(jax.devices()), jax.sharding.PartitionSpec())
-    shapes = jax.eval_shape(
-        lambda: initial_state(
-            model,
-            optimizer,
-            jax.random.key(0),
-            metadata.image_shape,
-            average=settings.ema.decay > 0,
-        )
-    )
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
     )
