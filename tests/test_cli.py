@@ -21,6 +21,7 @@ from repvgg_jax.proof import logits
 from repvgg_jax.training.run import Run
 from repvgg_jax.training.trained import trained_state
 from repvgg_jax.training.workdir import Workdir
+from tests.flags import xla_flags
 from tests.trees import random_variables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ def start(script: str, *arguments: object, cwd: pathlib.Path, devices: int = 1):
     """Starts a script in a directory of its own, as an installed user would."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "error::DeprecationWarning:repvgg_jax",
     }
