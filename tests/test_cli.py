@@ -18,9 +18,9 @@ import pytest
 from repvgg_jax import create_model, fuse_params, load_weights, save_weights
 from repvgg_jax.convert.deployed import load_deployed
 from repvgg_jax.proof import logits
-from repvgg_jax.train.run import Run
-from repvgg_jax.train.trained import trained_state
-from repvgg_jax.train.workdir import Workdir
+from repvgg_jax.convert.deployed import load_deployed
+from repvgg_jax.proof import logits
+from tests.flags import xla_flags
 from tests.trees import random_variables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ def start(script: str, *arguments: object, cwd: pathlib.Path, devices: int = 1):
     """Starts a script in a directory of its own, as an installed user would."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "error::DeprecationWarning:repvgg_jax",
     }
