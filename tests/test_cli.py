@@ -9,13 +9,11 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
 from repvgg_jax import save_weights
-from repvgg_jax.train.run import Run
-from repvgg_jax.train.trained import trained_state
-from repvgg_jax.train.workdir import Workdir
+from repvgg_jax.train.restore import load_run
+from tests.flags import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHORT = ["--config.train.epochs=1", "--config.optimizer.warmup_epochs=0"]
@@ -25,7 +23,7 @@ def start(script: str, *arguments: object, cwd: pathlib.Path, devices: int = 1):
     """Starts a script in a directory of its own, as an installed user would."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "error::DeprecationWarning:repvgg_jax",
     }
@@ -58,11 +56,8 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def weights(place):
     """The network of the trained run, as a file."""
-    workdir = Workdir(place / "runs" / "digits")
-    trained = Run.from_config(workdir.read_config())
-    state = trained_state(workdir, trained)
-    variables, variant = jax.device_get(state.result), trained.model.variant
-    save_weights(place / "weights.npz", variables, family="flax", variant=variant)
+    run = load_run(place / "runs" / "digits")
+    save_weights(place / "weights.npz", run.variables, family="flax", variant=run.model.variant)
 
 
 @pytest.mark.parametrize(

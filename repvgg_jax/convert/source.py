@@ -1,28 +1,22 @@
 """What a conversion starts from: a training run, or a checkpoint file."""
 
 import dataclasses
-import logging
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
 from repvgg_jax.data import photos
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import named_leaves, plural
-from repvgg_jax.train.run import Run
-from repvgg_jax.train.trained import trained_state
-from repvgg_jax.train.workdir import Workdir
+from repvgg_jax.train.restore import load_run, validation_images
 from repvgg_jax.weights import load_file_or_pretrained
 
 PROOF_IMAGES = 1000  # validation images in a proof, at most
 
 IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 """What the published networks were trained with."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +45,26 @@ class Source:
 
 
 def from_run(path: pathlib.Path) -> Source:
-    """The newest valid checkpoint of a training run, and its validation images.
+    """The newest valid checkpoint of a training run, and real images.
+
+    Neither the run's data nor its optimizer is needed. Without its data, the images are the
+    built-in photographs.
 
     Raises:
       ValueError: no run or no valid checkpoint there.
     """
-    workdir = Workdir(path)
-    run = Run.from_config(workdir.read_config())
-    state = trained_state(workdir, run, say=log.warning)
-    images = run.dataset.evaluation_images(PROOF_IMAGES)
-    step = int(state.step)
+    run = load_run(path)
+    images, image_source = validation_images(run, PROOF_IMAGES)
     return Source(
-        title=f"RepVGG {run.model.variant.name}, step {step} of {path}",
+        title=f"RepVGG {run.model.variant.name}, step {run.step} of {path}",
         # The proof is about the function, not about the rounding of a half-precision run.
         model=run.model.clone(dtype=np.float32, remat=False),
-        variables=jax.device_get(state.result),
+        variables=run.variables,
         images=images,
-        image_source=f"{plural(len(images), 'validation image')} of {run.dataset.name}",
-        normalize=Normalize(run.normalise.mean, run.normalise.std),
-        labels=run.dataset.classes,
-        details={"workdir": str(path), "step": step},
+        image_source=image_source,
+        normalize=run.normalize,
+        labels=run.classes,
+        details={"workdir": str(path), "step": run.step, "images": image_source},
     )
 
 
@@ -94,15 +88,16 @@ def from_weights(name: str, *, image_size: int = 224) -> Source:
             "convert the training run that it came from"
         )
     images = photos.crops(image_size)
+    image_source = f"{plural(len(images), 'crop')} of built-in photographs"
     return Source(
         title=f"RepVGG {loaded} of {name}",
         model=create_model(loaded.variant, num_classes=loaded.num_classes, deploy=loaded.deploy),
         variables=loaded.variables,
         images=images,
-        image_source=f"{plural(len(images), 'crop')} of the built-in photographs",
+        image_source=image_source,
         normalize=IMAGENET,
         labels=(),
-        details={"weights": name, "family": loaded.family},
+        details={"weights": name, "family": loaded.family, "images": image_source},
     )
 
 
