@@ -10,6 +10,7 @@ import sys
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -20,6 +21,11 @@ from repvgg_jax.convert.deployed import Output, load_deployed
 from repvgg_jax.convert.pipeline import convert
 from repvgg_jax.convert.source import Source
 from repvgg_jax.export import FORMATS, Normalize, Target, parse_targets
+from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.experiment import build_model
+from repvgg_jax.train.settings import Settings
+from repvgg_jax.train.state import TrainState
+from repvgg_jax.train.workdir import RunMetadata, Workdir
 from tests.helpers import export_networks as nets
 from tests.trees import random_variables
 
@@ -306,6 +312,32 @@ class TestSource:
         with pytest.raises(ValueError, match="1 channels"):
             source.from_weights(str(tmp_path / "gray.npz"))
 
+    def test_a_run_without_its_data_and_its_optimizer(self, tmp_path):
+        """It has the built-in photographs instead of its validation images, and says so."""
+        content = json.loads((OLD / "run" / "config.json").read_text())
+        content["data"] |= {"source": "folder:/images/that/are/gone", "train_size": 24}
+        content["data"] |= {"mean": nets.MEAN, "std": nets.STD}
+        settings = Settings.from_mapping(content)
+        trained = random_variables(build_model(settings, 5), size=24)
+        workdir = Workdir(tmp_path / "run")
+        workdir.claim(settings)
+        normalize = Normalize(nets.MEAN, nets.STD)
+        workdir.write_metadata(RunMetadata(nets.LABELS, (24, 24, 3), (24, 24, 3), normalize))
+        state = TrainState(step=jnp.int32(7), **trained, opt_state={}, ema={})
+        with Checkpoints(workdir.checkpoints) as checkpoints:
+            checkpoints.save(jax.device_put(state), wait=True)
+
+        given = source.from_run(workdir.path)
+        assert given.images.shape[1:] == (24, 24, 3)
+        assert given.labels == nets.LABELS
+        assert given.normalize == normalize
+        done = convert(given, Output(tmp_path / "deploy"), targets=DEFAULT)
+        assert "photographs" in done.table()
+        assert "/images/that/are/gone" in done.table()
+        deployed = load_deployed(tmp_path / "deploy")
+        assert "photographs" in deployed.metadata["source"]["images"]
+        chex.assert_trees_all_equal(deployed.variables, fuse_params(trained))
+
     def test_a_run_without_a_checkpoint(self, tmp_path):
         with pytest.raises(ValueError, match="no-run"):
             source.from_run(tmp_path / "no-run")
@@ -347,6 +379,9 @@ class TestCommand:
 
     def test_a_run_converts_to_the_same_bits_on_any_number_of_devices(self, tmp_path):
         shutil.copytree(OLD / "run", tmp_path / "run")
+        classes, shape = tuple("0123456789"), (8, 8, 1)
+        metadata = RunMetadata(classes, shape, shape, Normalize((0.305,), (0.376,)))
+        Workdir(tmp_path / "run").write_metadata(metadata)
         status, out, err = run("--workdir", "run", "--output", "deploy", cwd=tmp_path)
         assert (status, err) == (0, "")
         lines = out.splitlines()
@@ -360,7 +395,7 @@ class TestCommand:
         convert(given, Output(tmp_path / "deploy8"), targets=DEFAULT)
         one, eight = (load_deployed(tmp_path / name) for name in ("deploy", "deploy8"))
         chex.assert_trees_all_equal(one.variables, eight.variables)
-        assert one.metadata["classes"] == list("0123456789")
+        assert one.metadata["classes"] == list(classes)
         assert one.model == create_model(one.model.variant, num_classes=10, deploy=True)
 
     @pytest.mark.parametrize(
