@@ -74,7 +74,7 @@ def deploy(tmp_path_factory):
 class TestConvert:
     """The pipeline."""
 
-    @pytest.mark.parametrize("kind", ["se-after", "features"])
+    @pytest.mark.parametrize("kind", ["se-after", "features", "silu"])
     def test_what_was_written_is_the_trained_network(self, kind, tmp_path):
         done = convert(network(kind), Output(tmp_path / "deploy"), targets=DEFAULT)
         assert done.proof is not None
@@ -103,6 +103,9 @@ class TestConvert:
         class Model:
             def __init__(self, model):
                 self.model, self.deploy = model, model.deploy
+
+            def __getattr__(self, name):
+                return getattr(self.model, name)
 
             def clone(self, **options):
                 if options.keys() == {"deploy"}:

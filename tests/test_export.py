@@ -15,7 +15,7 @@ from flax import linen as nn
 from safetensors import safe_open
 
 from repvgg_jax import create_model, fuse_params
-from repvgg_jax.export import FORMATS, Network, Normalize, Target, export, parse_targets
+from repvgg_jax.export import FORMATS, Network, Normalize, Target, export, operators, parse_targets
 from repvgg_jax.export.format import checksums
 from repvgg_jax.export.operators import activation_kind
 from repvgg_jax.reparam import unfuse_params
@@ -56,7 +56,7 @@ sys.exit(", ".join(sorted(heavy & sys.modules.keys())) or 0)
 class TestFormats:
     """Every format computes what the training form does."""
 
-    @pytest.mark.parametrize("kind", nets.KINDS)
+    @pytest.mark.parametrize("kind", [*nets.KINDS, *nets.ACTIVATED])
     def test_stablehlo_is_the_train_form_at_every_batch_size(self, kind):
         network, artifact = nets.network(kind), nets.artifact("stablehlo", kind)
         assert artifact.proofs["jax"].relative <= 1e-5
@@ -317,10 +317,27 @@ class TestNetworks:
         )
 
     def test_an_activation_without_an_operator_is_named(self):
-        known = [activation_kind(function, "stem") for function in (nn.relu, nn.silu, None)]
+        known = [activation_kind(function, "stem") for function in (nn.relu, jax.nn.silu, None)]
         assert known == ["relu", "silu", None]
         with pytest.raises(ValueError, match=r"stem.*gelu"):
             activation_kind(nn.gelu, "stem")
+
+
+class TestOperators:
+    """What exporters know about a block."""
+
+    def test_shapes_come_from_the_kernel_and_the_block(self):
+        network = nets.network("dilated")
+        convs = [op for op in operators.operators(network) if isinstance(op, operators.Conv)]
+        assert [conv.name for conv in convs][:2] == ["stem/reparam", "stage1_block0/reparam"]
+        for conv, layer in zip(convs, network.model.layers, strict=True):
+            assert conv.kernel_size == (3, 3)
+            assert (conv.stride, conv.dilation) == (layer.stride, layer.dilation)
+            assert (conv.groups, conv.padding) == (layer.groups, (layer.dilation,) * 2)
+        assert {conv.dilation for conv in convs} == {1, 2, 4}
+        bias = np.zeros(4)
+        large = operators.Conv("x", np.zeros((5, 1, 4, 4)), bias, stride=1, dilation=3, groups=1)
+        assert large.padding == (6, 0)
 
 
 class TestDocs:

@@ -30,7 +30,7 @@ def operators(path):
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
-@pytest.mark.parametrize("kind", nets.KINDS)
+@pytest.mark.parametrize("kind", [*nets.KINDS, *nets.ACTIVATED])
 def test_float32_is_the_train_form_at_every_batch_size(kind):
     artifact = nets.artifact("onnx", kind)
     assert artifact.proofs.keys() == {"onnxruntime", "openvino"}

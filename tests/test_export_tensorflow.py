@@ -37,7 +37,7 @@ def saved(path):
 RUNTIMES = {"tflite": lite, "savedmodel": saved}
 
 
-@pytest.mark.parametrize("kind", nets.KINDS)
+@pytest.mark.parametrize("kind", [*nets.KINDS, *nets.ACTIVATED])
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_float32_is_the_train_form_at_every_batch_size(name, kind):
     network, artifact = nets.network(kind), nets.artifact(name, kind)

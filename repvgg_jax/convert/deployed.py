@@ -17,6 +17,7 @@ from typing import Any
 from repvgg_jax import files
 from repvgg_jax._version import __version__
 from repvgg_jax.export import FORMATS, Artifact, Network
+from repvgg_jax.export.operators import ACTIVATIONS, activation_kind
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.proof import Proof
 from repvgg_jax.text import first_few, versions
@@ -67,9 +68,10 @@ def load_deployed(path: str | pathlib.Path) -> Deployment:
     try:
         variant = Variant(**metadata["variant"])
         num_classes = metadata["num_classes"]
+        activation = ACTIVATIONS[metadata.get("activation", "relu")]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / 'metadata.json'} describes no known network: {error}") from error
-    model = create_model(variant, num_classes=num_classes, deploy=True)
+    model = create_model(variant, num_classes=num_classes, deploy=True, activation=activation)
     loaded = load_weights(weights, variant=variant, num_classes=num_classes)
     if not loaded.deploy:
         raise ValueError(f"{weights} is in training form, but a converted model is in deploy form")
@@ -175,6 +177,7 @@ def write_description(
         "kind": KIND,
         "variant": dataclasses.asdict(network.model.variant),
         "num_classes": network.model.num_classes,
+        "activation": activation_kind(network.model.activation, network.model.variant.name),
         "classes": list(network.labels),
         "image_shape": list(network.image_shape),
         "mean": list(network.normalize.mean),

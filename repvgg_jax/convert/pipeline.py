@@ -103,7 +103,12 @@ def convert(
     if source.model.deploy:
         fused = source.variables
     else:
-        fused = fuse_params(source.variables)
+        fused = fuse_params(
+            source.variables,
+            blocks=tuple({layer.block for layer in source.model.layers}),
+            expect=len(source.model.layers),
+            epsilon=source.model.epsilon,
+        )
         forms["trained"] = Forward(source.model.apply, source.variables, batch_size=BATCH)
     deployed = source.model.clone(deploy=True)
     forms["fused"] = Forward(deployed.apply, fused, batch_size=BATCH)

@@ -9,7 +9,8 @@ import numpy as np
 from repvgg_jax.data import photos
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.text import named_leaves, plural
+from repvgg_jax.reparam import input_channels
+from repvgg_jax.text import plural
 from repvgg_jax.train.restore import load_run, validation_images
 from repvgg_jax.weights import load_file_or_pretrained
 
@@ -81,7 +82,9 @@ def from_weights(name: str, *, image_size: int = 224) -> Source:
     if image_size < 1:
         raise ValueError(f"--image-size={image_size} must be positive")
     loaded = load_file_or_pretrained(name)
-    channels = _input_channels(loaded.variables["params"]["stem"])
+    model = create_model(loaded.variant, num_classes=loaded.num_classes, deploy=loaded.deploy)
+    stem = model.layers[0]
+    channels = input_channels(stem.block, loaded.variables["params"][stem.name])
     if channels != 3:
         raise ValueError(
             f"{name} takes images of {channels} channels, but the built-in proof images have 3; "
@@ -91,7 +94,7 @@ def from_weights(name: str, *, image_size: int = 224) -> Source:
     image_source = f"{plural(len(images), 'crop')} of built-in photographs"
     return Source(
         title=f"RepVGG {loaded} of {name}",
-        model=create_model(loaded.variant, num_classes=loaded.num_classes, deploy=loaded.deploy),
+        model=model,
         variables=loaded.variables,
         images=images,
         image_source=image_source,
@@ -99,8 +102,3 @@ def from_weights(name: str, *, image_size: int = 224) -> Source:
         labels=(),
         details={"weights": name, "family": loaded.family, "images": image_source},
     )
-
-
-def _input_channels(stem: Any) -> int:
-    """Channels of the images; every kernel of the stem, in either form, sees all of them."""
-    return next(leaf.shape[-2] for leaf in named_leaves(stem).values() if leaf.ndim == 4)

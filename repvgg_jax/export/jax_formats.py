@@ -19,7 +19,6 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
-from repvgg_jax.export import operators
 from repvgg_jax.export.format import Format, Run, Runtime
 from repvgg_jax.export.network import Network
 from repvgg_jax.proof import TOLERANCE
@@ -34,14 +33,12 @@ _BITWISE = {"float32": 0.0}
 def write_stablehlo(network: Network, path: Path, dtype: str) -> None:
     """Writes a serialized `jax.export.Exported` with the weights inside."""
     params = jax.tree.map(lambda leaf: leaf, network.params)  # mappings of our own
-    for operator in operators.operators(network):
+    for layer in network.model.layers:
         # The model would round these at every call; rounded here, they take less space.
-        if isinstance(operator, operators.Conv):
-            block, name = operator.name.split("/")
-            params[block][name] = {
-                leaf: values.astype(jnp.dtype(dtype))
-                for leaf, values in params[block][name].items()
-            }
+        params[layer.name][layer.block.deploy] = {
+            name: leaf.astype(jnp.dtype(dtype))
+            for name, leaf in params[layer.name][layer.block.deploy].items()
+        }
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *network.image_shape), network.images.dtype)
     # A float32 artifact computes in full float32 on every platform; accelerators would otherwise

@@ -11,20 +11,18 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from flax import linen as nn
 
+from repvgg_jax.block import ReparamBlock
 from repvgg_jax.export.network import Network
-from repvgg_jax.reparam.grammar import FUSED
 
-_ACTIVATIONS: dict[Callable | None, str | None] = {
+ACTIVATIONS: dict[str | None, Callable | None] = {
     None: None,
-    nn.relu: "relu",
-    jax.nn.relu: "relu",
-    nn.silu: "silu",
-    jax.nn.silu: "silu",
+    "relu": nn.relu,
+    "silu": nn.silu,
 }
+"""Activations of blocks that exports know, by the name in `Activation.kind`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,18 +129,18 @@ def operators(network: Network) -> list[Operator]:
     return found
 
 
-def _block(name: str, block: Any, params: Any) -> Iterator[Operator]:
+def _block(name: str, block: ReparamBlock, params: Any) -> Iterator[Operator]:
     """The operators of a block in deploy form."""
-    fused = params[FUSED]
+    fused = params[block.spec.deploy]
     yield Conv(
-        name=f"{name}/{FUSED}",
+        name=f"{name}/{block.spec.deploy}",
         kernel=fused["kernel"],
         bias=fused["bias"],
         stride=block.stride,
         dilation=block.dilation,
         groups=block.groups,
     )
-    kind = activation_kind(getattr(block, "activation", nn.relu), name)
+    kind = activation_kind(block.activation, name)
     activation: list[Operator] = [] if kind is None else [Activation(kind)]
     if block.se is None:
         yield from activation
@@ -158,13 +156,13 @@ def activation_kind(function: Callable | None, where: str) -> str | None:
     Raises:
       ValueError: it is not one of ReLU, SiLU and none.
     """
-    if function not in _ACTIVATIONS:
-        label = getattr(function, "__name__", function)
-        raise ValueError(
-            f"{where}: exports know the activations nn.relu, nn.silu and None, not {label}; "
-            "export as stablehlo, which takes any JAX function"
-        )
-    return _ACTIVATIONS[function]
+    for kind, known in ACTIVATIONS.items():
+        if function is known:
+            return kind
+    label = getattr(function, "__name__", function)
+    raise ValueError(
+        f"{where}: exports know the activations nn.relu, nn.silu and None, not {label}"
+    )
 
 
 def _linear(name: str, params: Any) -> Linear:

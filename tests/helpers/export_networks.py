@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from repvgg_jax import RepVGG, SqueezeExcite, Variant, create_model, fuse_params
 from repvgg_jax.export import FORMATS, Artifact, Network, Normalize, export
@@ -20,6 +21,7 @@ from tests.trees import random_variables
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 KINDS = ("plain", "grouped", "se-before", "se-after", "dilated", "features")
+ACTIVATED = ("silu", "linear")  # of other activations than ReLU
 PIXELS = 24
 LABELS = ("cat", "dog", "élan", "fox", "gnu")
 MEAN, STD = (0.4, 0.45, 0.5), (0.2, 0.25, 0.3)
@@ -38,18 +40,21 @@ def model(kind: str) -> RepVGG:
         "se-after": variant(se=SqueezeExcite(reduction=4, after_relu=True)),
         "dilated": variant(groups=2),
         "features": variant(),
+        "silu": variant(se=SqueezeExcite(reduction=4)),
+        "linear": variant(),
     }
     return create_model(
         variants[kind],
         num_classes=0 if kind == "features" else len(LABELS),
         output_stride=2 if kind == "dilated" else None,
+        activation={"silu": nn.silu, "linear": None}.get(kind, nn.relu),
     )
 
 
 @functools.cache
 def variables(kind: str) -> Any:
     """Training form, NumPy, with random affines and running statistics."""
-    return random_variables(model(kind), size=PIXELS, seed=KINDS.index(kind))
+    return random_variables(model(kind), size=PIXELS, seed=(*KINDS, *ACTIVATED).index(kind))
 
 
 @functools.cache
