@@ -99,10 +99,10 @@ def convert(
     if not tolerance > 0:
         raise ValueError(f"--tolerance={tolerance} must be positive")
     images = source.normalize(source.images)
+    deployed = source.model.clone(deploy=True)
+    fused, proof = source.variables, None
     forms: dict[str, Forward] = {}
-    if source.model.deploy:
-        fused = source.variables
-    else:
+    if not source.model.deploy:
         fused = fuse_params(
             source.variables,
             blocks=tuple({layer.block for layer in source.model.layers}),
@@ -110,9 +110,7 @@ def convert(
             epsilon=source.model.epsilon,
         )
         forms["trained"] = Forward(source.model.apply, source.variables, batch_size=BATCH)
-    deployed = source.model.clone(deploy=True)
     forms["fused"] = Forward(deployed.apply, fused, batch_size=BATCH)
-    proof = None
     if "trained" in forms:
         proof = compare(forms["trained"](images), forms["fused"](images), tolerance=tolerance)
         if not proof.holds:
@@ -120,6 +118,9 @@ def convert(
                 f"the fused network does not compute what the trained one does: {proof}; "
                 "nothing was written"
             )
+    # Before the runtimes are opened, whose idle threads would slow it down.
+    speed = _images_per_second(forms, images)
+    forms.clear()
     network = Network(
         deployed,
         fused,
@@ -138,11 +139,10 @@ def convert(
             for name in target.filenames
         ]
         write_description(directory, network, artifacts, proof=proof, source=source.details)
-    speed = _images_per_second(forms, images)
     return Conversion(
         title=source.title,
         params=(
-            _size(source.variables["params"]) if "trained" in forms else None,
+            None if source.model.deploy else _size(source.variables["params"]),
             _size(fused["params"]),
         ),
         images_per_second=(speed.get("trained"), speed["fused"]),

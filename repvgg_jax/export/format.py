@@ -132,8 +132,9 @@ class Artifact:
 
     def __str__(self) -> str:
         head = f"{self.format}: {self.path.name} ({self.dtype}, {self.size / 1e6:.1f} MB)"
-        lines = ["read back bitwise identical"] if self.identical else []
-        lines += [
+        if self.identical:
+            return f"{head}, read back bitwise identical"
+        lines = [
             f"proven with {runtime} {self.versions[runtime]}: {proof}"
             for runtime, proof in self.proofs.items()
         ]
