@@ -55,7 +55,7 @@ def network(kind: str = "plain", **options) -> Source:
         "model": nets.model(kind),
         "variables": nets.variables(kind),
         "images": nets.images(),
-        "image_source": "19 random images",
+        "image_source": "17 random images",
         "normalize": Normalize(nets.MEAN, nets.STD),
         "labels": () if kind == "features" else nets.LABELS,
         "details": {"weights": "none"},
@@ -74,7 +74,7 @@ def deploy(tmp_path_factory):
 class TestConvert:
     """The pipeline."""
 
-    @pytest.mark.parametrize("kind", ["se-after", "features", "silu"])
+    @pytest.mark.parametrize("kind", ["features", "silu"])
     def test_what_was_written_is_the_trained_network(self, kind, tmp_path):
         done = convert(network(kind), Output(tmp_path / "deploy"), targets=DEFAULT)
         assert done.proof is not None
@@ -172,7 +172,8 @@ class TestConvert:
         convert(network(), output, targets=targets, with_preprocessing=True)
         blob = (output.path / "model.stablehlo").read_bytes()
         found = np.asarray(jax.export.deserialize(bytearray(blob)).call(nets.images()))
-        np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
+        wanted = nets.softmax(nets.expected("plain"))
+        assert nets.relative(nets.log(wanted), nets.log(found)) <= 1e-5
         proof = json.loads((output.path / "proof.json").read_text())
         kinds = [artifact["description"]["input_dtype"] for artifact in proof["artefacts"]]
         assert kinds == ["uint8", "float32"]
@@ -401,24 +402,16 @@ class TestCommand:
         assert one.metadata["classes"] == list(classes)
         assert one.model == create_model(one.model.variant, num_classes=10, deploy=True)
 
-    @pytest.mark.parametrize(
-        ("arguments", "status", "message"),
-        [
-            ([], 1, "--output"),
-            (["--output=x", "--wrokdir=x"], 2, "wrokdir"),
-            (["--workdir=x", "--output=y", "--format=onyx"], 1, "onnx"),
-        ],
-    )
-    def test_mistakes_are_one_line(self, arguments, status, message, tmp_path):
-        found, out, err = run(*arguments, cwd=tmp_path)
-        assert (found, out) == (status, ""), err
+    def test_a_mistake_is_one_line(self, tmp_path):
+        status, out, err = run("--workdir=x", "--output=y", "--format=onyx", cwd=tmp_path)
+        assert (status, out) == (1, ""), err
         assert err.startswith("error: ")
         assert len(err.splitlines()) == 1, err
-        assert message in err
+        assert "did you mean 'onnx'" in err
         assert list(tmp_path.iterdir()) == []
 
     def test_traceback_shows_where_an_error_arose(self, tmp_path):
-        status, _, err = run("--workdir=x", "--output=y", "--traceback", cwd=tmp_path)
+        status, _, err = run("--workdir=x", "--from=y", "--traceback", cwd=tmp_path)
         assert status == 1
         assert "Traceback" in err
-        assert "from_run" in err
+        assert "--output" in err.splitlines()[-1]

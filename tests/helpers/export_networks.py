@@ -59,8 +59,8 @@ def variables(kind: str) -> Any:
 
 @functools.cache
 def images() -> np.ndarray:
-    """uint8, more than one batch of a proof."""
-    return np.random.default_rng(7).integers(0, 256, (19, PIXELS, PIXELS, 3), np.uint8)
+    """uint8, one image and a batch of a proof."""
+    return np.random.default_rng(7).integers(0, 256, (17, PIXELS, PIXELS, 3), np.uint8)
 
 
 def fresh(kind: str, with_preprocessing: bool = False) -> Network:
