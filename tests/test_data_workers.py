@@ -18,7 +18,7 @@ from repvgg_jax.data.dataset import load
 from tests.flags import xla_flags
 from tests.pictures import images, settings, write_tree
 from tests.processes import RECIPE
-from tests.test_cli import ROOT, wait_for
+from tests.helpers.commands import ROOT, wait_for
 from tests.test_data import SHARDING
 
 FILES = images(train=24, val=8)
@@ -123,7 +123,7 @@ class TestARun:
         assert left_over(started) == []
         out, err = (process := self.start(folder, tmp_path)).communicate(timeout=300)
         assert (process.returncode, err) == (0, "")
-        assert "continuing from step" in out
+        assert "resuming from step" in out
         metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         assert {json.loads(line)["step"] for line in metrics} == set(range(1, 301))
 

@@ -17,9 +17,10 @@ from repvgg_jax.cluster import consensus as distributed
 from repvgg_jax.cluster.process_info import Place, launched_place
 from repvgg_jax.cluster.watchdog import PATIENCE, Watch
 from repvgg_jax.train.checkpoint import Checkpoints
-from repvgg_jax.train.config import check
 from repvgg_jax.train.loop import train
-from repvgg_jax.train.run import Run
+from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.settings import Settings
+from repvgg_jax.train.validate import check_batches
 from tests.pictures import damaged, images, write_tree
 from tests.processes import RECIPE, free_port, started
 
@@ -40,7 +41,7 @@ def rows(path: pathlib.Path) -> list[dict]:
 
 def final_state(path: pathlib.Path):
     with Checkpoints(path / "checkpoints") as checkpoints:
-        return jax.device_get(checkpoints.restore(Run.from_config(recipe()).abstract_state()))
+        return jax.device_get(checkpoints.restore(Experiment.from_config(recipe()).abstract_state()))
 
 
 def distance(tree, other) -> float:
@@ -383,7 +384,7 @@ def test_batches_that_cannot_be_split_over_processes():
     config = recipe()
     config.train.batch_size = 100
     with pytest.raises(ValueError, match=r"=100 .* 8 devices \(4 processes of 2\).*: 96 or 104"):
-        check(config, devices=8, processes=4)
+        check_batches(Settings.from_config(config), devices=8, processes=4)
 
 
 class Table:

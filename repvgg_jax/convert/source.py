@@ -1,7 +1,6 @@
 """What a conversion starts from: a training run, or somebody's checkpoint."""
 
 import dataclasses
-import logging
 import pathlib
 from typing import Any
 
@@ -12,8 +11,6 @@ from repvgg_jax.export import Metadata
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.train.restore import load_run, validation_images
 from repvgg_jax.weights import load_file_or_pretrained
-
-logger = logging.getLogger(__name__)
 
 PROOF_IMAGES = 1000  # held-out images that a proof looks at, at most
 
@@ -53,7 +50,6 @@ def from_run(path: pathlib.Path) -> Origin:
     """
     run = load_run(path)
     images, source = validation_images(run, PROOF_IMAGES)
-    logger.info("proof images: %s", source)
     return Origin(
         title=f"RepVGG {run.model.variant.name}, step {run.step} of {path}",
         # The proof is about the function, not about the rounding of a half-precision run.
@@ -62,7 +58,7 @@ def from_run(path: pathlib.Path) -> Origin:
         deploy=False,
         images=images,
         metadata=Metadata(run.normalize.mean, run.normalize.std, run.classes),
-        details={"workdir": str(path), "step": run.step},
+        details={"workdir": str(path), "step": run.step, "images": source},
     )
 
 
