@@ -20,7 +20,7 @@ from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.config import check
 from repvgg_jax.train.loop import train
 from repvgg_jax.train.run import Run
-from tests.pictures import damaged, images, write_tree
+from tests.helpers.pictures import damaged, images, write_tree
 from tests.processes import RECIPE, free_port, started
 
 # A process that is silent for PATIENCE counts as lost; then two rounds of last words, each of a few
@@ -134,7 +134,7 @@ def test_every_bad_image_is_named_by_the_process_that_met_it(tmp_path):
     with started(tmp_path, 2, *arguments) as run:
         assert run.wait() == [0, 0]
     met = [
-        re.findall(rf"^{start}(?:training|held-out) image (\S+) cannot", run.out(i), re.M)
+        re.findall(rf"^{start}(?:training|validation) image (\S+) cannot", run.out(i), re.M)
         for i, start in enumerate(("", "process 1: "))
     ]
     assert all(met)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repvgg_jax.data.augment import picture
-from tests.pictures import images, write_tars
+from repvgg_jax.data.augment import gallery as picture
+from tests.helpers.pictures import images, write_tars
 from tests.processes import RECIPE
 from tests.test_cli import SHORT, run
 

@@ -24,8 +24,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from repvgg_jax.data.arrays import ArraySource
 from repvgg_jax.data.dataset import Dataset, load
+from repvgg_jax.data.sources import ArraySource
 from repvgg_jax.train import config as configs
 from repvgg_jax.train.compiling import try_options
 from repvgg_jax.train.run import Run

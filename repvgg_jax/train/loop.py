@@ -99,7 +99,6 @@ def train(
         )
         stack.callback(report.close)
         checkpoints.say = report.say
-        run.dataset.undecodable.say = report.say_for_itself
         for warning in warnings:
             report.say(warning)
         report.say(f"{run.describe()} -> {workdir.path}")

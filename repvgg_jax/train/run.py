@@ -9,16 +9,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from repvgg_jax.data.augment import (
-    Augmentation,
-    Mixing,
-    Normalise,
-    make_augmentation,
-    make_mixing,
-)
+from repvgg_jax.data.augment import Augmentation, Mixing, make_augmentation, make_mixing
 from repvgg_jax.data.dataset import Dataset, load
-from repvgg_jax.data.sizes import TrainSizes
+from repvgg_jax.data.transforms import TrainSizes
 from repvgg_jax.model import RepVGG
+from repvgg_jax.normalize import Normalize
 from repvgg_jax.train import config as configs
 from repvgg_jax.train.compiling import parse_options
 from repvgg_jax.train.optimizer import make_optimizer
@@ -51,7 +46,7 @@ class Run:
     model: RepVGG
     task: Classification
     optimizer: optax.GradientTransformation
-    normalise: Normalise
+    normalise: Normalize
     augment: Augmentation
     mixing: Mixing | None
     mesh: Mesh
@@ -92,7 +87,7 @@ class Run:
             )
         steps_per_epoch = len(dataset.train) // batch_size
         total_steps = config.train.epochs * steps_per_epoch
-        normalise = Normalise(tuple(config.data.mean), tuple(config.data.std))
+        normalise = Normalize(tuple(config.data.mean), tuple(config.data.std))
         return cls(
             config=config,
             dataset=dataset,

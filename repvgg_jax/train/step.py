@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from repvgg_jax.data.augment import Augmentation, Mixing, Normalise
+from repvgg_jax.data.augment import Augmentation, Mixing
+from repvgg_jax.normalize import Normalize
 from repvgg_jax.reparam.penalty import equivalent_l2
 from repvgg_jax.train.state import TrainState
 from repvgg_jax.train.task import Classification, Sums
@@ -159,7 +160,7 @@ class EvalStep:
 
     model: nn.Module
     task: Classification
-    normalise: Normalise
+    normalise: Normalize
 
     def __call__(self, variables: Any, batch: Batch) -> Sums:
         """Sums over the images that `batch["mask"]` keeps."""
