@@ -82,21 +82,21 @@ class TestResizing:
 
     @pytest.mark.parametrize("shape", [(90, 70), (100, 128), (128, 128), (128, 40)])
     def test_growing_is_pillows_to_a_gray_level(self, shape):
-        part = self.full[: shape[0], : shape[1]]
-        assert difference(fast_resize(part, 128, 128), self._pillow(part)).max() <= 1
+        crop = self.full[: shape[0], : shape[1]]
+        assert difference(fast_resize(crop, 128, 128), self._pillow(crop)).max() <= 1
 
     @pytest.mark.parametrize("shape", [(140, 130), (160, 200), (256, 180), (256, 256), (250, 60)])
     def test_shrinking_is_close_to_pillows_and_does_not_alias(self, shape):
-        part = self.full[: shape[0], : shape[1]]
-        assert difference(fast_resize(part, 128, 128), self._pillow(part)).mean() < 2
+        crop = self.full[: shape[0], : shape[1]]
+        assert difference(fast_resize(crop, 128, 128), self._pillow(crop)).mean() < 2
 
     def test_shrinking_to_half_is_the_same_filter(self):
-        part = self.full[:256, :256]
-        assert difference(fast_resize(part, 128, 128), self._pillow(part)).max() <= 2
+        crop = self.full[:256, :256]
+        assert difference(fast_resize(crop, 128, 128), self._pillow(crop)).max() <= 2
 
     def test_shrinking_further_is_pillows(self):
-        part = self.full[:290, :100]
-        np.testing.assert_array_equal(fast_resize(part, 128, 128), self._pillow(part))
+        crop = self.full[:290, :100]
+        np.testing.assert_array_equal(fast_resize(crop, 128, 128), self._pillow(crop))
 
     def test_a_pattern_that_would_alias_becomes_gray(self):
         stripes = np.zeros((256, 256, 1), np.uint8)
@@ -106,8 +106,8 @@ class TestResizing:
         assert np.abs(small[1:-1].astype(int) - 127.5).max() <= 1
 
     @staticmethod
-    def _pillow(part):
-        return np.asarray(Image.fromarray(part).resize((128, 128), Image.Resampling.BILINEAR))
+    def _pillow(crop):
+        return np.asarray(Image.fromarray(crop).resize((128, 128), Image.Resampling.BILINEAR))
 
 
 class TestCenterCrop:
@@ -130,10 +130,10 @@ class TestCenterCrop:
 
 
 class TestRandomResizedCrop:
-    def test_parts_have_the_shares_and_shapes_that_were_asked_for(self):
+    def test_crops_have_the_areas_and_shapes_that_were_asked_for(self):
         crop, rng = RandomResizedCrop((0.2, 0.6), (0.5, 2.0)), np.random.default_rng(0)
-        parts = np.array([crop.sample(300, 400, rng) for _ in range(4000)])
-        top, left, height, width = parts.T
+        crops = np.array([crop.sample(300, 400, rng) for _ in range(4000)])
+        top, left, height, width = crops.T
         assert (top >= 0).all()
         assert (left >= 0).all()
         assert (top + height).max() == 300
@@ -145,42 +145,42 @@ class TestRandomResizedCrop:
         assert 1.9 < ratio.max() < 2.02
         assert abs(np.log(ratio)).max() > 0.6
 
-    def test_shares_are_uniform_where_every_part_fits(self):
+    def test_areas_are_uniform_where_every_crop_fits(self):
         crop, rng = RandomResizedCrop((0.1, 0.5), (1.0, 1.0)), np.random.default_rng(0)
         shares = [np.prod(crop.sample(500, 500, rng)[2:]) / 250_000 for _ in range(4000)]
         histogram = np.histogram(shares, 4, (0.1, 0.5))[0] / 4000
         np.testing.assert_allclose(histogram, 0.25, atol=0.03)
 
     @pytest.mark.parametrize(("shape", "expected"), [((10, 400), (10, 13)), ((400, 9), (12, 9))])
-    def test_a_strip_gives_its_centre(self, shape, expected):
-        top, left, *part = RandomResizedCrop((0.5, 1.0)).sample(*shape, np.random.default_rng(0))
-        assert tuple(part) == expected
-        assert (top, left) == ((shape[0] - part[0]) // 2, (shape[1] - part[1]) // 2)
+    def test_a_strip_gives_its_center(self, shape, expected):
+        top, left, *crop = RandomResizedCrop((0.5, 1.0)).sample(*shape, np.random.default_rng(0))
+        assert tuple(crop) == expected
+        assert (top, left) == ((shape[0] - crop[0]) // 2, (shape[1] - crop[1]) // 2)
 
     @pytest.mark.parametrize("seed", range(12))
-    @pytest.mark.parametrize("form", ["JPEG", "PNG"])
-    def test_is_nearly_pillows_resize_of_the_part(self, form, seed):
+    @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+    def test_is_nearly_pillows_resize_of_the_crop(self, file_format, seed):
         """Also where a large JPEG is decoded at a fraction of its size."""
-        self.compare(photo(seed, 427, 640), form, seed, 48)
+        self.compare(photo(seed, 427, 640), file_format, seed, 48)
 
     @pytest.mark.parametrize("seed", range(4))
     @pytest.mark.parametrize("shape", [(256, 341), (375, 500)])
-    def test_is_nearly_pillows_resize_of_the_part_at_the_usual_size(self, shape, seed):
+    def test_is_nearly_pillows_resize_of_the_crop_at_the_usual_size(self, shape, seed):
         self.compare(photo(seed, *shape), "JPEG", seed, 224)
 
-    def compare(self, image, form, seed, size):
-        content, crop = encoded(image, form), RandomResizedCrop()
+    def compare(self, image, file_format, seed, size):
+        content, crop = encoded(image, file_format), RandomResizedCrop()
         seen = crop({"encoded": content}, size, np.random.default_rng(seed))
         assert seen.shape == (size, size, 3)
         top, left, height, width = crop.sample(
             image.height, image.width, np.random.default_rng(seed)
         )
-        # A JPEG's part is decoded at a fraction, and its edges are multiples of that.
-        fractions = [r for r in (8, 4, 2) if min(height, width) >= size * r and form == "JPEG"]
-        step = max(fractions, default=1)
+        # A crop of a JPEG is decoded at a fraction, and its edges are multiples of that.
+        step = max((r for r in REDUCTIONS if min(height, width) >= size * r), default=1)
+        step = step if file_format == "JPEG" else 1
         top, left, height, width = (round(n / step) * step for n in (top, left, height, width))
-        part = pixels(content)[top : top + height, left : left + width]
-        expected = Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR)
+        shown = pixels(content)[top : top + height, left : left + width]
+        expected = Image.fromarray(shown).resize((size, size), Image.Resampling.BILINEAR)
         assert difference(seen, np.asarray(expected)).mean() < 4
 
     def test_rng_decides(self):

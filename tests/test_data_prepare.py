@@ -244,6 +244,7 @@ class TestInputs:
         assert inputs.find(tmp_path).splits["val"] == expected
 
 
+@pytest.mark.system
 class TestCommand:
     """`python -m repvgg_jax.data.prepare`, with workers of its own."""
 

@@ -80,6 +80,7 @@ def test_a_folders_order_is_that_of_names(everywhere):
     assert names == sorted(names)
 
 
+@pytest.mark.system
 def test_tensorflow_is_never_imported(everywhere, tmp_path):
     """Not even if it is installed: here as a package that fails when imported."""
     (tmp_path / "tensorflow").mkdir()

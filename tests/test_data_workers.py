@@ -84,6 +84,8 @@ def test_a_worker_ignores_signals_from_its_first_moment_on(folder):
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.mark.slow
+@pytest.mark.system
 class TestARun:
     ARGUMENTS = [
         "--config=recipe.py",
@@ -114,7 +116,6 @@ class TestARun:
         metrics = place / "run" / "metrics.jsonl"
         return lambda: metrics.exists() and metrics.read_text().count("\n") >= 5
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_to_all_of_its_processes_saves_and_continues(self, folder, tmp_path, number):
         process = self.start(folder, tmp_path)
@@ -134,7 +135,6 @@ class TestARun:
         metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         assert {json.loads(line)["step"] for line in metrics} == set(range(1, 301))
 
-    @pytest.mark.slow
     def test_a_run_that_is_killed_leaves_no_workers(self, folder, tmp_path):
         process = self.start(folder, tmp_path)
         wait_for(self.begun(tmp_path), process)

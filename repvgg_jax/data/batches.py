@@ -68,7 +68,7 @@ def train_batches(
         source=dataset.train,
         crop=dataset.train_crop,
         size_at=size_at or TrainSizes((), otherwise=dataset.image_shape[0]),
-        images_per_epoch=len(dataset.train) // batch_size * batch_size,
+        images_per_epoch=max(1, len(dataset.train) // batch_size) * batch_size,
         seed=seed,
         attempts=min(dataset.bad_images.allowed + 1, len(dataset.train)),
     )

@@ -53,10 +53,11 @@ def photo(number: int, height: int = 60, width: int = 80) -> Image.Image:
     return Image.fromarray(crop).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def encoded(image: Image.Image, form: str = "JPEG", **options) -> bytes:
+def encoded(image: Image.Image, file_format: str = "JPEG", **options) -> bytes:
     """An image as a file's bytes."""
     file = io.BytesIO()
-    image.save(file, form, **({"quality": 92} | options if form == "JPEG" else options))
+    options = {"quality": 92} | options if file_format == "JPEG" else options
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 
@@ -70,12 +71,12 @@ def images(train: int = 12, val: int = 5) -> dict[str, bytes]:
     for split, count in (("train", train), ("val", val)):
         for i in range(count):
             picture = photo(i + 100 * (split == "val"), 50 + 3 * i, 90 - 2 * i)
-            form = "JPEG"
+            file_format = "JPEG"
             if split == "train" and i < 4:
                 picture = picture.convert(("RGB", "CMYK", "RGB", "L")[i])
-                form = "PNG" if i == 2 else "JPEG"
+                file_format = "PNG" if i == 2 else "JPEG"
             name = f"{split}/{CLASSES[i % 3]}/{CLASSES[i % 3]}_{i:03}.JPEG"
-            files[name] = encoded(picture, form)
+            files[name] = encoded(picture, file_format)
     return files
 
 
