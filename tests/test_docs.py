@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repvgg_jax.data.augment import picture
+from repvgg_jax.data.augment import gallery as picture
 from tests.flags import xla_flags
-from tests.pictures import images, write_tars
-from tests.processes import RECIPE
 from tests.helpers.commands import run
+from tests.helpers.pictures import images, write_tars
+from tests.processes import RECIPE
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -1,19 +1,23 @@
-"""Plans the shards, says what it will take, has them written, and closes with the manifest."""
+"""Plans the shards, checks the disk space, has workers write them, and writes the manifest last."""
 
 import concurrent.futures
 import dataclasses
+import logging
 import multiprocessing
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from repvgg_jax import files, text
 from repvgg_jax.data import records
-from repvgg_jax.data.prepare import room, shards
+from repvgg_jax.data.prepare import disk, shards
 from repvgg_jax.data.prepare.inputs import Inputs
-from repvgg_jax.data.prepare.shards import UNFINISHED, Done, Form, Job
+from repvgg_jax.data.prepare.shards import Done, Encoding, Job
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,22 +25,20 @@ class Settings:
     """How to prepare.
 
     Attributes:
-      form: how images are stored.
-      shard_images: images in a shard.
-      processes: that work.
-      max_bad: images that may be undecodable; they are left out.
+      encoding: how images are stored.
+      shard_images: images per shard.
+      processes: number of workers.
+      max_bad: undecodable images that are left out; one more is an error.
     """
 
-    form: Form = dataclasses.field(default_factory=Form)
+    encoding: Encoding = dataclasses.field(default_factory=Encoding)
     shard_images: int = 2048
     processes: int = 1
     max_bad: int = 0
 
 
-def prepare(
-    inputs: Inputs, output: pathlib.Path, settings: Settings, *, say: Callable[[str], None] = print
-) -> records.Manifest:
-    """Writes all shards that are not there yet, and the manifest when all are.
+def prepare(inputs: Inputs, output: pathlib.Path, settings: Settings) -> records.Manifest:
+    """Writes all shards that are not finished yet, then the manifest.
 
     Raises:
       ValueError: images cannot be decoded, or the disk is too small.
@@ -47,19 +49,16 @@ def prepare(
     jobs = [job for split in plan.values() for job in split]
     found = {job.path: shards.finished(job) for job in jobs}
     todo = [job for job in jobs if found[job.path] is None]
-    for split, items in inputs.splits.items():
-        say(f"{split}: {len(items):,} images of {len(inputs.classes):,} classes")
-    if (
-        len(inputs.classes) == 1000
-        and {k: len(v) for k, v in inputs.splits.items()} != room.IMAGENET
-    ):
-        train, val = room.IMAGENET.values()
-        say(f"note: all of ImageNet is {train:,} and {val:,} images")
+    counts = {split: len(items) for split, items in inputs.splits.items()}
+    for split, count in counts.items():
+        logger.info("%s: %s of %s", split, text.plural(count, "image"), _classes(inputs))
+    if len(inputs.classes) == 1000 and counts != disk.IMAGENET:
+        logger.info("note: all of ImageNet is {train:,} and {val:,} images".format(**disk.IMAGENET))
     output.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(output)
-    _check_room(todo, len(jobs), output, say)
+    files.remove_leftovers(output)
+    _check_space(todo, len(jobs), output)
 
-    if todo:  # an older manifest would promise what is about to change
+    if todo:  # the shards of an older manifest are about to change
         (output / records.MANIFEST).unlink(missing_ok=True)
     done = {path: result for path, result in found.items() if result is not None}
     try:
@@ -67,44 +66,29 @@ def prepare(
             done[job.path] = result
             _check_bad(done.values(), settings.max_bad)
         _check_bad(done.values(), settings.max_bad)
-        manifest = _manifest(inputs, plan, done, settings.form)
+        manifest = _manifest(inputs, plan, done, settings.encoding)
         manifest.write(output)
     finally:
-        _remove_unfinished(output)
+        files.remove_leftovers(output)
 
     changed, bad = manifest.details["changed_to_rgb_jpeg"], manifest.details["bad"]
     if changed:
-        say(f"{len(changed)} images were no RGB or grey JPEG and now are: {_some(changed)}")
+        logger.info(
+            "%s converted to RGB JPEG: %s",
+            text.plural(len(changed), "image"),
+            text.first_few(changed),
+        )
     if bad:
-        say(f"{len(bad)} images cannot be decoded and were left out: {_some(bad)}")
+        logger.info(
+            "%s cannot be decoded and left out: %s",
+            text.plural(len(bad), "image"),
+            text.first_few(bad),
+        )
     return manifest
 
 
-def _manifest(
-    inputs: Inputs,
-    plan: Mapping[str, Sequence[Job]],
-    done: Mapping[pathlib.Path, Done],
-    form: Form,
-) -> records.Manifest:
-    changed = sorted(name for result in done.values() for name in result.changed)
-    bad = sorted(line for result in done.values() for line in result.bad)
-    return records.Manifest(
-        classes=inputs.classes,
-        splits={
-            split: tuple(done[job.path].shard for job in jobs if done[job.path].shard.images)
-            for split, jobs in plan.items()
-        },
-        details={**dataclasses.asdict(form), "changed_to_rgb_jpeg": changed, "bad": bad},
-    )
-
-
-def _remove_unfinished(output: pathlib.Path) -> None:
-    for stray in output.glob(f"*{UNFINISHED}"):
-        stray.unlink()
-
-
 def verify(output: pathlib.Path, *, processes: int = 1) -> None:
-    """Reads a prepared directory whole: checksums, counts, labels, every image.
+    """Reads a prepared directory completely: checksums, counts, labels, every image.
 
     Raises:
       ValueError: what is wrong, first shards first.
@@ -122,7 +106,14 @@ def verify(output: pathlib.Path, *, processes: int = 1) -> None:
         for _, what in _results(futures, "verifying", [shard.images for shard in todo]):
             wrong += [what] if what else []
     if wrong:
-        raise ValueError(f"{output}: {len(wrong)} of {len(todo)} shards are bad: {_some(wrong)}")
+        raise ValueError(
+            f"{output}: {len(wrong)} of {len(todo)} shards are bad: {text.first_few(wrong)}"
+        )
+
+
+def _classes(inputs: Inputs) -> str:
+    count = len(inputs.classes)
+    return f"{count:,} class{'' if count == 1 else 'es'}"
 
 
 def _jobs(inputs: Inputs, split: str, output: pathlib.Path, settings: Settings) -> list[Job]:
@@ -132,24 +123,27 @@ def _jobs(inputs: Inputs, split: str, output: pathlib.Path, settings: Settings) 
         Job(
             output / f"{split}-{number:05}-of-{count:05}.array_record",
             tuple(items[number * size : (number + 1) * size]),
-            settings.form,
+            settings.encoding,
         )
         for number in range(count)
     ]
 
 
-def _check_room(
-    todo: Sequence[Job], total: int, output: pathlib.Path, say: Callable[[str], None]
-) -> None:
-    needed, free = room.of_jobs(todo), room.free(output)
-    say(
-        f"{total - len(todo)} of {total} shards are finished; the others take about "
-        f"{room.text(needed)}, {room.text(free)} are free in {output}"
+def _check_space(todo: Sequence[Job], total: int, output: pathlib.Path) -> None:
+    needed, free = disk.estimate(todo), disk.free(output)
+    logger.info(
+        "%d of %d shards are finished; the others take about %s, %s are free in %s",
+        total - len(todo),
+        total,
+        disk.format_bytes(needed),
+        disk.format_bytes(free),
+        output,
     )
     if needed > free:
         raise ValueError(
-            f"{output} has {room.text(free)} free, about {room.text(needed)} are needed; make "
-            f"room, give another --output, or store smaller images, --short_side=256"
+            f"{output} has {disk.format_bytes(free)} free, about {disk.format_bytes(needed)} are "
+            f"needed; free disk space, choose another --output, or store smaller images with "
+            f"--short_side=256"
         )
 
 
@@ -176,14 +170,14 @@ def _results(
                 yield future, future.result()
             except BrokenProcessPool as error:
                 raise OSError(
-                    "one of the processes that work died, perhaps for lack of memory; the same "
-                    "command continues, with fewer of them if you say --processes"
+                    "a worker process died, perhaps for lack of memory; the same command "
+                    "continues, with fewer processes if --processes says so"
                 ) from error
             progress.advance(bar, sizes[future])
 
 
 def _pool(processes: int) -> concurrent.futures.ProcessPoolExecutor:
-    # Fresh processes: forking one in which jax has threads can hang.
+    # Spawned processes: forking a process in which jax has threads can hang.
     return concurrent.futures.ProcessPoolExecutor(
         processes, mp_context=multiprocessing.get_context("spawn")
     )
@@ -193,11 +187,24 @@ def _check_bad(results: Iterable[Done], allowed: int) -> None:
     bad = [line for result in results for line in result.bad]
     if len(bad) > allowed:
         raise ValueError(
-            f"{len(bad)} images cannot be decoded: {_some(sorted(bad))}; mend or remove them, or "
-            f"leave them out with --max_bad={len(bad)} or more"
+            f"{text.plural(len(bad), 'image')} cannot be decoded: {text.first_few(sorted(bad))}; "
+            f"repair or remove them, or leave them out with --max_bad={len(bad)} or more"
         )
 
 
-def _some(lines: Sequence[str], most: int = 5) -> str:
-    rest = f" and {len(lines) - most} more" if len(lines) > most else ""
-    return "; ".join(lines[:most]) + rest
+def _manifest(
+    inputs: Inputs,
+    plan: Mapping[str, Sequence[Job]],
+    done: Mapping[pathlib.Path, Done],
+    encoding: Encoding,
+) -> records.Manifest:
+    changed = sorted(name for result in done.values() for name in result.changed)
+    bad = sorted(line for result in done.values() for line in result.bad)
+    return records.Manifest(
+        classes=inputs.classes,
+        splits={
+            split: tuple(done[job.path].shard for job in jobs if done[job.path].shard.images)
+            for split, jobs in plan.items()
+        },
+        details={**dataclasses.asdict(encoding), "changed_to_rgb_jpeg": changed, "bad": bad},
+    )

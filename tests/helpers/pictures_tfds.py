@@ -2,7 +2,7 @@
 
 import tensorflow_datasets as tfds
 
-from tests.pictures import CLASSES
+from tests.helpers.pictures import CLASSES
 
 
 class Pictures(tfds.core.GeneratorBasedBuilder):

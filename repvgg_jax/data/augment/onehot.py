@@ -1,9 +1,9 @@
-"""Reading single values as matrix products, for TPUs, which have no other fast way to do it.
+"""Table lookup and resampling as matrix products, for TPUs, which have no fast gather.
 
-A TPU reads an array by tiles of a thousand values, and one value by one such tile. Multiplying by
-a one-hot matrix instead is arithmetic that its matrix units do well, and exact: every sum has one
-term, and bfloat16 holds the integers 0 … 255. Of the same coordinates,
-the results are those of the reads, bit for bit.
+A TPU reads an array by tiles of a thousand values, and a single value by a whole tile. A product
+with a one-hot matrix runs on its matrix units instead, and is exact: every sum has one term, and
+bfloat16 represents the integers 0 … 255. For equal coordinates the results are bitwise those of
+the gathers in `ops.py` and `warp.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-Read = Callable[[int, int], jax.Array]
-"""A pixel's source some rows below and columns to the right, float32."""
+ReadPixel = Callable[[int, int], jax.Array]
+"""(row offset, column offset) -> source pixels at that offset, float32."""
 
 
 def look_up(images: jax.Array, tables: jax.Array) -> jax.Array:
-    """Every pixel's entry, by the upper and the lower half of its bits.
+    """Maps every pixel through its table, by the upper and the lower half of its bits.
 
     Args:
       images: uint8 (images, height, width, channels).
@@ -39,43 +39,43 @@ def look_up(images: jax.Array, tables: jax.Array) -> jax.Array:
     return found.astype(jnp.uint8).transpose(0, 2, 3, 1)
 
 
-def sample(
+def resample(
     images: jax.Array,
     source: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-    interpolate: Callable[[Read, jax.Array, jax.Array], jax.Array],
+    interpolate: Callable[[ReadPixel, jax.Array, jax.Array], jax.Array],
     taps: Sequence[int],
 ) -> jax.Array:
-    """Images read at other places, as two products along one axis each.
+    """Samples images at other coordinates, as one matrix product along each axis.
 
-    For every column of the result and every row of the source, the first product finds what
-    that source row gives to that column; the second brings it to the row of the result that
-    takes it. At most two rows of the result may take from one source row in a column, as in
-    rotations up to 60 degrees: both are computed.
+    For every output column and every source row, the first product computes what that source row
+    contributes to that column; the second moves it to the output row that takes it. At most two
+    output rows may take from one source row in a column, which holds for rotations up to
+    60 degrees: both are computed.
 
     Args:
       images: uint8 (images, height, width, channels).
-      source: from rows of the result, float32 (images or 1, some, width or 1), to the columns
-        and rows that they come from, float32 (images, some, width): see
-        `geometry.source_coordinates`. The rows ascend, by steps of 0, 1 or 2.
-      interpolate: from source pixels and the shares of the right and the lower one, float32
+      source: from output rows, float32 (images or 1, some, width or 1), to the source columns and
+        rows, float32 (images, some, width): see `warp.source_coordinates`. Source rows ascend in
+        steps of 0, 1 or 2.
+      interpolate: from source pixels and the weights of the right and the lower one, float32
         (images, some, 1, width), to values (images, some, channels, width).
-      taps: rows and columns that `interpolate` reads, in order.
+      taps: row and column offsets that `interpolate` reads, in order.
 
     Returns:
-      uint8, shaped as `images`; undefined where the source lies outside of the image.
+      uint8, shaped as `images`; undefined where the source coordinates are outside the image.
     """
     _, height, width, channels = images.shape
     row = jnp.arange(height, dtype=jnp.float32)[None, :, None] + 0.5
-    top, _ = place(source(row)[1])
+    top, _ = split_coordinate(source(row)[1])
     second = jnp.pad(top[:, 1:] == top[:, :-1], ((0, 0), (1, 0), (0, 0)))
     source_rows = jnp.arange(-1, height)[None, :, None, None]  # half a pixel beyond each edge
     source_columns = jnp.arange(-1, width)[None, None, :, None]
-    # The first row of the result that takes from a source row, (images, height + 1, width).
+    # The first output row that takes from a source row: (images, height + 1, width).
     first = (top[:, None] < source_rows).sum(axis=2)
 
     ends = (1 - taps[0], taps[-1])
     padded = jnp.pad(images, ((0, 0), ends, ends, (0, 0)), mode="edge")
-    neighbours = jnp.stack(
+    neighbors = jnp.stack(
         [
             padded[:, down : down + height + 1, across : across + width + 1, channel]
             for down in range(len(taps))
@@ -87,12 +87,10 @@ def sample(
 
     def values_of(row: jax.Array) -> jax.Array:
         across, down = source(row)
-        left, right = place(across)
-        _, below = place(down)
+        left, right = split_coordinate(across)
+        _, below = split_coordinate(down)
         chosen = (left[:, :, None] == source_columns).astype(jnp.bfloat16)
-        found = jnp.einsum(
-            "nypx,nyxw->nypw", neighbours, chosen, preferred_element_type=jnp.float32
-        )
+        found = jnp.einsum("nypx,nyxw->nypw", neighbors, chosen, preferred_element_type=jnp.float32)
 
         def read(rows: int, columns: int) -> jax.Array:
             at = taps.index(rows) * len(taps) + taps.index(columns)
@@ -101,7 +99,7 @@ def sample(
         values = interpolate(read, right[:, :, None], below[:, :, None])
         return to_uint8(values).astype(jnp.bfloat16)
 
-    rows = [(first + turn).astype(jnp.float32) + 0.5 for turn in range(2)]
+    rows = [(first + later).astype(jnp.float32) + 0.5 for later in range(2)]
     values = jnp.concatenate([values_of(row) for row in rows], axis=2)
     taken = (top[:, None] == source_rows).astype(jnp.bfloat16)
     found = jnp.einsum("nyqw,nyrw->nrqw", values, taken, preferred_element_type=jnp.float32)
@@ -109,12 +107,12 @@ def sample(
     return found.astype(jnp.uint8).swapaxes(2, 3)
 
 
-def place(coordinate: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The pixel before a coordinate, int32, and the share of the one after it."""
+def split_coordinate(coordinate: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Index of the pixel before a coordinate, int32, and the weight of the pixel after it."""
     before = jnp.floor(coordinate - 0.5)
     return before.astype(jnp.int32), coordinate - 0.5 - before
 
 
 def to_uint8(values: jax.Array) -> jax.Array:
-    """By cutting off, as Pillow."""
+    """Clips and truncates, as Pillow does."""
     return jnp.clip(values, 0, 255).astype(jnp.uint8)

@@ -1,13 +1,11 @@
-"""Encoded images to pixels; which decoder reads what is decided here and nowhere else.
+"""Encoded images to pixels; the only place that chooses a decoder.
 
 JPEG files go to simplejpeg, the fastest of those that `benchmarks/input_pipeline.py` compares,
-and the only fast one that says when data are damaged. Everything else goes to Pillow: CMYK
-JPEGs, which other decoders leave to their caller, PNG and all other formats, and whatever
-simplejpeg objects to, for it rejects harmless oddities, too. An image is undecodable when
-Pillow says so.
+and the only fast one that reports damaged data. Everything else goes to Pillow: CMYK JPEGs, which
+other decoders do not convert, PNG and all other formats, and whatever simplejpeg rejects, because
+it also rejects harmless oddities. An image is undecodable if Pillow says so.
 
-A rotation that EXIF data ask for is not applied: neither are the ones of ImageNet in other
-frameworks' pipelines.
+EXIF rotations are not applied, as in other frameworks' ImageNet pipelines.
 """
 
 import io
@@ -17,18 +15,19 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-REDUCTIONS = (8, 4, 2)  # that a JPEG can be decoded at for less work, the strongest first
+REDUCTIONS = (8, 4, 2)
+"""Factors by which decoding can shrink a JPEG for less work, the largest first."""
 
 
 class UndecodableError(ValueError):
     """Data that no decoder can read; the text is the reason, without the image's name."""
 
 
-def size(encoded: bytes) -> tuple[int, int]:
+def image_size(encoded: bytes) -> tuple[int, int]:
     """Height and width in pixels, from the header alone.
 
     Raises:
-      UndecodableError: it has no header that we know.
+      UndecodableError: no known header.
     """
     header = _jpeg_header(encoded)
     if header is not None:
@@ -37,21 +36,21 @@ def size(encoded: bytes) -> tuple[int, int]:
         return image.height, image.width
 
 
-def decode(encoded: bytes, reduction: int = 1, *, quickly: bool = False) -> np.ndarray:
-    """All pixels.
+def decode(encoded: bytes, reduction: int = 1, *, fast_upsample: bool = False) -> np.ndarray:
+    """Decodes an image.
 
     Args:
-      encoded: a JPEG, PNG or other file that Pillow knows.
-      reduction: 1, 2, 4 or 8. Height and width are divided by it, rounding up, in the JPEG's
-        frequencies, which takes less time. Only where the format can; look at the shape.
-      quickly: a JPEG that stores colour at half the resolution has each value repeated, where
-        otherwise values in between are interpolated, as Pillow does. Brightness is the same.
+      encoded: a JPEG, PNG or other file that Pillow reads.
+      reduction: 1, 2, 4 or 8: divides height and width, rounding up, in the frequency domain of
+        a JPEG, which takes less time. Other formats ignore it; look at the shape.
+      fast_upsample: repeat the values of JPEGs that store color at half the resolution, instead
+        of interpolating them as Pillow does. Brightness is the same.
 
     Returns:
       RGB, uint8 (height, width, 3).
 
     Raises:
-      UndecodableError: it is damaged or no image.
+      UndecodableError: damaged, or not an image.
     """
     header = _jpeg_header(encoded)
     if header is not None and header[2] not in ("CMYK", "YCCK"):
@@ -60,7 +59,7 @@ def decode(encoded: bytes, reduction: int = 1, *, quickly: bool = False) -> np.n
             return simplejpeg.decode_jpeg(
                 encoded,
                 "RGB",
-                fastupsample=quickly,
+                fastupsample=fast_upsample,
                 min_height=height,
                 min_width=width,
                 min_factor=reduction,
@@ -70,12 +69,12 @@ def decode(encoded: bytes, reduction: int = 1, *, quickly: bool = False) -> np.n
     with _opened(encoded) as image:
         try:
             return np.asarray(image.convert("RGB"))
-        except Exception as error:  # its plugins raise what they please
+        except Exception as error:  # Pillow's plugins raise anything
             raise UndecodableError(str(error) or type(error).__name__) from error
 
 
 def is_plain_jpeg(encoded: bytes) -> bool:
-    """Whether it is a JPEG of grey or RGB pixels, as fast decoders want it."""
+    """Whether it is a gray or RGB JPEG, which fast decoders read."""
     header = _jpeg_header(encoded)
     return header is not None and header[2] not in ("CMYK", "YCCK")
 
@@ -95,5 +94,5 @@ def _opened(encoded: bytes) -> Image.Image:
     except UnidentifiedImageError as error:
         what = f"{len(encoded):,} bytes of no known image format" if encoded else "an empty file"
         raise UndecodableError(what) from error
-    except Exception as error:  # its plugins raise what they please
+    except Exception as error:  # Pillow's plugins raise anything
         raise UndecodableError(str(error) or type(error).__name__) from error
