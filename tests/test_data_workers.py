@@ -45,7 +45,7 @@ def alive(process: int) -> bool:
         return False
 
 
-def left_over(processes: list[int], seconds: float = 20) -> list[int]:
+def left_over(processes: list[int], seconds: float = 300) -> list[int]:
     """Those that still live after a while."""
     deadline = time.monotonic() + seconds
     while (left := list(filter(alive, processes))) and time.monotonic() < deadline:
@@ -115,7 +115,7 @@ class TestARun:
         started = children(process.pid)
         assert len(started) >= 2
         os.killpg(process.pid, number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         # The last batch lies in shared memory, of which Python may have to say that it freed it.
         assert [line for line in err.splitlines() if not re.search(r"resource_tracker", line)] == []
         assert process.returncode == (0 if number == signal.SIGTERM else 130)
@@ -134,5 +134,5 @@ class TestARun:
         started = children(process.pid)
         assert len(started) >= 2
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         assert left_over(started) == []
