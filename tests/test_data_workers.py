@@ -44,8 +44,8 @@ def alive(process: int) -> bool:
         return False
 
 
-def left_over(processes: list[int], seconds: float = 60) -> list[int]:
-    """Those that do not end."""
+def left_over(processes: list[int], seconds: float = 300) -> list[int]:
+    """Those that still live after a while."""
     deadline = time.monotonic() + seconds
     while (left := list(filter(alive, processes))) and time.monotonic() < deadline:
         time.sleep(0.1)
