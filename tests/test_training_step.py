@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from repvgg_jax import create_model
-from repvgg_jax.reparam.penalty import equivalent_l2
+from repvgg_jax.reparam import decay_mask, equivalent_l2
 from repvgg_jax.train.experiment import Experiment
-from repvgg_jax.train.optimizer import decay_mask, make_optimizer, schedule
+from repvgg_jax.train.optimizer import make_optimizer, schedule
 from repvgg_jax.train.settings import OptimizerSettings
 from repvgg_jax.train.step import Classification, EvalStep
 from repvgg_jax.train.validate import check_batches

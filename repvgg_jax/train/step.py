@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from repvgg_jax.data.augment import Augmentation, Mixing
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.reparam.penalty import equivalent_l2
+from repvgg_jax.reparam import equivalent_l2
 from repvgg_jax.train.state import TrainState
 
 Batch = Mapping[str, Any]
@@ -104,7 +104,7 @@ class TrainStep:
       augment: pixels to the network's input, augmented.
       mixing: mixup and cutmix, or None.
       seed: of the augmentation.
-      equivalent_l2: weight decay of the equivalent kernel (`repvgg_jax.reparam.penalty`).
+      equivalent_l2: weight decay of the equivalent kernel (`repvgg_jax.reparam.equivalent_l2`).
       ema_decay: decay per step of the moving averages, if the state has any.
       microbatches: number of microbatches whose gradients are accumulated.
       group_size: images of a group that microbatches must not split.
