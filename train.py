@@ -65,8 +65,9 @@ COMPILE_TIMEOUT = flags.DEFINE_integer(
 
 def main(_: Sequence[str]) -> int:
     """Trains; returns the exit status."""
-    from repvgg_jax.cluster.consensus import is_first
-    from repvgg_jax.cluster.initialize import joined
+    import jax
+
+    from repvgg_jax.cluster.initialize import initialized
     from repvgg_jax.train.assessment import assess
     from repvgg_jax.train.loop import train
     from repvgg_jax.train.profile import parse_steps
@@ -81,10 +82,10 @@ def main(_: Sequence[str]) -> int:
         print(compile_ahead(CONFIG.value, COMPILE_ONLY.value, timeout=COMPILE_TIMEOUT.value))
         return 0
     workdir = WORKDIR.value or pathlib.Path("runs", recipe.stem)
-    with joined(DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain):
+    with initialized(DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain):
         if EVAL_ONLY.value:
             assessment = assess(CONFIG.value, workdir, init_from=INIT_FROM.value, step=STEP.value)
-            if is_first():
+            if jax.process_index() == 0:
                 print("\n".join(assessment.lines(by_class=BY_CLASS.value)))
             return 0
         if INIT_FROM.value is not None:

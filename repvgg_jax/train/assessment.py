@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from repvgg_jax.cluster import consensus as distributed
+from repvgg_jax.cluster import consensus
 from repvgg_jax.reparam import fuse_params
 from repvgg_jax.text import differences
 from repvgg_jax.train import config as configs
@@ -79,13 +79,13 @@ def assess(
     Raises:
       ValueError: nothing to evaluate there, or another network or head.
     """
-    distributed.require_same({**configs.plain(config), "--init_from": init_from})
+    consensus.require_same({**configs.plain(config), "--init_from": init_from})
     configs.check(config, devices=jax.device_count(), processes=jax.process_count())
     workdir = run_directory(init_from) if init_from else Workdir(pathlib.Path(path))
     if workdir is None and step is not None:
         raise ValueError(f"--step={step} is that of a run's checkpoint, and {init_from} is no run")
     stored = None if workdir is None else workdir.read_config()  # before any data are looked at
-    distributed.announce(batch_size=config.eval.batch_size)
+    consensus.announce(batch_size=config.eval.batch_size)
     run = Run.from_config(config)
     if workdir is None or stored is None:
         variables, source = _from_weights(run, str(init_from))

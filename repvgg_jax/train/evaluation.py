@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repvgg_jax.cluster import consensus as distributed
+from repvgg_jax.cluster import consensus
 from repvgg_jax.data.batches import eval_batches
 from repvgg_jax.model import RepVGG
 from repvgg_jax.train.run import Run
@@ -58,7 +58,7 @@ class Evaluation:
         if model not in self._steps:
             step = jax.jit(EvalStep(model, self._run.task, self._run.normalise))
             self._steps[model] = step.lower(variables, batch).compile()
-            distributed.meet(f"compiled evaluation {len(self._steps)}")
+            consensus.barrier(f"compiled evaluation {len(self._steps)}")
         return self._steps[model]
 
 

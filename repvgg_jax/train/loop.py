@@ -13,7 +13,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from repvgg_jax.cluster import consensus as distributed
+from repvgg_jax.cluster import consensus
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.reparam import fuse_params
 from repvgg_jax.train import config as configs
@@ -66,23 +66,22 @@ def train(
       FloatingPointError: the loss or a gradient is not finite any more.
       OSError: the directory cannot be written.
     """
-    distributed.require_same(configs.plain(config))
+    consensus.require_same(configs.plain(config))
     configs.check(config, devices=jax.device_count(), processes=jax.process_count())
-    distributed.announce(
-        batch_size=config.train.batch_size,
-        group_size=configs.bn_group_size(config) or config.train.batch_size,
+    group = configs.bn_group_size(config) or config.train.batch_size
+    consensus.announce(
+        batch_size=config.train.batch_size, details=f"batch normalization over {group}"
     )
     workdir = Workdir(pathlib.Path(path))
 
     with contextlib.ExitStack() as stack:
         # First, so that a signal while the run starts waits for the first question.
-        stop = stack.enter_context(StopRequest(distributed.agree_to_stop))
+        stop = stack.enter_context(StopRequest(consensus.agree_to_stop))
         run = Run.from_config(config)
         try_options(config.train.compiler_options, run.mesh)
         if jax.process_index() == 0:
-            say = functools.partial(print, flush=True)  # there is no report yet
-            stack.enter_context(workdir.claimed(config, say=say))
-        distributed.meet("claimed")
+            stack.enter_context(workdir.claimed(config))
+        consensus.barrier("claimed")
         checkpoints = stack.enter_context(
             Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep)
         )
@@ -147,7 +146,7 @@ def _train_steps(
         program = run.lower_step(size).compile()
         pixels = f" for images of {size}x{size}" if config.data.sizes else ""
         report.say(f"compiled{pixels} in {time.monotonic() - began:.1f} s")
-        distributed.meet(f"compiled {size}")
+        consensus.barrier(f"compiled {size}")
         return program
 
     def stopped_before_the_first_step() -> bool:
@@ -162,7 +161,7 @@ def _train_steps(
         return state
     compiled(run.size_at(start_step // run.steps_per_epoch))
     untested = start_step and every(config.eval.every_epochs, start_step)
-    if untested and not distributed.first_says(report.tested(start_step)):
+    if untested and not consensus.broadcast(report.tested(start_step)):
         test(start_step)  # the run was stopped before it could
     if stopped_before_the_first_step():
         return state

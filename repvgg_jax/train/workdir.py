@@ -16,11 +16,11 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from repvgg_jax.cluster import lock as owner
+from repvgg_jax.cluster import lock
 from repvgg_jax.text import differences
 from repvgg_jax.train.config import from_plain, plain
 
@@ -67,19 +67,18 @@ class Workdir:
         return self.path / "profile"
 
     @contextlib.contextmanager
-    def claimed(self, config: ConfigDict, *, say: Callable[[str], None] = print) -> Iterator[None]:
+    def claimed(self, config: ConfigDict) -> Iterator[None]:
         """A context in which the directory is this configuration's and nobody else's.
 
         Args:
           config: of the run.
-          say: told, in a line, of an owner that may still be at work.
 
         Raises:
           ValueError: it is another configuration's, holds other things, or is in use.
           OSError: it cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with owner.owned(self.path, say):
+        with lock.locked(self.path):
             self.claim(config)
             yield
 
@@ -99,7 +98,7 @@ class Workdir:
                 )
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        if others := sorted(e.name for e in self.path.iterdir() if e.name != owner.FILE):
+        if others := sorted(e.name for e in self.path.iterdir() if e.name != lock.FILE):
             raise ValueError(
                 f"{self.path} is no run's directory (it has no config.json) but holds "
                 f"{', '.join(others[:5])}{', …' if len(others) > 5 else ''}; give another --workdir"
