@@ -1,8 +1,6 @@
 """The train loop: what a run leaves, how it resumes, and what stops it."""
 
 import dataclasses
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -11,13 +9,10 @@ import pickle
 import re
 import shutil
 import signal
-import time
-import types
 
 import chex
 import pytest
 
-from repvgg_jax.cluster import lock as owner
 from repvgg_jax.train import step as step_module
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.loop import train
@@ -92,104 +87,6 @@ def test_a_directory_in_use_is_refused(tmp_path):
         train(small_config(), workdir.path)
     with workdir.claimed(small_settings()):
         pass  # and is free afterwards
-
-
-class TestOwner:
-    """A directory is one run's, on whatever machine; an owner that is gone is in nobody's way."""
-
-    OTHER = {"host": "far", "machine": "another", "pid": 7, "began": "2020-01-01 00:00:00 +0000"}
-
-    @pytest.fixture(autouse=True)
-    def _clock(self, monkeypatch):
-        """Who sleeps sees the clock move on at once, and meanwhile others go on."""
-        self.now, self.meanwhile = 0.0, lambda: None
-
-        def sleep(seconds):
-            self.meanwhile()
-            self.now += seconds
-
-        clock = types.SimpleNamespace(
-            monotonic=lambda: self.now, sleep=sleep, strftime=time.strftime
-        )
-        monkeypatch.setattr(owner, "time", clock)
-        monkeypatch.setattr(owner, "BEAT", 0.05)
-
-    @pytest.fixture
-    def path(self, tmp_path):
-        (tmp_path / owner.FILE).write_text(json.dumps(self.OTHER))
-        return tmp_path
-
-    def test_it_shows_that_it_is_at_work_and_leaves_nothing(self, tmp_path):
-        said = []
-        with owner.owned(tmp_path, said.append):
-            first = (tmp_path / owner.FILE).read_text()
-            assert json.loads(first)["pid"] == os.getpid()
-            later = self.changed(tmp_path / owner.FILE, first)
-            assert len(later) == len(first)
-        assert (list(tmp_path.iterdir()), said) == ([], [])
-
-    def changed(self, file, content):
-        """What a file says as soon as it says something else."""
-        while (now := file.read_text()) == content:
-            time.sleep(0.01)
-        return now
-
-    def test_one_at_work_on_another_machine_is_left_alone(self, path):
-        def live():
-            if self.now >= 0.9 * owner.PATIENCE:  # late, but in time
-                (path / owner.FILE).write_text(json.dumps({**self.OTHER, "beat": 1}))
-
-        self.meanwhile = live
-        with (
-            pytest.raises(ValueError, match=r"in use by process 7 on far, which began at 2020"),
-            owner.owned(path, print),
-        ):
-            pytest.fail("it was taken")
-        assert json.loads((path / owner.FILE).read_text())["host"] == "far"
-        assert self.now >= 0.9 * owner.PATIENCE
-
-    def test_one_that_is_gone_is_succeeded(self, path):
-        said = []
-        with owner.owned(path, said.append):
-            assert json.loads((path / owner.FILE).read_text())["pid"] == os.getpid()
-        assert "is that of process 7 on far: watching" in said[0]
-        assert said[1:] == ["process 7 on far is gone: this run takes over"]
-        assert self.now >= owner.PATIENCE
-
-    def test_one_that_was_killed_on_this_machine_is_succeeded_at_once(self, path):
-        here = {**self.OTHER, "machine": owner._machine()}
-        (path / owner.FILE).write_text(json.dumps(here))
-        said = []
-        with owner.owned(path, said.append):
-            assert (said, self.now) == ([], 0)
-
-    @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF])
-    def test_without_locks_the_file_decides(self, tmp_path, monkeypatch, error):
-        def flock(*_):
-            raise OSError(error, os.strerror(error))
-
-        monkeypatch.setattr(fcntl, "flock", flock)
-        said, file = [], tmp_path / owner.FILE
-        self.meanwhile = lambda: self.changed(file, file.read_text())
-        with (
-            owner.owned(tmp_path, said.append),
-            pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on "),
-            owner.owned(tmp_path, print),
-        ):
-            pytest.fail("it was taken")
-        assert len(said) == 1
-        assert "without locks" in said[0]
-
-    def test_a_damaged_file_is_one_of_somebody_unknown(self, path):
-        (path / owner.FILE).write_bytes(b"\xff{")
-        said = []
-        with owner.owned(path, said.append):
-            assert "process ? on ?" in said[0]
-
-    def test_a_new_run_after_one_that_was_killed_before_it_claimed(self, path, caplog):
-        with Workdir(path).claimed(small_settings()):
-            assert (path / "config.json").exists()
-        assert "takes over" in caplog.text
 
 
 def test_a_signal_inside_evaluation_saves_and_stops_there(small_run, tmp_path, monkeypatch):

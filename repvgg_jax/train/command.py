@@ -56,8 +56,9 @@ COMPILE_TIMEOUT = flags.DEFINE_integer(
 
 def main(_: Sequence[str]) -> int:
     """Trains, or evaluates; returns the exit status."""
-    from repvgg_jax.cluster.consensus import is_first
-    from repvgg_jax.cluster.initialize import joined
+    import jax
+
+    from repvgg_jax.cluster.initialize import initialized
     from repvgg_jax.train.evaluate import evaluate_only
     from repvgg_jax.train.loop import train
     from repvgg_jax.train.profile import parse_steps
@@ -69,10 +70,10 @@ def main(_: Sequence[str]) -> int:
         print(compile_ahead(CONFIG.value, COMPILE_ONLY.value, timeout=COMPILE_TIMEOUT.value))
         return 0
     workdir, init_from = WORKDIR.value or pathlib.Path("runs", recipe.stem), INIT_FROM.value
-    with joined(DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain):
+    with initialized(DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain):
         if EVAL_ONLY.value:
             result = evaluate_only(CONFIG.value, workdir, init_from=init_from, step=STEP.value)
-            if is_first():
+            if jax.process_index() == 0:
                 print("\n".join(result.lines(by_class=BY_CLASS.value)))
             return 0
         steps = parse_steps(PROFILE_STEPS.value)
