@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from repvgg_jax.cluster.watchdog import PATIENCE
+from repvgg_jax.cluster.watchdog import TIMEOUT
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.loop import train
@@ -21,9 +21,9 @@ from repvgg_jax.train.validate import check_batches
 from tests.helpers.pictures import damaged, images, write_tree
 from tests.helpers.processes import RECIPE, free_port, started
 
-# A process that is silent for PATIENCE counts as lost; then two rounds of last words, each of a few
+# A process that is silent for TIMEOUT counts as lost; then two rounds of last words, each of a few
 # seconds, and the processes end.
-STATED_SECONDS = PATIENCE + 30
+STATED_SECONDS = TIMEOUT + 30
 
 
 def recipe():

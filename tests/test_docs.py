@@ -97,7 +97,7 @@ def test_every_command_of_data(tmp_path):
     assert "the others take about" in out
     out = shell(train, tmp_path)
     assert f"records:{tmp_path}/imagenet, 16 images of 32x32x3" in out
-    assert "step 4: held-out accuracy" in out
+    assert "step 4: validation accuracy" in out
     assert "every image can be decoded" in shell(verify, tmp_path)
     shell(smaller, tmp_path)
     manifest = json.loads((tmp_path / "imagenet256" / "manifest.json").read_text())
