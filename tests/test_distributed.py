@@ -17,10 +17,11 @@ from repvgg_jax.cluster import consensus as distributed
 from repvgg_jax.cluster.process_info import Place, launched_place
 from repvgg_jax.cluster.watchdog import PATIENCE, Watch
 from repvgg_jax.train.checkpoint import Checkpoints
-from repvgg_jax.train.config import check
+from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.loop import train
-from repvgg_jax.train.run import Run
-from tests.pictures import damaged, images, write_tree
+from repvgg_jax.train.settings import Settings
+from repvgg_jax.train.validate import check_batches
+from tests.helpers.pictures import damaged, images, write_tree
 from tests.helpers.processes import RECIPE, free_port, started
 
 # A process that is silent for PATIENCE counts as lost; then two rounds of last words, each of a few
@@ -40,7 +41,9 @@ def rows(path: pathlib.Path) -> list[dict]:
 
 def final_state(path: pathlib.Path):
     with Checkpoints(path / "checkpoints") as checkpoints:
-        return jax.device_get(checkpoints.restore(Run.from_config(recipe()).abstract_state()))
+        return jax.device_get(
+            checkpoints.restore(Experiment.from_config(recipe()).abstract_state())
+        )
 
 
 def distance(tree, other) -> float:
@@ -134,7 +137,7 @@ def test_every_bad_image_is_named_by_the_process_that_met_it(tmp_path):
     with started(tmp_path, 2, *arguments) as run:
         assert run.wait() == [0, 0]
     met = [
-        re.findall(rf"^{start}(?:training|held-out) image (\S+) cannot", run.out(i), re.M)
+        re.findall(rf"^{start}(?:training|validation) image (\S+) cannot", run.out(i), re.M)
         for i, start in enumerate(("", "process 1: "))
     ]
     assert all(met)
@@ -251,4 +254,4 @@ def test_batches_that_cannot_be_split_over_processes():
     config = recipe()
     config.train.batch_size = 100
     with pytest.raises(ValueError, match=r"=100 .* 8 devices \(4 processes of 2\).*: 96 or 104"):
-        check(config, devices=8, processes=4)
+        check_batches(Settings.from_config(config), devices=8, processes=4)

@@ -2,18 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from repvgg_jax.data import photos
 from repvgg_jax.export import Metadata
 from repvgg_jax.model import RepVGG, create_model
-from repvgg_jax.train.run import Run
-from repvgg_jax.train.trained import trained_state
-from repvgg_jax.train.workdir import Workdir
+from repvgg_jax.train.restore import load_run, validation_images
 from repvgg_jax.weights import load_file_or_pretrained
 
 PROOF_IMAGES = 1000  # held-out images that a proof looks at, at most
@@ -46,25 +42,23 @@ class Origin:
     details: dict[str, Any]
 
 
-def from_run(path: pathlib.Path, *, say: Callable[[str], None] = print) -> Origin:
-    """The newest sound checkpoint of a training run, and its held-out images.
+def from_run(path: pathlib.Path) -> Origin:
+    """The newest valid checkpoint of a training run, and images to prove it on.
 
     Raises:
-      ValueError: no run or no sound checkpoint there.
+      ValueError: no run or no valid checkpoint there.
     """
-    workdir = Workdir(path)
-    run = Run.from_config(workdir.read_config())
-    state = trained_state(workdir, run)
-    step = int(state.step)
+    run = load_run(path)
+    images, source = validation_images(run, PROOF_IMAGES)
     return Origin(
-        title=f"RepVGG {run.model.variant.name}, step {step} of {path}",
+        title=f"RepVGG {run.model.variant.name}, step {run.step} of {path}",
         # The proof is about the function, not about the rounding of a half-precision run.
         model=run.model.clone(dtype=np.float32, remat=False),
-        variables=jax.device_get(state.result),
+        variables=run.variables,
         deploy=False,
-        images=run.dataset.evaluation_images(PROOF_IMAGES),
-        metadata=Metadata(run.normalise.mean, run.normalise.std, run.dataset.classes),
-        details={"workdir": str(path), "step": step},
+        images=images,
+        metadata=Metadata(run.normalize.mean, run.normalize.std, run.classes),
+        details={"workdir": str(path), "step": run.step, "images": source},
     )
 
 
