@@ -91,7 +91,8 @@ def describe_share(*, batch_size: int, details: str = "") -> str:
         counts = ", ".join(f"process {process}: {shares[process]}" for process in sorted(shares))
         raise ValueError(f"every process needs the same number of devices; {counts}")
     return (
-        f"{jax.local_device_count()} of {devices} devices, {processes} processes; global batch {batch_size} = {batch_size // processes} per process = "
+        f"{jax.local_device_count()} of {devices} devices, {processes} processes; "
+        f"global batch {batch_size} = {batch_size // processes} per process = "
         f"{batch_size // devices} per device{details and f'; {details}'}"
     )
 
