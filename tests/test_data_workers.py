@@ -18,7 +18,7 @@ from repvgg_jax.data.dataset import load
 from repvgg_jax.data.settings import DataSettings
 from tests.flags import xla_flags
 from tests.helpers.pictures import OVER_BATCH, images, write_tree
-from tests.processes import RECIPE, ROOT
+from tests.helpers.processes import RECIPE, ROOT
 
 FILES = images(train=24, val=8)
 

@@ -21,7 +21,7 @@ from repvgg_jax.data.augment import gallery as picture
 from tests.flags import xla_flags
 from tests.helpers.commands import run
 from tests.helpers.pictures import images, write_tars
-from tests.processes import RECIPE
+from tests.helpers.processes import RECIPE
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -11,7 +11,7 @@ import sys
 import termios
 
 from tests.flags import xla_flags
-from tests.processes import RECIPE, ROOT, TIMEOUT
+from tests.helpers.processes import RECIPE, ROOT, TIMEOUT
 
 COLUMNS = 160
 LIVE = re.compile(
