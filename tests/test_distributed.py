@@ -1,18 +1,20 @@
-"""Many processes as one run. The processes are real, each with its own CPU devices."""
+"""Several processes as one run. The processes are real, each with its own CPU devices.
 
+What needs one process only is in test_cluster.py and test_checkpoint.py.
+"""
+
+import contextlib
 import json
 import pathlib
 import re
 import resource
 import shutil
 import signal
-import time
 
 import jax
 import numpy as np
 import pytest
 
-from repvgg_jax.cluster.watchdog import TIMEOUT
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.loop import train
@@ -21,9 +23,7 @@ from repvgg_jax.train.validate import check_batches
 from tests.helpers.pictures import damaged, images, write_tree
 from tests.helpers.processes import RECIPE, free_port, started
 
-# A process that is silent for TIMEOUT counts as lost; then two rounds of last words, each of a few
-# seconds, and the processes end.
-STATED_SECONDS = TIMEOUT + 30
+pytestmark = pytest.mark.system
 
 
 def recipe():
@@ -81,7 +81,7 @@ def test_two_processes_are_one_run(alone, tmp_path, launcher):
     for process in (0, 1):
         first = run.out(process).splitlines()[0]
         assert first == (
-            f"process {process} of 2, 4 of 8 devices; global batch 64 = 32 per process = "
+            f"process {process}: 4 of 8 devices, 2 processes; global batch 64 = 32 per process = "
             "8 per device; batch normalization over 64"
         )
         assert run.err(process) == ""
@@ -90,27 +90,26 @@ def test_two_processes_are_one_run(alone, tmp_path, launcher):
     assert_same_run(alone, tmp_path / "run")
 
 
-def test_two_processes_evaluate_and_say_what_falls_to_each(alone, tmp_path):
+@pytest.mark.slow
+def test_two_processes_evaluate(alone, tmp_path):
     shutil.copytree(alone, tmp_path / "run")
     with started(tmp_path, 2, "--eval_only", devices=4) as run:
         assert run.wait() == [0, 0]
     for process in (0, 1):
-        assert run.out(process).splitlines()[0] == (
-            f"process {process} of 2, 4 of 8 devices; global batch 64 = 32 per process = "
-            "8 per device"
-        )
+        first = run.out(process).splitlines()[0]
+        assert first.startswith(f"process {process}: 4 of 8 devices")
+        assert "normalization" not in first
     assert "as trained" in run.out(0)
     assert "as trained" not in run.out(1)
 
 
 @pytest.mark.slow
 def test_four_devices_continue_what_eight_began(alone, tmp_path):
-    """The same losses to rounding, and said beforehand."""
+    """The same losses up to rounding, which is said beforehand."""
     shutil.copytree(alone, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "16")
     with started(tmp_path, 1, devices=4) as run:
         assert run.wait() == [0]
-    assert " devices=4xcpu data=fake " in run.out(0)
     assert "resuming from step 8 of 16" in run.out(0)
     assert re.search("saved by 8 cpu devices in 1 process.*rounding", run.out(0))
     assert_same_run(alone, tmp_path / "run")
@@ -133,7 +132,7 @@ def test_every_bad_image_is_named_by_the_process_that_met_it(tmp_path):
         assert run.wait() == [0, 0]
     met = [
         re.findall(rf"^process {i}: (?:training|validation) image (\S+) cannot", run.err(i), re.M)
-        for i in range(2)
+        for i in (0, 1)
     ]
     assert all(met)
     assert sorted({*met[0], *met[1]}) == bad
@@ -150,14 +149,13 @@ class TestFourProcesses:
 
     @pytest.mark.parametrize("lost", [0, 2])
     def test_the_others_stop_when_one_is_killed_and_a_restart_is_right(self, alone, tmp_path, lost):
+        """Process 0 holds the store, so its loss is noticed in another way."""
         path = tmp_path / "run"
         with started(tmp_path, 4) as run:
             # A checkpoint is complete, the run is not.
             run.wait_until(lambda: (path / "checkpoints" / "8").is_dir())
             run.processes[lost].kill()
-            began = time.monotonic()
-            statuses = run.wait()
-            assert time.monotonic() - began < STATED_SECONDS
+            statuses = run.wait()  # with a limit far below the timeouts of collectives and Orbax
         assert statuses[lost] == -signal.SIGKILL
         for process in {0, 1, 2, 3} - {lost}:
             assert statuses[process] == 1
@@ -165,6 +163,8 @@ class TestFourProcesses:
             assert last.startswith(f"error: process {process} of 4 stops")
             assert last.endswith("start all 4 again and they continue from the last checkpoint")
         assert not (path / "checkpoints" / "16").exists()
+        if lost == 0:
+            return  # a restart needs what is on disk, which does not depend on who was killed
         with started(tmp_path, 4) as run:
             assert run.wait() == [0] * 4
         assert "resuming from step 8 of 16" in run.out(0)
@@ -183,15 +183,13 @@ class TestFourProcesses:
             run.wait_until(lambda: (tmp_path / "run" / "checkpoints" / "8").is_dir())
             run.processes[3].send_signal(signal.SIGTERM)
             assert run.wait() == [0] * 4
-        line = run.out(0).splitlines()[-1]
-        assert line.startswith("SIGTERM at step ")
-        step = line.split()[3].rstrip(":")
+        step = re.search(r"SIGTERM at step (\d+)", run.out(0).splitlines()[-1])[1]
         assert (tmp_path / "run" / "checkpoints" / step).is_dir()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recovers", [True, False])
-def test_a_save_that_fails_in_one_process_is_retried_by_both(alone, tmp_path, recovers):
+def test_a_save_that_fails_in_one_process_is_retried_by_both(tmp_path, recovers):
     """No file of the second process may grow: its part of a checkpoint cannot be written."""
     path = tmp_path / "run"
     with started(tmp_path, 2, "--config.train.epochs=4000", devices=4) as run:
@@ -213,7 +211,7 @@ def test_a_save_that_fails_in_one_process_is_retried_by_both(alone, tmp_path, re
     assert len(retries) >= 1 if recovers else len(retries) == 3
     if not recovers:
         for process in (0, 1):
-            assert "failed 4 times; the last good checkpoint is that of" in run.err(process)
+            assert re.search(r"failed 4 times; .*checkpoint is that of", run.err(process))
 
 
 def test_two_processes_with_different_configurations(tmp_path):
@@ -229,19 +227,52 @@ def test_two_processes_with_different_configurations(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_a_process_that_waits_in_vain_says_so(tmp_path, process):
-    where = f"127.0.0.1:{free_port()}"
-    began = time.monotonic()
-    with started(
-        tmp_path, 1, f"--distributed={where},2,{process}", "--distributed_timeout=3"
-    ) as run:
-        assert run.wait() == [1]
-    assert time.monotonic() - began < 60
-    assert run.err(0).startswith(
-        f"error: process {process} of 2 waited 3 s for the others at {where} and not all came"
-    )
-    assert run.err(0).count("\n") == 1
+def test_processes_that_wait_in_vain_say_so(tmp_path):
+    """Process 0 waits for the others, process 1 for process 0; each of another run here."""
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for process in (0, 1):
+            where = f"127.0.0.1:{free_port()}"
+            arguments = [f"--distributed={where},2,{process}", "--distributed_timeout=3"]
+            run = stack.enter_context(started(tmp_path / str(process), 1, *arguments))
+            runs.append((process, where, run))
+        for process, where, run in runs:
+            assert run.wait() == [1]
+            assert f"process {process} of 2 waited 3 s" in run.err(0)
+            assert f" at {where} " in run.err(0)
+            assert run.err(0).count("\n") == 1
+
+
+SAVE_AND_READ = """
+import pathlib, sys, traceback
+import chex, jax
+from repvgg_jax.cluster.initialize import initialized
+from repvgg_jax.train.checkpoint import Checkpoints
+from tests.helpers.states import make_state
+
+def explain(error):
+    traceback.print_exception(error)
+    return 1
+
+with initialized(sys.argv[-1].partition("=")[2], timeout=100, explain=explain):
+    with Checkpoints(pathlib.Path("checkpoints")) as checkpoints:
+        for step in (3, 5):
+            checkpoints.save(make_state(step, average=True), wait=True)
+        for wanted, step in ((None, 5), (3, 3)):
+            found, variables = checkpoints.restore_variables(wanted)
+            assert found == step
+            like = jax.device_get(make_state(step, average=True).ema)
+            chex.assert_trees_all_equal(variables, like)
+        print("read by process", jax.process_index())
+"""
+
+
+def test_variables_are_restored_in_every_process(tmp_path):
+    """The optimizer state is sharded over both."""
+    with started(tmp_path, 2, devices=4, program=SAVE_AND_READ) as run:
+        assert run.wait() == [0, 0]
+    for process in (0, 1):
+        assert f"read by process {process}" in run.out(process)
 
 
 def test_batches_that_cannot_be_split_over_processes():

@@ -13,6 +13,7 @@ import signal
 import chex
 import pytest
 
+from repvgg_jax.cluster import lock
 from repvgg_jax.train import step as step_module
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.loop import train
@@ -87,6 +88,12 @@ def test_a_directory_in_use_is_refused(tmp_path):
         train(small_config(), workdir.path)
     with workdir.claimed(small_settings()):
         pass  # and is free afterwards
+
+
+def test_a_run_that_was_killed_before_it_wrote_its_configuration(tmp_path):
+    (tmp_path / lock.FILE).write_text(json.dumps({"machine": lock.machine_id(), "pid": 7}))
+    with Workdir(tmp_path).claimed(small_settings()):
+        assert (tmp_path / "config.json").exists()
 
 
 def test_a_signal_inside_evaluation_saves_and_stops_there(small_run, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ everything here returns at once. `initialize.py` makes a process part of a run.
 import collections
 import contextlib
 import json
+import logging
 import platform
 import signal
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from jax.experimental import multihost_utils
 from repvgg_jax.cluster import kv_store
 from repvgg_jax.cluster.watchdog import Watchdog
 from repvgg_jax.text import differences, versions
+
+_log = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -66,12 +69,10 @@ def require_same(settings: Mapping[str, Any]) -> None:
 
 
 def announce(*, batch_size: int, details: str = "") -> None:
-    """Prints this process's share of the devices and the batch, before it waits for others.
-
-    See `describe_share`.
-    """
+    """Logs this process's share of the devices and the batch; see `describe_share`."""
     if jax.process_count() > 1:
-        print(describe_share(batch_size=batch_size, details=details), flush=True)
+        share = describe_share(batch_size=batch_size, details=details)
+        _log.info("%s", share, extra={"all_processes": True})
 
 
 def describe_share(*, batch_size: int, details: str = "") -> str:
@@ -90,8 +91,8 @@ def describe_share(*, batch_size: int, details: str = "") -> str:
         counts = ", ".join(f"process {process}: {shares[process]}" for process in sorted(shares))
         raise ValueError(f"every process needs the same number of devices; {counts}")
     return (
-        f"process {jax.process_index()} of {processes}, {jax.local_device_count()} of {devices} "
-        f"devices; global batch {batch_size} = {batch_size // processes} per process = "
+        f"{jax.local_device_count()} of {devices} devices, {processes} processes; "
+        f"global batch {batch_size} = {batch_size // processes} per process = "
         f"{batch_size // devices} per device{details and f'; {details}'}"
     )
 

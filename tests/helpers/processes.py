@@ -38,18 +38,27 @@ def free_port() -> int:
 
 
 class Processes:
-    """Processes that run train.py, each with its output in files."""
+    """Processes that run train.py or another program, each with its output in files."""
 
-    def __init__(self, folder: pathlib.Path, commands: Sequence[tuple[list[str], dict[str, str]]]):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        commands: Sequence[tuple[list[str], dict[str, str]]],
+        program: str | None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.py").write_text(RECIPE)
+        start = [str(ROOT / "train.py"), "--config=recipe.py"]
+        if program is not None:
+            (folder / "program.py").write_text(program)
+            start = ["program.py"]
         self._outputs = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(len(commands))]
         self.processes = []
         for (arguments, environment), (out, err) in zip(commands, self._outputs, strict=True):
             with out.open("w") as stdout, err.open("w") as stderr:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(ROOT / "train.py"), "--config=recipe.py", *arguments],
+                        [sys.executable, *start, *arguments],
                         cwd=folder,
                         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
                         stdout=stdout,
@@ -86,6 +95,7 @@ def started(
     devices: int = 2,
     own: Mapping[int, Sequence[str]] | None = None,
     launcher: str | None = None,
+    program: str | None = None,
 ) -> Iterator[Processes]:
     """Starts `count` processes of one run in `folder`, its workdir `run`.
 
@@ -97,6 +107,7 @@ def started(
       own: further arguments of single ones.
       launcher: "slurm" or "open mpi": they are told about each other as these do, not by
         --distributed.
+      program: source of a program to run instead of train.py.
     """
     port, commands = free_port(), []
     for i in range(count):
@@ -122,7 +133,7 @@ def started(
         elif count > 1:
             given.append(f"--distributed=127.0.0.1:{port},{count},{i}")
         commands.append((given, environment))
-    run = Processes(folder, commands)
+    run = Processes(folder, commands, program)
     try:
         yield run
     finally:
