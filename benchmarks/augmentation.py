@@ -12,37 +12,36 @@ import harness
 import jax
 import jax.numpy as jnp
 
-from repvgg_jax.data.augment.keys import image_keys
-from repvgg_jax.data.augment.kinds import Choice
-from repvgg_jax.data.augment.operation import operate
+from repvgg_jax.data.augment.base import SampledOps, image_keys
+from repvgg_jax.data.augment.ops import apply_op
 from repvgg_jax.data.augment.policies import RandAugment
 from repvgg_jax.data.photos import crops
 
 
-def together(images: jax.Array, choice: Choice) -> jax.Array:
+def together(images: jax.Array, sampled: SampledOps) -> jax.Array:
     """All images through one table, one blend and one warp."""
-    return operate(images, choice, possible=RandAugment().possible)
+    return apply_op(images, sampled, possible=RandAugment().possible)
 
 
-def switched(images: jax.Array, choice: Choice) -> jax.Array:
+def switched(images: jax.Array, sampled: SampledOps) -> jax.Array:
     """Each image through its own operation, which under `vmap` means through all of them."""
-    kinds = sorted(RandAugment().possible)
+    ops = sorted(RandAugment().possible)
 
-    def branch(kind):
-        return lambda image, one: operate(
-            image[None], jax.tree.map(lambda v: v[None], one), possible={kind}
+    def branch(op):
+        return lambda image, one: apply_op(
+            image[None], jax.tree.map(lambda v: v[None], one), possible={op}
         )[0]
 
     def one_image(image, one):
         return jax.lax.switch(
-            jnp.searchsorted(jnp.array(kinds), one.kind), [branch(k) for k in kinds], image, one
+            jnp.searchsorted(jnp.array(ops), one.op), [branch(op) for op in ops], image, one
         )
 
-    return jax.vmap(one_image)(images, choice)
+    return jax.vmap(one_image)(images, sampled)
 
 
 def main() -> None:
-    """Measures both on the same images and choices."""
+    """Measures both on the same images and operations."""
     parser = harness.arguments(__doc__)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=224, help="pixels")
@@ -50,16 +49,16 @@ def main() -> None:
     args = parser.parse_args()
     images = jnp.asarray(crops(args.size, args.batch))
     policy = RandAugment(ops=1, probability=1.0)
-    drawn = jax.vmap(policy.draw)(image_keys(jax.random.key(0), args.batch))
-    choice = jax.tree.map(lambda field: field[:, 0], drawn)
+    samples = jax.vmap(policy.sample)(image_keys(jax.random.key(0), args.batch))
+    sampled = jax.tree.map(lambda field: field[:, 0], samples)
 
     programs, compiling = {}, {}
     for way in (together, switched):
         started = time.perf_counter()
-        programs[way.__name__] = jax.jit(way).lower(images, choice).compile()
+        programs[way.__name__] = jax.jit(way).lower(images, sampled).compile()
         compiling[way.__name__] = time.perf_counter() - started
     runs = {
-        name: lambda program=program: jax.block_until_ready(program(images, choice))
+        name: lambda program=program: jax.block_until_ready(program(images, sampled))
         for name, program in programs.items()
     }
     equal = bool((runs["together"]() == runs["switched"]()).all())

@@ -50,7 +50,7 @@ def make_files(count: int) -> dict[str, list[bytes]]:
     from PIL import Image
 
     from repvgg_jax.data import photos
-    from repvgg_jax.data.prepare.shards import Form
+    from repvgg_jax.data.prepare.shards import Encoding
 
     originals = []
     for crop in photos.crops(375, count):
@@ -60,14 +60,15 @@ def make_files(count: int) -> dict[str, list[bytes]]:
         )
         originals.append(file.getvalue())
     prepared = {
-        str(side): [Form(side, 90).apply(file) for file in originals] for side in (256, 224)
+        str(side): [Encoding(side, 90).apply(file) for file in originals] for side in (256, 224)
     }
     return {"originals": originals} | prepared
 
 
 def make_records(files: list[bytes], place: pathlib.Path) -> None:
     """Stores the files as `prepare` does."""
-    from repvgg_jax.data.prepare import inputs, preparing
+    from repvgg_jax.data.prepare import inputs
+    from repvgg_jax.data.prepare.prepare import Settings, prepare
 
     tree = place.with_name(f"{place.name}-files")
     for number, file in enumerate(files):
@@ -75,7 +76,7 @@ def make_records(files: list[bytes], place: pathlib.Path) -> None:
             path = tree / split / "photograph" / f"{number:06}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file)
-    preparing.prepare(inputs.find(tree), place, preparing.Settings(), say=lambda _: None)
+    prepare(inputs.find(tree), place, Settings())
 
 
 def what_lacks(kind: str) -> str | None:
@@ -99,7 +100,7 @@ def passes(kind: str, path: str):
     if kind == "ours":
         import numpy as np
 
-        from repvgg_jax.data.views import RandomResizedCrop
+        from repvgg_jax.data.crops import RandomResizedCrop
 
         crop, rng = RandomResizedCrop(), np.random.default_rng(0)
         return lambda: [crop({"encoded": file}, 224, rng) for file in files]
@@ -145,11 +146,9 @@ def _batches(path: str):
 
     from repvgg_jax.data.batches import train_batches
     from repvgg_jax.data.dataset import load
-    from repvgg_jax.train.config import default_config
+    from repvgg_jax.data.settings import DataSettings
 
-    settings = default_config().data
-    settings.source, settings.train_size = f"records:{path}", 224
-    data = load(settings)
+    data = load(DataSettings(source=f"records:{path}", train_size=224))
     count = len(data.train)
     batch_size = next(size for size in range(32, 0, -1) if count % size == 0)
     # Grain shuffles few images more slowly than many.

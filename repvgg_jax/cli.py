@@ -29,9 +29,8 @@ _FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OS
 class LogHandler(logging.Handler):
     """Writes messages as they are: INFO to standard output, warnings to standard error.
 
-    With several processes, each message starts with the index of its process, and INFO is
-    written by process 0 only. Messages logged with `extra={"all_processes": True}` are written
-    by all.
+    With several processes, process 0 writes INFO, and warnings start with the index of the
+    process that writes them.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -40,13 +39,13 @@ class LogHandler(logging.Handler):
 
         # Asking jax for the process index starts its backends, which is too early before this.
         several = jax.distributed.is_initialized() and jax.process_count() > 1
-        index = jax.process_index() if several else 0
-        quiet = record.levelno < logging.WARNING
-        if quiet and index > 0 and not getattr(record, "all_processes", False):
+        info = record.levelno < logging.WARNING
+        if info and several and jax.process_index() > 0:
             return
+        prefix = f"process {jax.process_index()}: " if several and not info else ""
         try:
-            text = f"process {index}: {self.format(record)}" if several else self.format(record)
-            print(text, file=sys.stdout if quiet else sys.stderr, flush=True)
+            text = prefix + self.format(record)
+            print(text, file=sys.stdout if info else sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 

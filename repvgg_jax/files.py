@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -53,3 +54,16 @@ def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     with pathlib.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_leftovers(directory: pathlib.Path) -> None:
+    """Removes what `replacing` left in a directory when its process was killed.
+
+    No process may be writing there.
+    """
+    for path in directory.glob(".*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}(\..*)?", path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

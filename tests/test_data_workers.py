@@ -1,4 +1,4 @@
-"""Workers outlive the signals that stop a run, and never the run itself."""
+"""Workers ignore the signals that stop a run, and end with it."""
 
 import json
 import multiprocessing
@@ -15,11 +15,10 @@ import pytest
 
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import load
+from repvgg_jax.data.settings import DataSettings
 from tests.flags import xla_flags
-from tests.pictures import images, settings, write_tree
-from tests.processes import RECIPE
-from tests.test_cli import ROOT, wait_for
-from tests.test_data import SHARDING
+from tests.helpers.pictures import OVER_BATCH, images, write_tree
+from tests.helpers.processes import RECIPE, ROOT
 
 FILES = images(train=24, val=8)
 
@@ -30,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 def children(process: int) -> list[int]:
-    """All processes that it started and that live, theirs too."""
+    """All living descendants of a process."""
     found = []
     for task in pathlib.Path("/proc", str(process), "task").glob("*"):
         for child in map(int, (task / "children").read_text().split()):
@@ -45,7 +44,7 @@ def alive(process: int) -> bool:
         return False
 
 
-def left_over(processes: list[int], seconds: float = 20) -> list[int]:
+def left_over(processes: list[int], seconds: float = 300) -> list[int]:
     """Those that still live after a while."""
     deadline = time.monotonic() + seconds
     while (left := list(filter(alive, processes))) and time.monotonic() < deadline:
@@ -53,30 +52,41 @@ def left_over(processes: list[int], seconds: float = 20) -> list[int]:
     return left
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_worker_outlives_signals_from_its_first_moment_on(folder, number):
-    data = load(settings(f"folder:{folder}", train_size=16, workers=2))
+def wait_for(condition, process, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_worker_ignores_signals_from_its_first_moment_on(folder):
+    data = load(DataSettings(source=f"folder:{folder}", train_size=16, workers=2))
     before = set(multiprocessing.active_children())
-    batches = train_batches(data, batch_size=8, seed=0, start_step=0, sharding=SHARDING)
+    batches = train_batches(data, batch_size=8, seed=0, start_step=0, sharding=OVER_BATCH)
 
     def send():
         while len(workers := set(multiprocessing.active_children()) - before) < 2:
             time.sleep(0.001)
         for worker in workers:
-            os.kill(worker.pid, number)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(worker.pid, number)
 
     sender = threading.Thread(target=send)
     sender.start()
     next(batches)  # starts them
     sender.join()
     for worker in set(multiprocessing.active_children()) - before:
-        os.kill(worker.pid, number)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker.pid, number)
     for _ in range(30):
         next(batches)
     batches.close()
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.mark.slow
+@pytest.mark.system
 class TestARun:
     ARGUMENTS = [
         "--config=recipe.py",
@@ -107,7 +117,6 @@ class TestARun:
         metrics = place / "run" / "metrics.jsonl"
         return lambda: metrics.exists() and metrics.read_text().count("\n") >= 5
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_to_all_of_its_processes_saves_and_continues(self, folder, tmp_path, number):
         process = self.start(folder, tmp_path)
@@ -115,7 +124,7 @@ class TestARun:
         started = children(process.pid)
         assert len(started) >= 2
         os.killpg(process.pid, number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         # The last batch lies in shared memory, of which Python may have to say that it freed it.
         assert [line for line in err.splitlines() if not re.search(r"resource_tracker", line)] == []
         assert process.returncode == (0 if number == signal.SIGTERM else 130)
@@ -123,16 +132,15 @@ class TestARun:
         assert left_over(started) == []
         out, err = (process := self.start(folder, tmp_path)).communicate(timeout=300)
         assert (process.returncode, err) == (0, "")
-        assert "continuing from step" in out
+        assert "resuming from step" in out
         metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         assert {json.loads(line)["step"] for line in metrics} == set(range(1, 301))
 
-    @pytest.mark.slow
     def test_a_run_that_is_killed_leaves_no_workers(self, folder, tmp_path):
         process = self.start(folder, tmp_path)
         wait_for(self.begun(tmp_path), process)
         started = children(process.pid)
         assert len(started) >= 2
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         assert left_over(started) == []

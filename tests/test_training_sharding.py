@@ -9,10 +9,9 @@ from jax.sharding import PartitionSpec
 
 from repvgg_jax import Variant
 from repvgg_jax.train.checkpoint import Checkpoints
-from repvgg_jax.train.run import Run
 from repvgg_jax.train.sharding import data_mesh, split_largest, state_sharding
 from repvgg_jax.train.state import TrainState
-from tests.runs import small_config
+from tests.helpers.runs import small_experiment
 
 # Large enough for kernels that are worth splitting over eight devices.
 WIDE = Variant("wide", (1, 1), (32, 64), 32, strides=(1, 2), stem_stride=1)
@@ -20,10 +19,10 @@ WIDE = Variant("wide", (1, 1), (32, 64), 32, strides=(1, 2), stem_stride=1)
 
 @pytest.fixture(scope="module")
 def runs():
-    """The same run with a copy of the optimiser's state and averages on each device, or a share."""
+    """The same run with a copy of the optimizer's state and averages on each device, or a share."""
     found = {}
     for shard in (False, True):
-        run = Run.from_config(small_config(WIDE, train__shard_optimizer=shard, ema__decay=0.9))
+        run = small_experiment(WIDE, train__shard_optimizer=shard, ema__decay=0.9)
         step = run.lower_step().compile()
         state = run.initial_state()
         for i in range(3):

@@ -1,38 +1,35 @@
-"""A data set: two sources of labelled images, and the table of those that we can load."""
+"""A data set: two sources of labeled images, and the table of those that can be loaded."""
 
 import dataclasses
-import difflib
 import pathlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from repvgg_jax.data import digits, fake, folder, records, tfds
-from repvgg_jax.data.arrays import ArraySource
-from repvgg_jax.data.reading import EvalReader
-from repvgg_jax.data.source import Source
-from repvgg_jax.data.undecodable import Undecodable
-from repvgg_jax.data.views import CentreCrop, RandomResizedCrop
+from repvgg_jax import text
+from repvgg_jax.data import folder, records, tfds
+from repvgg_jax.data.crops import CenterCrop, RandomResizedCrop
+from repvgg_jax.data.settings import DataSettings
+from repvgg_jax.data.sources import ArraySource, Source, Splits, load_digits, load_fake
+from repvgg_jax.data.transforms import BadImages, EvalTransform
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """What a run learns from and is judged by.
+    """What a run trains on and is evaluated on.
 
     Attributes:
-      name: as given in `config.data.source`.
-      train: images to learn from.
-      evaluation: held-out images.
+      name: as in `config.data.source`.
+      train: training images.
+      evaluation: validation images.
       image_shape: (height, width, channels) of training images.
-      eval_shape: likewise of held-out images.
-      classes: the classes' names, by label.
-      train_crop: what training shows of an image; None shows it as it is.
-      eval_crop: what evaluation shows of one.
+      eval_shape: (height, width, channels) of validation images.
+      classes: class names by label.
+      train_crop: random crop of training images; None takes them as they are.
+      eval_crop: center crop of validation images; None takes them as they are.
       workers: processes that read; 0 reads in this one.
-      threads: that read in each of them.
-      max_bad: images that may be undecodable.
-      undecodable: those that were met so far.
+      threads: per process that reads.
+      bad_images: those met so far, and how many are allowed.
     """
 
     name: str
@@ -42,27 +39,24 @@ class Dataset:
     eval_shape: tuple[int, int, int]
     classes: tuple[str, ...]
     train_crop: RandomResizedCrop | None = None
-    eval_crop: CentreCrop | None = None
+    eval_crop: CenterCrop | None = None
     workers: int = 0
     threads: int = 1
-    max_bad: int = 0
-    undecodable: Undecodable = dataclasses.field(default_factory=lambda: Undecodable(0))
+    bad_images: BadImages = dataclasses.field(default_factory=BadImages)
 
     def evaluation_images(self, count: int) -> np.ndarray:
-        """The first held-out images as evaluation shows them: uint8 (count, *eval_shape).
+        """The first validation images as evaluation sees them: uint8 (count, *eval_shape).
 
         Those that cannot be decoded are left out.
         """
-        read = EvalReader(self.evaluation, self.eval_crop, self.eval_shape)
-        examples = map(read, range(min(count, len(self.evaluation))))
+        transform = EvalTransform(self.evaluation, self.eval_crop, self.eval_shape)
+        examples = [transform(i)[0] for i in range(min(count, len(self.evaluation)))]
         return np.stack([example["image"] for example in examples if example["mask"]])
 
 
-Loaded = tuple[Source, Source, tuple[str, ...]]
-
-_LOADERS: Mapping[str, Callable[[str, ConfigDict], Loaded]] = {
-    "digits": lambda _, settings: digits.load(),
-    "fake": lambda _, settings: fake.load(),
+_LOADERS: Mapping[str, Callable[[str, DataSettings], Splits]] = {
+    "digits": lambda _, settings: load_digits(),
+    "fake": lambda _, settings: load_fake(),
     "tfds:": lambda name, settings: tfds.load(
         name,
         directory=settings.directory,
@@ -73,32 +67,30 @@ _LOADERS: Mapping[str, Callable[[str, ConfigDict], Loaded]] = {
     "records:": lambda path, settings: records.load(pathlib.Path(path).expanduser()),
 }
 
-_FORMS = "digits, fake, tfds:NAME, folder:DIRECTORY, records:DIRECTORY"
+_SOURCES = "digits, fake, tfds:NAME, folder:DIRECTORY, records:DIRECTORY"
 
 
-def load(settings: ConfigDict) -> Dataset:
-    """Loads what `config.data` describes.
+def load(settings: DataSettings) -> Dataset:
+    """Loads the data set that `config.data` describes.
 
     Args:
       settings: `config.data`.
 
     Raises:
-      ValueError: no such data set, data missing, or a setting that cannot work with them.
+      ValueError: unknown or missing data, or a setting that does not fit them.
     """
     name = settings.source
-    kind, colon, place = name.partition(":")
-    if kind + colon not in _LOADERS or (colon and not place):
-        near = difflib.get_close_matches(kind, [key.rstrip(":") for key in _LOADERS], n=1)
-        hint = f"did you mean {near[0]!r}? " if near and near[0] != name else ""
+    kind, colon, location = name.partition(":")
+    if kind + colon not in _LOADERS or (colon and not location):
+        hint = text.did_you_mean(kind, [key.rstrip(":") for key in _LOADERS if key != name])
         raise ValueError(
-            f"unknown data set {name!r} in config.data.source; {hint}there are: {_FORMS}"
+            f"unknown data set {name!r} in config.data.source; {hint}there are: {_SOURCES}"
         )
-    _check(settings)
-    train, evaluation, classes = _LOADERS[kind + colon](place, settings)
+    train, evaluation, classes = _LOADERS[kind + colon](location, settings)
     if settings.num_classes and settings.num_classes != len(classes):
         raise ValueError(
             f"config.data.num_classes={settings.num_classes}, but {name} has {len(classes)} "
-            f"classes; 0 takes what the data have"
+            f"classes; 0 takes the number from the data"
         )
     train_size, eval_size = settings.train_size, settings.eval_size or settings.train_size
     if isinstance(train, ArraySource):
@@ -108,8 +100,8 @@ def load(settings: ConfigDict) -> Dataset:
         channels = 3
     else:
         raise ValueError(
-            f"config.data.train_size=0, but the images of {name} have many sizes; "
-            f"--config.data.train_size=224 is ImageNet's usual one"
+            f"config.data.train_size=0, but the images of {name} differ in size; "
+            f"--config.data.train_size=224 is usual for ImageNet"
         )
     return Dataset(
         name=name,
@@ -119,32 +111,10 @@ def load(settings: ConfigDict) -> Dataset:
         eval_shape=(eval_size or height, eval_size or width, channels),
         classes=classes,
         train_crop=(
-            RandomResizedCrop(tuple(settings.crop_scale), tuple(settings.crop_ratio))
-            if train_size
-            else None
+            RandomResizedCrop(settings.crop_scale, settings.crop_ratio) if train_size else None
         ),
-        eval_crop=CentreCrop(eval_size, settings.eval_crop) if eval_size else None,
+        eval_crop=CenterCrop(eval_size, settings.eval_crop) if eval_size else None,
         workers=settings.workers,
         threads=settings.threads,
-        max_bad=settings.max_bad,
-        undecodable=Undecodable(settings.max_bad),
+        bad_images=BadImages(settings.max_bad),
     )
-
-
-def _check(settings: ConfigDict) -> None:
-    least = {"num_classes": 0, "train_size": 0, "eval_size": 0, "workers": 0, "threads": 1}
-    for name, minimum in {**least, "max_bad": 0}.items():
-        if settings[name] < minimum:
-            raise ValueError(f"config.data.{name}={settings[name]} must be {minimum} or more")
-    if not 0 < settings.eval_crop <= 1:
-        raise ValueError(
-            f"config.data.eval_crop={settings.eval_crop} must be above 0 and at most 1: the share "
-            f"of the short side that evaluation sees"
-        )
-    for name, most in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
-        values = tuple(settings[name])
-        if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
-            raise ValueError(
-                f"config.data.{name}={values} must be two numbers, the smaller first, above 0"
-                + (f" and at most {most:g}" if most == 1 else "")
-            )

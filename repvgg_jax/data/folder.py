@@ -1,9 +1,9 @@
-"""A tree of image files with a folder for every class.
+"""A tree of image files with a folder per class.
 
     ROOT/train/n01440764/n01440764_10026.JPEG
     ROOT/val/n01440764/ILSVRC2012_val_00000293.JPEG
 
-Classes and images come in the order of their names, whatever the file system says.
+Classes and images are in the order of their names, whatever the order of the file system.
 """
 
 import dataclasses
@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from repvgg_jax import text
+
 SPLITS = ("train", "val")
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-"""What an image's name ends in, in either case; other files, and names with a dot in front,
-are none."""
+"""Of image files, in either case; other files, and names that begin with a dot, are ignored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class FolderSource:
 
     Attributes:
       root: the split's directory.
-      names: paths below it, UTF-8 bytes (n,); a list of strings would cost workers memory.
+      names: paths below it, bytes (n,); a list of strings would cost workers memory.
       labels: int32 (n,).
     """
 
@@ -34,11 +35,11 @@ class FolderSource:
     labels: np.ndarray
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The file's bytes, its label, its path below the directory of the splits."""
+        """The file's bytes, its label, and its path from the split on."""
         name = os.fsdecode(self.names[index])
         return {
             "encoded": (self.root / name).read_bytes(),
@@ -47,12 +48,12 @@ class FolderSource:
         }
 
     def path(self, index: int) -> pathlib.Path:
-        """Where image number `index` lies."""
+        """Path of image number `index`."""
         return self.root / os.fsdecode(self.names[index])
 
 
 def load(root: pathlib.Path) -> tuple[FolderSource, FolderSource, tuple[str, ...]]:
-    """Training images, held-out images and class names.
+    """Training images, validation images and class names.
 
     Raises:
       ValueError: no such tree, an empty class, or splits of different classes.
@@ -60,14 +61,20 @@ def load(root: pathlib.Path) -> tuple[FolderSource, FolderSource, tuple[str, ...
     for split in SPLITS:
         if not (root / split).is_dir():
             raise ValueError(
-                f"{root / split} is no directory; a class-per-folder tree has "
+                f"{root / split} is not a directory; a class-per-folder tree has "
                 f"{root}/train/CLASS/IMAGE.JPEG and {root}/val/CLASS/IMAGE.JPEG"
             )
     train, val = (_classes(root / split) for split in SPLITS)
     if train != val:
-        only = [f"only in train: {_some(set(train) - set(val))}"] if set(train) - set(val) else []
-        only += [f"only in val: {_some(set(val) - set(train))}"] if set(val) - set(train) else []
-        raise ValueError(f"{root}: train and val have different classes; {'; '.join(only)}")
+        only = {"train": set(train) - set(val), "val": set(val) - set(train)}
+        raise ValueError(
+            f"{root}: train and val have different classes; "
+            + "; ".join(
+                f"only in {split}: {text.first_few(sorted(names))}"
+                for split, names in only.items()
+                if names
+            )
+        )
     return _source(root / "train", train), _source(root / "val", train), tuple(train)
 
 
@@ -75,7 +82,7 @@ def _classes(root: pathlib.Path) -> list[str]:
     with os.scandir(root) as entries:
         found = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not found:
-        raise ValueError(f"{root} holds no folders; there must be one for every class")
+        raise ValueError(f"{root} holds no folders; there must be one per class")
     return found
 
 
@@ -92,10 +99,7 @@ def _source(root: pathlib.Path, classes: list[str]) -> FolderSource:
         labels += [label] * len(found)
         empty += [] if found else [name]
     if empty:
-        raise ValueError(f"{root}: no images ({', '.join(SUFFIXES)}) of class {_some(set(empty))}")
+        raise ValueError(
+            f"{root}: no images ({', '.join(SUFFIXES)}) of class {text.first_few(empty)}"
+        )
     return FolderSource(root, np.array(names), np.array(labels, np.int32))
-
-
-def _some(names: set[str], most: int = 5) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(sorted(names)[:most]) + rest

@@ -1,7 +1,7 @@
 """Images in ArrayRecord files, as `python -m repvgg_jax.data.prepare` writes them.
 
 A directory holds `manifest.json` and the shards `train-00000-of-00626.array_record` …
-`val-…`. A record is a msgpack map: `encoded` (the image file), `label`, `name`.
+`val-…`. A record is a msgpack map of `encoded` (the image file), `label` and `name`.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgpack
+
+from repvgg_jax import files, text
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -22,7 +24,7 @@ def pack(*, encoded: bytes, label: int, name: str) -> bytes:
 
 
 def unpack(record: bytes) -> dict[str, Any]:
-    """What `pack` was given."""
+    """The keyword arguments of `pack`."""
     return msgpack.unpackb(record)
 
 
@@ -32,9 +34,9 @@ class Shard:
 
     Attributes:
       file: its name in the directory.
-      images: records in it.
+      images: number of records.
       bytes: its size.
-      sha256: of all of it, hexadecimal.
+      sha256: of the file, hexadecimal.
     """
 
     file: str
@@ -45,10 +47,10 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a directory of records holds.
+    """Contents of a directory of records.
 
     Attributes:
-      classes: names, by label.
+      classes: class names by label.
       splits: the shards of `train` and of `val`.
       details: how they were made.
     """
@@ -62,12 +64,12 @@ class Manifest:
         """The manifest of a directory.
 
         Raises:
-          ValueError: there is none, or it is not one of ours.
+          ValueError: there is none, or it cannot be read.
         """
         path = root / MANIFEST
         if not path.is_file():
             raise ValueError(
-                f"{root} holds no {MANIFEST}: it was not made by python -m "
+                f"{root} holds no {MANIFEST}: it was not written by python -m "
                 f"repvgg_jax.data.prepare, or that has not finished; the same command continues"
             )
         try:
@@ -83,11 +85,9 @@ class Manifest:
             raise ValueError(f"{path} cannot be read: {error}; prepare the data again") from error
 
     def write(self, root: pathlib.Path) -> None:
-        """Writes it, whole or not at all."""
+        """Writes it atomically."""
         content = {"version": VERSION, **dataclasses.asdict(self)}
-        unfinished = root / f"{MANIFEST}.unfinished"
-        unfinished.write_text(json.dumps(content, indent=1))
-        unfinished.replace(root / MANIFEST)
+        files.write_text(root / MANIFEST, json.dumps(content, indent=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +95,17 @@ class RecordSource:
     """The records of one split.
 
     Attributes:
-      records: random access to their bytes; can be pickled.
+      records: random access to their bytes; picklable.
     """
 
     records: Sequence[bytes]
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The file's bytes, its label, its name when it was prepared."""
+        """The file's bytes, its label, and its name when it was prepared."""
         try:
             return unpack(self.records[index])
         except (RuntimeError, ValueError) as error:
@@ -113,7 +113,7 @@ class RecordSource:
 
 
 def load(root: pathlib.Path) -> tuple[RecordSource, RecordSource, tuple[str, ...]]:
-    """Training images, held-out images and class names.
+    """Training images, validation images and class names.
 
     Raises:
       ValueError: no finished directory of records, or shards missing or cut short.
@@ -133,7 +133,7 @@ def load(root: pathlib.Path) -> tuple[RecordSource, RecordSource, tuple[str, ...
 
 
 def check_files(root: pathlib.Path, manifest: Manifest) -> None:
-    """Checks that every shard is there and as long as it was written.
+    """Checks that every shard exists and has the size in the manifest.
 
     Raises:
       ValueError: shards are missing or cut short.
@@ -145,12 +145,12 @@ def check_files(root: pathlib.Path, manifest: Manifest) -> None:
             absent.append(shard.file)
         elif path.stat().st_size != shard.bytes:
             cut.append(f"{shard.file} ({path.stat().st_size:,} bytes of {shard.bytes:,})")
-    for what, files in (("missing", absent), ("of the wrong size", cut)):
-        if files:
+    for what, names in (("missing", absent), ("of the wrong size", cut)):
+        if names:
             total = sum(map(len, manifest.splits.values()))
             raise ValueError(
-                f"{root}: {len(files)} of {total} shards {what}: {', '.join(files[:3])}"
-                f"{' …' if len(files) > 3 else ''}; prepare the data again, what is sound is kept"
+                f"{root}: {len(names)} of {total} shards {what}: {text.first_few(names)}; prepare "
+                f"the data again, which keeps the others"
             )
 
 

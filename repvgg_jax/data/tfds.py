@@ -1,4 +1,4 @@
-"""Data sets that TFDS has prepared as ArrayRecord files; TensorFlow is not needed to read them."""
+"""Data sets that TFDS prepared as ArrayRecord files; reading them does not need TensorFlow."""
 
 import concurrent.futures
 import dataclasses
@@ -6,18 +6,20 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-OPENERS = 32  # shards whose records are counted at a time; storage far away answers slowly
+from repvgg_jax import text
+
+OPEN_THREADS = 32  # that count records of shards; remote storage answers slowly
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """What a split takes of a file.
+class ShardSlice:
+    """The records of one file that belong to a split.
 
     Attributes:
       path: of the file.
-      skip: records of it that come before.
-      take: records of it that the split has.
-      records: in the file.
+      skip: records of the file before the first one of the split.
+      take: records of the split.
+      records: of the file.
     """
 
     path: pathlib.Path
@@ -31,12 +33,12 @@ class TfdsSource:
     """One split.
 
     Attributes:
-      examples: random access, images still encoded; can be pickled.
+      examples: random access, images still encoded; picklable.
       split: its name.
       image: the feature that holds the image.
       label: the feature that holds the class.
       file_name: the feature that names the image, or None.
-      shards: the files, in the order of the examples.
+      shards: in the order of the examples.
     """
 
     examples: Sequence[Any]
@@ -44,14 +46,14 @@ class TfdsSource:
     image: str
     label: str
     file_name: str | None
-    shards: tuple[Shard, ...]
+    shards: tuple[ShardSlice, ...]
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The image's bytes, its label, its file's name or its number.
+        """The image's bytes, its label, and its file's name or its number.
 
         Raises:
           OSError: the record is damaged; names it and its shard.
@@ -59,13 +61,13 @@ class TfdsSource:
         try:
             example = self.examples[index]
         except (RuntimeError, ValueError, TypeError) as error:
-            raise OSError(f"{self._place(index)} is damaged: {error}") from error
+            raise OSError(f"{self._location(index)} is damaged: {error}") from error
         name = f"{self.split}[{index}]"
         if self.file_name is not None:
-            name = _text(example[self.file_name])
+            name = _string(example[self.file_name])
         return {"encoded": example[self.image], "label": int(example[self.label]), "name": name}
 
-    def _place(self, index: int) -> str:
+    def _location(self, index: int) -> str:
         for shard in self.shards:
             if index < shard.take:
                 return f"record {shard.skip + index} of {shard.path.name}"
@@ -76,26 +78,26 @@ class TfdsSource:
 def load(
     name: str, *, directory: str, train_split: str, eval_split: str
 ) -> tuple[TfdsSource, TfdsSource, tuple[str, ...]]:
-    """Training images, held-out images and class names.
+    """Training images, validation images and class names.
 
     Args:
-      name: as TFDS knows it, `imagenet2012` or `imagenette/320px-v2`.
-      directory: where it was prepared; empty for TFDS's own default.
-      train_split: as TFDS writes splits, `train[:90%]` too.
+      name: in TFDS, e.g. `imagenet2012` or `imagenette/320px-v2`.
+      directory: where it was prepared; empty for the default of TFDS.
+      train_split: in the syntax of TFDS, e.g. `train[:90%]`.
       eval_split: likewise.
 
     Raises:
       ValueError: not prepared there, not as ArrayRecord, no such split, shards that are missing,
-        damaged or cut short, or not one image and one class an example.
+        damaged or cut short, or not one image and one class per example.
     """
     import tensorflow_datasets as tfds
 
-    place = directory or str(tfds.core.constants.DATA_DIR)
+    data_dir = directory or str(tfds.core.constants.DATA_DIR)
     try:
-        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=place)
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except (tfds.core.registered.DatasetNotFoundError, ValueError, OSError) as error:
         raise ValueError(
-            f"tfds:{name} is not prepared in {place}; set config.data.directory to where it is, "
+            f"tfds:{name} is not prepared in {data_dir}; set config.data.directory to where it is, "
             f"or prepare it with TFDS there (file_format='array_record')"
         ) from error
     file_format = builder.info.file_format
@@ -105,8 +107,8 @@ def load(
             f"{file_format.value if file_format else 'something unknown'}, which has no random "
             f"access; prepare it with file_format='array_record'"
         )
-    image = _the_only(builder, tfds.features.Image, "image")
-    label = _the_only(builder, tfds.features.ClassLabel, "class")
+    image = _only_feature(builder, tfds.features.Image, "image")
+    label = _only_feature(builder, tfds.features.ClassLabel, "class")
     file_name = "file_name" if "file_name" in builder.info.features else None
 
     def source(split: str, setting: str) -> TfdsSource:
@@ -118,7 +120,7 @@ def load(
                 f"{', '.join(builder.info.splits)}"
             ) from error
         shards = tuple(
-            Shard(pathlib.Path(of.filename), of.skip, of.take, of.examples_in_shard)
+            ShardSlice(pathlib.Path(of.filename), of.skip, of.take, of.examples_in_shard)
             for of in instructions
         )
         check_shards(pathlib.Path(builder.data_dir), split, shards)
@@ -132,36 +134,35 @@ def load(
     )
 
 
-def check_shards(place: pathlib.Path, split: str, shards: Sequence[Shard]) -> None:
-    """Checks that every shard is there and holds the records that it should.
+def check_shards(directory: pathlib.Path, split: str, shards: Sequence[ShardSlice]) -> None:
+    """Checks that every shard exists and holds as many records as it should.
 
-    Damage within a record shows when that is read; what is found here is that of a whole file.
+    Damage within a record is found when it is read.
 
     Args:
-      place: the directory, to say where.
-      split: the split, likewise.
+      directory: named in errors.
+      split: named in errors.
       shards: its files.
 
     Raises:
-      ValueError: shards are missing, damaged or cut short; names the first three.
+      ValueError: shards are missing, damaged or cut short; names the first of them.
     """
     absent = [shard.path.name for shard in shards if not shard.path.is_file()]
-    _refuse(place, split, len(shards), "missing", absent)
-    with concurrent.futures.ThreadPoolExecutor(OPENERS) as pool:
-        wrong = [line for line in pool.map(_what_is_wrong, shards) if line]
-    _refuse(place, split, len(shards), "damaged or cut short", wrong)
+    _refuse(directory, split, len(shards), "missing", absent)
+    with concurrent.futures.ThreadPoolExecutor(OPEN_THREADS) as pool:
+        wrong = [line for line in pool.map(_damage, shards) if line]
+    _refuse(directory, split, len(shards), "damaged or cut short", wrong)
 
 
-def _refuse(place: pathlib.Path, split: str, total: int, what: str, found: list[str]) -> None:
+def _refuse(directory: pathlib.Path, split: str, total: int, what: str, found: list[str]) -> None:
     if found:
         raise ValueError(
-            f"{place}: {len(found)} of {total} shards of {split!r} {what}: "
-            f"{'; '.join(found[:3])}{' …' if len(found) > 3 else ''}; copy them again, or have "
-            f"TFDS prepare the data again"
+            f"{directory}: {len(found)} of {total} shards of {split!r} {what}: "
+            f"{text.first_few(found)}; copy them again, or have TFDS prepare the data again"
         )
 
 
-def _what_is_wrong(shard: Shard) -> str | None:
+def _damage(shard: ShardSlice) -> str | None:
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
@@ -169,21 +170,20 @@ def _what_is_wrong(shard: Shard) -> str | None:
         records = reader.num_records()
         reader.close()
     except (RuntimeError, ValueError) as error:
-        return f"{shard.path.name} ({str(error) or 'it has no end'})"
+        return f"{shard.path.name} ({str(error) or 'its end is missing'})"
     if records != shard.records:
         return f"{shard.path.name} ({records:,} records of {shard.records:,})"
     return None
 
 
-def _the_only(builder: Any, kind: type, what: str) -> str:
+def _only_feature(builder: Any, kind: type, what: str) -> str:
     found = [name for name, feature in builder.info.features.items() if isinstance(feature, kind)]
     if len(found) != 1:
         raise ValueError(
-            f"{builder.info.full_name}: {len(found)} features hold a{'n' * (what == 'image')} "
-            f"{what}; there must be one"
+            f"{builder.info.full_name}: {len(found)} features of type {what}; there must be one"
         )
     return found[0]
 
 
-def _text(value: bytes | str) -> str:
+def _string(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)

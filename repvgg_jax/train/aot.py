@@ -24,8 +24,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from repvgg_jax.data.arrays import ArraySource
 from repvgg_jax.data.dataset import Dataset, load
+from repvgg_jax.data.sources import ArraySource
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.validate import check_batches, check_compiler_options

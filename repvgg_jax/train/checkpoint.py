@@ -20,8 +20,8 @@ from typing import Any, Self, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from repvgg_jax.cluster import consensus as distributed
-from repvgg_jax.cluster.save_barrier import Attempts
+from repvgg_jax.cluster import consensus
+from repvgg_jax.cluster.save_barrier import SaveBarrier
 from repvgg_jax.text import first_few
 from repvgg_jax.train.manifest import Manifest, checksums, topology
 from repvgg_jax.train.state import TrainState
@@ -60,7 +60,7 @@ class Checkpoints:
             for step in self._on_disk()
             if (manifest := self._manifest(step)[0]) is not None
         }
-        self._keep, self._attempts = keep, Attempts()
+        self._keep, self._barrier = keep, SaveBarrier()
         self._pending: int | None = None  # the step that is being saved in the background
         self._corrupt: list[int] = []
         self.saved_on: str | None = None
@@ -156,7 +156,7 @@ class Checkpoints:
             aside.parent.mkdir(exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             (self._path / str(step)).replace(aside)
-        distributed.all_say(True)  # wait for process 0
+        consensus.all_true(True)  # wait for process 0
         if self._corrupt:
             self._corrupt.clear()
             self._manager.close()
@@ -210,7 +210,7 @@ class Checkpoints:
                 ),
                 lightweight_initialize=True,
                 create=False,
-                async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._attempts.meet),
+                async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._barrier.wait),
                 # With the processes named, Orbax synchronizes in the coordination service and
                 # not by collectives, which hang if one process fails.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -228,7 +228,7 @@ class Checkpoints:
             action()
         except Exception as error:  # Orbax raises whatever its writers raise
             reason = _first_line(error)
-        return self._attempts.verdict(reason)
+        return self._barrier.verdict(reason)
 
     def _try(self, state: TrainState, accuracy: float | None, *, wait: bool) -> str | None:
         """Starts a save, or saves; returns why that failed, or None."""
@@ -244,7 +244,7 @@ class Checkpoints:
             if wait:
                 self._manager.wait_until_finished()
 
-        self._attempts.begin()
+        self._barrier.begin()
         make_directory = functools.partial(self._path.mkdir, parents=True, exist_ok=True)
         return self._failure(make_directory) or self._failure(save)
 
@@ -263,14 +263,14 @@ class Checkpoints:
 
     def _clear_unfinished(self) -> None:
         """Frees the space of a failed save."""
-        for _ in range(20 if distributed.is_first() else 0):  # its writers may still be running
+        for _ in range(20 if jax.process_index() == 0 else 0):  # its writers may still be running
             found = list(self._path.glob("*.orbax-checkpoint-tmp*"))
             if not found:
                 break
             for unfinished in found:
                 shutil.rmtree(unfinished, ignore_errors=True)
             time.sleep(0.05)
-        self._attempts.verdict(None)  # wait for process 0
+        self._barrier.verdict(None)  # wait for process 0
         self._manager.reload()
 
     def _on_disk(self) -> list[int]:
@@ -306,7 +306,7 @@ class Checkpoints:
         candidates = steps if step is None else [step]
         for candidate in candidates:
             manifest, reason = self._manifest(candidate)
-            if distributed.all_say(manifest is not None):
+            if consensus.all_true(manifest is not None):
                 assert manifest is not None
                 if like is not None and (difference := manifest.difference(like)):
                     raise ValueError(
@@ -335,14 +335,14 @@ class Checkpoints:
             tree = read(step, manifest)
         except Exception as error:  # Orbax raises whatever its readers raise
             reason = f"it cannot be read: {_first_line(error)}"
-        if not distributed.all_say(tree is not None):
+        if not consensus.all_true(tree is not None):
             return None, reason
         sums = checksums(tree)
         damaged = [name for name in sums if sums[name] != manifest.checksums.get(name)]
         reason = "another process read damaged arrays"
         if damaged:
             reason = f"{len(damaged)} of {len(sums)} arrays are damaged, e.g. {damaged[0]}"
-        return (tree if distributed.all_say(not damaged) else None), reason
+        return (tree if consensus.all_true(not damaged) else None), reason
 
 
 class _Best:

@@ -2,12 +2,14 @@
 
 import pathlib
 import signal
+import sys
 from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
 from repvgg_jax import cli
+from repvgg_jax.text import did_you_mean
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe; --config.section.name=value overrides a setting."
@@ -56,8 +58,9 @@ COMPILE_TIMEOUT = flags.DEFINE_integer(
 
 def main(_: Sequence[str]) -> int:
     """Trains, or evaluates; returns the exit status."""
-    from repvgg_jax.cluster.consensus import is_first
-    from repvgg_jax.cluster.initialize import joined
+    import jax
+
+    from repvgg_jax.cluster.initialize import initialized
     from repvgg_jax.train.evaluate import evaluate_only
     from repvgg_jax.train.loop import train
     from repvgg_jax.train.profile import parse_steps
@@ -69,10 +72,10 @@ def main(_: Sequence[str]) -> int:
         print(compile_ahead(CONFIG.value, COMPILE_ONLY.value, timeout=COMPILE_TIMEOUT.value))
         return 0
     workdir, init_from = WORKDIR.value or pathlib.Path("runs", recipe.stem), INIT_FROM.value
-    with joined(DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain):
+    with initialized(DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain):
         if EVAL_ONLY.value:
             result = evaluate_only(CONFIG.value, workdir, init_from=init_from, step=STEP.value)
-            if is_first():
+            if jax.process_index() == 0:
                 print("\n".join(result.lines(by_class=BY_CLASS.value)))
             return 0
         steps = parse_steps(PROFILE_STEPS.value)
@@ -88,9 +91,11 @@ def _recipe() -> pathlib.Path:
         raise ValueError("give --config, the path of a recipe, e.g. --config=configs/digits.py")
     recipe = pathlib.Path(name)
     if not recipe.is_file():
-        folder = recipe.parent if recipe.parent.is_dir() else pathlib.Path("configs")
-        found = ", ".join(sorted(path.name for path in folder.glob("*.py"))) or "none"
-        raise ValueError(f"--config={recipe}: no such file; recipes in {folder}: {found}")
+        folder = pathlib.Path(sys.argv[0]).resolve().parent / "configs"
+        found = sorted(path.stem for path in folder.glob("*.py"))
+        hint = did_you_mean(recipe.stem, found)
+        there = f"; {hint}{folder} has: {', '.join(found)}" if found else ""
+        raise ValueError(f"--config={recipe}: no such file{there}")
     return recipe
 
 

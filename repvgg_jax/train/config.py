@@ -1,7 +1,10 @@
 """The configuration that recipes in `configs/` start from, and the recipes of the papers.
 
 Recipes state lengths in epochs and learning rates per 256 images, so that another batch size,
-given on the command line, scales both.
+given on the command line, scales both. Those of the papers assume eight accelerators with 32
+images each; any number works that divides the batch. They read ImageNet as TFDS prepared it;
+`--config.data.source=folder:/data/imagenet` or `records:/data/imagenet` read it otherwise
+(docs/data.md).
 """
 
 import dataclasses

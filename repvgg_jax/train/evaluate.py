@@ -71,7 +71,7 @@ class Evaluator:
         if model not in self._steps:
             step = EvalStep(model, self._experiment.task, self._experiment.normalize)
             self._steps[model] = jax.jit(step).lower(variables, batch).compile()
-            consensus.meet(f"compiled evaluation {len(self._steps)}")
+            consensus.barrier(f"compiled evaluation {len(self._steps)}")
         return self._steps[model]
 
 

@@ -10,15 +10,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from repvgg_jax.data.augment import (
-    Augmentation,
-    Mixing,
-    Normalise,
-    make_augmentation,
-    make_mixing,
-)
+from repvgg_jax.data.augment import Augmentation, Mixing, make_augmentation, make_mixing
 from repvgg_jax.data.dataset import Dataset, load
-from repvgg_jax.data.sizes import TrainSizes
+from repvgg_jax.data.transforms import TrainSizes
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.train.optimizer import make_optimizer
@@ -108,6 +102,7 @@ class Experiment:
             )
         steps_per_epoch = len(dataset.train) // batch_size
         total_steps = settings.train.epochs * steps_per_epoch
+        normalize = Normalize(mean, std)
         return cls(
             settings=settings,
             dataset=dataset,
@@ -123,8 +118,8 @@ class Experiment:
                 steps_per_epoch=steps_per_epoch,
                 total_steps=total_steps,
             ),
-            normalize=Normalize(mean, std),
-            augment=make_augmentation(settings.augment, Normalise(mean, std)),
+            normalize=normalize,
+            augment=make_augmentation(settings.augment, normalize),
             mixing=make_mixing(settings.augment),
             mesh=data_mesh(jax.devices() if devices is None else devices),
             steps_per_epoch=steps_per_epoch,

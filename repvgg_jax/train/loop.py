@@ -75,7 +75,10 @@ def train(
         settings = dataclasses.replace(settings, init_from=init_from)
     consensus.require_same(settings.as_json())
     check_batches(settings, devices=jax.device_count(), processes=jax.process_count())
-    consensus.announce(batch_size=settings.train.batch_size, group_size=settings.statistics_group)
+    consensus.announce(
+        batch_size=settings.train.batch_size,
+        details=f"batch normalization over {settings.statistics_group}",
+    )
     workdir = Workdir(pathlib.Path(path))
 
     with contextlib.ExitStack() as stack:
@@ -86,7 +89,7 @@ def train(
         if jax.process_index() == 0:
             stack.enter_context(workdir.claimed(settings))
             workdir.write_metadata(_metadata(experiment))
-        consensus.meet("claimed")
+        consensus.barrier("claimed")
         logger.info("%s workdir=%s", experiment.describe(), workdir.path)
 
         checkpoints = stack.enter_context(
@@ -176,7 +179,7 @@ class CompiledStep:
             began = time.monotonic()
             self._compiled[size] = self._experiment.lower_step(size).compile()
             logger.info("compiled for %dx%d in %.1f s", size, size, time.monotonic() - began)
-            consensus.meet(f"compiled {size}")
+            consensus.barrier(f"compiled {size}")
         return self._compiled[size]
 
 
@@ -216,7 +219,7 @@ def _stopped_before(start_step: int, stop: StopRequest) -> bool:
 def _evaluation_is_missing(experiment: Experiment, writer: MetricsWriter, step: int) -> bool:
     """Whether the run was stopped before the evaluation that is due at this step."""
     due = step > 0 and experiment.is_due(experiment.settings.eval.every_epochs, step)
-    return due and not consensus.first_says(writer.evaluated(step))
+    return due and not consensus.broadcast(writer.evaluated(step))
 
 
 def _evaluate(

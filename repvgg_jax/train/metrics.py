@@ -58,10 +58,11 @@ class MetricsWriter:
 
     def show(self, step: int, row: Row) -> None:
         """Shows the running step, in a terminal only; to be called for every step."""
+        first = self._first is None
         if self._first is None:
             self._first = step, time.monotonic()
-        if self._live is not None:
-            self._live.update(self._line(step, row))
+        if self._live is not None:  # it redraws itself four times per second
+            self._live.update(self._line(step, row), refresh=first)
 
     def write(self, row: Row) -> None:
         """Adds a row, which needs `step`. Numbers that are not finite are written as null."""
@@ -74,8 +75,11 @@ class MetricsWriter:
         for name, value in row.items():
             if "/" in name:
                 self._board.add_scalar(name, value, int(row["step"]))
-        if "train/loss" in row and self._live is None:
-            logger.info("%s", self._line(int(row["step"]), row))
+        if "train/loss" in row:
+            if self._live is None:
+                logger.info("%s", self._line(int(row["step"]), row))
+            else:
+                self._live.refresh()
         if "eval/accuracy" in row:
             logger.info(
                 "step %d: validation accuracy %.2f%%, loss %.4f",

@@ -181,7 +181,7 @@ def _load(source: str, variant: Any) -> Weights:
 
 
 def _metadata_from_data(workdir: Workdir, settings: Settings) -> RunMetadata:
-    logger.warning(
+    logger.info(
         "%s was written by an older version (no metadata.json): taking the classes from %s",
         workdir.path,
         settings.data.source,

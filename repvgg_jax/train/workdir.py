@@ -15,7 +15,6 @@ owner.json         which process holds the directory, while a run is at work
 import contextlib
 import dataclasses
 import json
-import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any, Self
@@ -25,8 +24,6 @@ from repvgg_jax.files import write_text
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import differences, first_few
 from repvgg_jax.train.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +123,7 @@ class Workdir:
           OSError: it cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with lock.owned(self.path, logger.warning):
+        with lock.locked(self.path):
             self.claim(settings)
             yield
 

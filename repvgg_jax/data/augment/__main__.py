@@ -7,12 +7,12 @@ from absl import flags
 from repvgg_jax import cli
 
 OUTPUT = flags.DEFINE_string("output", "augment.png", "The PNG file to write.")
-SEED = flags.DEFINE_integer("seed", 0, "Of what is drawn by chance.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of what is sampled.", lower_bound=0)
 
 
 def main(_: Sequence[str]) -> int:
-    """Draws; returns the exit status."""
-    from repvgg_jax.data.augment.picture import draw
+    """Draws the picture; returns the exit status."""
+    from repvgg_jax.data.augment.gallery import draw
 
     draw(OUTPUT.value, SEED.value)
     print(f"wrote {OUTPUT.value}")

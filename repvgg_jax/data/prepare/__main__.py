@@ -13,17 +13,17 @@ from absl import flags
 from repvgg_jax import cli
 
 SOURCE = flags.DEFINE_string(
-    "source", None, "ImageNet's tar files, or train/ and val/ with a folder for every class."
+    "source", None, "ImageNet's tar files, or train/ and val/ with a folder per class."
 )
 OUTPUT = flags.DEFINE_string("output", None, "The directory to write; a second call continues.")
 SHORT_SIDE = flags.DEFINE_integer(
     "short_side", 0, "Shrink larger images to this short side, in pixels; 0 keeps the files."
 )
 QUALITY = flags.DEFINE_integer(
-    "quality", 95, "JPEG quality of images that are written anew.", lower_bound=1, upper_bound=100
+    "quality", 95, "JPEG quality of images that are encoded again.", lower_bound=1, upper_bound=100
 )
-SHARD_IMAGES = flags.DEFINE_integer("shard_images", 2048, "Images in a shard.", lower_bound=1)
-PROCESSES = flags.DEFINE_integer("processes", 0, "That work; 0: one for every core.")
+SHARD_IMAGES = flags.DEFINE_integer("shard_images", 2048, "Images per shard.", lower_bound=1)
+PROCESSES = flags.DEFINE_integer("processes", 0, "Number of workers; 0: one per core.")
 MAX_BAD = flags.DEFINE_integer("max_bad", 0, "Undecodable images that may be left out.")
 VERIFY = flags.DEFINE_string(
     "verify", None, "Check this prepared directory instead, image by image."
@@ -32,11 +32,12 @@ VERIFY = flags.DEFINE_string(
 
 def main(_: Sequence[str]) -> int:
     """Prepares or verifies; returns the exit status."""
-    from repvgg_jax.data.prepare import inputs, preparing, room, shards
+    from repvgg_jax.data.prepare import disk, inputs, shards
+    from repvgg_jax.data.prepare.prepare import Settings, prepare, verify
 
     processes = PROCESSES.value or os.cpu_count() or 1
     if VERIFY.value is not None:
-        preparing.verify(pathlib.Path(VERIFY.value), processes=processes)
+        verify(pathlib.Path(VERIFY.value), processes=processes)
         print(f"{VERIFY.value}: every shard is what was written, every image can be decoded")
         return 0
     if SOURCE.value is None or OUTPUT.value is None:
@@ -46,20 +47,21 @@ def main(_: Sequence[str]) -> int:
     if SHORT_SIDE.value < 0:
         raise ValueError(f"--short_side={SHORT_SIDE.value} must be 0 or more")
     output = pathlib.Path(OUTPUT.value)
-    form = shards.Form(SHORT_SIDE.value, QUALITY.value)
+    encoding = shards.Encoding(SHORT_SIDE.value, QUALITY.value)
     try:
         found = inputs.find(pathlib.Path(SOURCE.value))
     except inputs.MissingError as error:
-        needed = room.of_imagenet(form, SHARD_IMAGES.value)
+        needed = disk.estimate_imagenet(encoding, SHARD_IMAGES.value)
         raise ValueError(
-            f"{error}; prepared with --short_side={form.short_side}, all of ImageNet takes about "
-            f"{room.text(needed)}, {room.text(room.free(output))} are free in {output}"
+            f"{error}; prepared with --short_side={encoding.short_side}, all of ImageNet takes "
+            f"about {disk.format_bytes(needed)}, {disk.format_bytes(disk.free(output))} are free "
+            f"in {output}"
         ) from error
-    manifest = preparing.prepare(
+    manifest = prepare(
         found,
         output,
-        preparing.Settings(
-            form=form,
+        Settings(
+            encoding=encoding,
             shard_images=SHARD_IMAGES.value,
             processes=processes,
             max_bad=MAX_BAD.value,

@@ -1,6 +1,6 @@
-"""Where the images to prepare are: in ImageNet's tar files, or in a class-per-folder tree.
+"""The images to prepare: in ImageNet's tar files, or in a class-per-folder tree.
 
-Nothing is unpacked: a tar of tars is a file, and every image is so many bytes from there on.
+Nothing is unpacked: an image in a tar of tars is an offset into the outer file and a size.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import pathlib
 import tarfile
 from collections.abc import Iterator
 
+from repvgg_jax import text
 from repvgg_jax.data import folder
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -19,7 +20,7 @@ VAL_LABELS = "val_labels.txt"
 
 
 class MissingError(ValueError):
-    """Files that must be there are not; the text says which."""
+    """Required files do not exist; the text says which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Item:
 
     Attributes:
       name: `train/n01440764/n01440764_10026.JPEG`.
-      label: its class's number.
-      file: where its bytes are.
-      offset: where they begin.
-      size: how many.
+      label: number of its class.
+      file: that holds its bytes.
+      offset: of its first byte in `file`.
+      size: in bytes.
     """
 
     name: str
@@ -41,10 +42,10 @@ class Item:
     size: int
 
     def read(self) -> bytes:
-        """The image's file.
+        """The bytes of the encoded image.
 
         Raises:
-          OSError: it cannot be read, or not whole.
+          OSError: it cannot be read, or not completely.
         """
         with open(self.file, "rb") as file:
             file.seek(self.offset)
@@ -59,7 +60,7 @@ class Inputs:
     """All that is to be prepared.
 
     Attributes:
-      classes: names, by label.
+      classes: class names by label.
       splits: the images of `train` and of `val`, in the order of their names.
     """
 
@@ -75,12 +76,12 @@ def find(root: pathlib.Path) -> Inputs:
       ValueError: no such directory, or something in it is damaged or does not fit.
     """
     if not root.is_dir():
-        raise ValueError(f"--source={root} is no directory")
+        raise ValueError(f"--source={root} is not a directory")
     if (root / "train").is_dir() and (root / "val").is_dir():
         return _tree(root)
     if missing := _missing_tars(root):
         raise MissingError(
-            f"{root} holds neither train/ and val/ with a folder for every class, nor ImageNet's "
+            f"{root} holds neither train/ and val/ with a folder per class, nor ImageNet's "
             f"files; missing: {'; '.join(missing)}"
         )
     return _tars(root)
@@ -94,8 +95,8 @@ def _missing_tars(root: pathlib.Path) -> list[str]:
         missing.append(f"{VAL_TAR} (6.3 GB, image-net.org)")
     if not (root / DEVKIT).is_file() and not (root / VAL_LABELS).is_file():
         missing.append(
-            f"{DEVKIT} (2.5 MB, image-net.org), or {VAL_LABELS}: a line for every held-out image, "
-            f"in the order of their names, each the name of its class, n01440764"
+            f"{DEVKIT} (2.5 MB, image-net.org), or {VAL_LABELS}: one line per validation "
+            f"image, in the order of their names: the name of its class, e.g. n01440764"
         )
     return missing
 
@@ -125,7 +126,7 @@ def _tars(root: pathlib.Path) -> Inputs:
             train[name.removesuffix(".tar")] = sorted(inner)
     classes = tuple(sorted(train))
     if empty := [name for name in classes if not train[name]]:
-        raise ValueError(f"{root / TRAIN_TAR}: no images of class {', '.join(empty[:5])}")
+        raise ValueError(f"{root / TRAIN_TAR}: no images of class {text.first_few(empty)}")
     with open(root / VAL_TAR, "rb") as flat:
         val = sorted(_members(flat, 0, (root / VAL_TAR).stat().st_size, VAL_TAR))
     labels = _val_labels(root)
@@ -135,8 +136,10 @@ def _tars(root: pathlib.Path) -> Inputs:
         )
     numbers = {name: number for number, name in enumerate(classes)}
     if unknown := sorted({label for label in labels if label not in numbers}):
-        raise ValueError(f"held-out images of classes that {TRAIN_TAR} lacks: {unknown[:5]}")
-    held_out = [
+        raise ValueError(
+            f"validation images of classes that {TRAIN_TAR} lacks: {text.first_few(unknown)}"
+        )
+    validation = [
         Item(f"val/{label}/{name}", numbers[label], root / VAL_TAR, offset, size)
         for label, (name, offset, size) in zip(labels, val, strict=True)
     ]
@@ -148,7 +151,7 @@ def _tars(root: pathlib.Path) -> Inputs:
                 for label in classes
                 for name, offset, size in train[label]
             ],
-            "val": sorted(held_out, key=lambda item: item.name),
+            "val": sorted(validation, key=lambda item: item.name),
         },
     )
 
@@ -166,9 +169,9 @@ def _members(
                 if member.isfile():
                     found.append((member.name.rpartition("/")[2], member.offset_data, member.size))
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{title} is damaged or was not downloaded whole: {error}") from error
+        raise ValueError(f"{title} is damaged or not downloaded completely: {error}") from error
     if found and found[-1][1] + found[-1][2] > start + size:
-        raise ValueError(f"{title} was not downloaded whole: it ends within {found[-1][0]}")
+        raise ValueError(f"{title} was not downloaded completely: it ends within {found[-1][0]}")
     yield from found
 
 

@@ -4,46 +4,46 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import pathlib
 
 import simplejpeg
 from PIL import Image
 
-from repvgg_jax.data import decoding, records
+from repvgg_jax import files
+from repvgg_jax.data import records
+from repvgg_jax.data.crops import resize
+from repvgg_jax.data.decode import UndecodableError, decode, is_plain_jpeg
 from repvgg_jax.data.prepare.inputs import Item
-from repvgg_jax.data.resizing import resize
 
-UNFINISHED = ".unfinished"
 DONE = ".done.json"
-JPEG_QUALITY = 95  # of images that change, unless another one was asked for
+JPEG_QUALITY = 95  # of images that are encoded again, by default
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class Encoding:
     """How images are stored.
 
     Attributes:
       short_side: larger images are shrunk to it, in pixels; 0 keeps their size.
-      quality: of JPEGs that are written anew.
+      quality: of JPEGs that are encoded again.
     """
 
     short_side: int = 0
     quality: int = JPEG_QUALITY
 
     def apply(self, content: bytes) -> bytes:
-        """The bytes to store: those given wherever they are a JPEG of the wanted size.
+        """The bytes to store: `content` itself if it is a JPEG that needs no shrinking.
 
         CMYK JPEGs, PNGs and others become RGB JPEGs.
 
         Raises:
-          UndecodableError: they are damaged.
+          UndecodableError: the image is damaged.
         """
-        pixels = decoding.decode(content)
+        pixels = decode(content)
         height, width = pixels.shape[:2]
         short = min(height, width)
         smaller = 0 < self.short_side < short
-        if not smaller and decoding.is_plain_jpeg(content):
+        if not smaller and is_plain_jpeg(content):
             return content
         if smaller:
             height, width = (round(length * self.short_side / short) for length in (height, width))
@@ -60,28 +60,28 @@ class Job:
     Attributes:
       path: of the finished file.
       items: its images.
-      form: how they are stored.
+      encoding: how they are stored.
     """
 
     path: pathlib.Path
     items: tuple[Item, ...]
-    form: Form
+    encoding: Encoding
 
     @property
     def fingerprint(self) -> str:
-        """Of what goes in; a finished shard of another one does not count."""
+        """Digest of the inputs: a finished shard of other inputs is written again."""
         content = [[item.name, item.label, item.size] for item in self.items]
-        text = json.dumps([records.VERSION, dataclasses.asdict(self.form), content])
+        text = json.dumps([records.VERSION, dataclasses.asdict(self.encoding), content])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What became of a job.
+    """The result of a job.
 
     Attributes:
       shard: the file.
-      changed: names of images that were no RGB or grey JPEG and now are.
+      changed: names of images that were not RGB or gray JPEGs and now are.
       bad: names of images that cannot be decoded, with the reason; they are not in the file.
     """
 
@@ -91,7 +91,7 @@ class Done:
 
 
 def finished(job: Job) -> Done | None:
-    """What an earlier call left for this very job, if it is all there."""
+    """The result of the same job in an earlier call, if its file is still complete."""
     note = job.path.with_name(job.path.name + DONE)
     try:
         content = json.loads(note.read_text())
@@ -105,25 +105,23 @@ def finished(job: Job) -> Done | None:
 
 
 def write(job: Job) -> Done:
-    """Writes a shard under a temporary name, verifies it, and only then gives it its own.
+    """Writes a shard atomically, and verifies it before it takes its name.
 
     Raises:
-      OSError: an image cannot be read, or the shard cannot be written: the disk is full.
+      OSError: an image cannot be read, or the shard cannot be written, e.g. on a full disk.
       ValueError: the file does not hold what was written.
     """
-    unfinished = job.path.with_name(job.path.name + UNFINISHED)
-    digests, changed, bad = _write_records(job, unfinished)
-    _verify(unfinished, digests)
-    shard = records.Shard(
-        job.path.name, len(digests), unfinished.stat().st_size, sha256(unfinished)
-    )
-    _sync(unfinished)
-    unfinished.replace(job.path)
+    with files.replacing(job.path) as temporary:
+        digests, changed, bad = _write_records(job, temporary)
+        _verify(temporary, digests)
+        shard = records.Shard(
+            job.path.name, len(digests), temporary.stat().st_size, files.sha256(temporary)
+        )
     done = Done(shard, tuple(changed), tuple(bad))
-    note = job.path.with_name(job.path.name + DONE)
-    temporary = note.with_name(note.name + UNFINISHED)
-    temporary.write_text(json.dumps({"fingerprint": job.fingerprint, **dataclasses.asdict(done)}))
-    temporary.replace(note)
+    files.write_text(
+        job.path.with_name(job.path.name + DONE),
+        json.dumps({"fingerprint": job.fingerprint, **dataclasses.asdict(done)}),
+    )
     return done
 
 
@@ -137,19 +135,19 @@ def _write_records(job: Job, path: pathlib.Path) -> tuple[list[bytes], list[str]
         for item in job.items:
             content = item.read()
             try:
-                stored = job.form.apply(content)
-            except decoding.UndecodableError as error:
+                stored = job.encoding.apply(content)
+            except UndecodableError as error:
                 bad.append(f"{item.name}: {error}")
                 continue
-            if not decoding.is_plain_jpeg(content):
+            if not is_plain_jpeg(content):
                 changed.append(item.name)
             record = records.pack(encoded=stored, label=item.label, name=item.name)
             digests.append(hashlib.sha256(record).digest())
             writer.write(record)
         writer.close()
-    except RuntimeError as error:  # whatever the system answers, a full disk first of all
+    except RuntimeError as error:  # any answer of the system, in particular a full disk
         raise OSError(
-            f"{job.path} cannot be written, make room and the same command continues: {error}"
+            f"{job.path} cannot be written, free disk space and the same command continues: {error}"
         ) from error
     return digests, changed, bad
 
@@ -158,7 +156,7 @@ def check(path: pathlib.Path, shard: records.Shard, classes: int) -> str | None:
     """What is wrong with a shard: its checksum, its count, a label, an image; None if nothing."""
     if not path.is_file():
         return f"{path.name} is missing"
-    if sha256(path) != shard.sha256:
+    if files.sha256(path) != shard.sha256:
         return f"{path.name} is not what was written: its checksum differs"
     stored = records.open_shards(path.parent, [shard])
     if len(stored) != shard.images:
@@ -169,16 +167,10 @@ def check(path: pathlib.Path, shard: records.Shard, classes: int) -> str | None:
             return f"{path.name}: {record['name']} has label {record['label']} of {classes}"
         try:
             simplejpeg.decode_jpeg_header(record["encoded"])
-            decoding.decode(record["encoded"])
+            decode(record["encoded"])
         except ValueError as error:
             return f"{path.name}: {record['name']} cannot be decoded: {error}"
     return None
-
-
-def sha256(path: pathlib.Path) -> str:
-    """Of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _verify(path: pathlib.Path, digests: list[bytes]) -> None:
@@ -192,11 +184,3 @@ def _verify(path: pathlib.Path, digests: list[bytes]) -> None:
         found = []  # it cannot even be read
     if found != digests:
         raise ValueError(f"{path} does not hold what was written to it; look for a failing disk")
-
-
-def _sync(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

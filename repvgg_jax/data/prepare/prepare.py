@@ -1,0 +1,210 @@
+"""Plans the shards, checks the disk space, has workers write them, and writes the manifest last."""
+
+import concurrent.futures
+import dataclasses
+import logging
+import multiprocessing
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from repvgg_jax import files, text
+from repvgg_jax.data import records
+from repvgg_jax.data.prepare import disk, shards
+from repvgg_jax.data.prepare.inputs import Inputs
+from repvgg_jax.data.prepare.shards import Done, Encoding, Job
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to prepare.
+
+    Attributes:
+      encoding: how images are stored.
+      shard_images: images per shard.
+      processes: number of workers.
+      max_bad: undecodable images that are left out; one more is an error.
+    """
+
+    encoding: Encoding = dataclasses.field(default_factory=Encoding)
+    shard_images: int = 2048
+    processes: int = 1
+    max_bad: int = 0
+
+
+def prepare(inputs: Inputs, output: pathlib.Path, settings: Settings) -> records.Manifest:
+    """Writes all shards that are not finished yet, then the manifest.
+
+    Raises:
+      ValueError: images cannot be decoded, or the disk is too small.
+      OSError: something cannot be read or written, or a process died. Finished shards stay, what
+        is half-written does not, and there is no manifest.
+    """
+    plan = {split: _jobs(inputs, split, output, settings) for split in inputs.splits}
+    jobs = [job for split in plan.values() for job in split]
+    found = {job.path: shards.finished(job) for job in jobs}
+    todo = [job for job in jobs if found[job.path] is None]
+    counts = {split: len(items) for split, items in inputs.splits.items()}
+    for split, count in counts.items():
+        logger.info("%s: %s of %s", split, text.plural(count, "image"), _classes(inputs))
+    if len(inputs.classes) == 1000 and counts != disk.IMAGENET:
+        logger.info("note: all of ImageNet is {train:,} and {val:,} images".format(**disk.IMAGENET))
+    output.mkdir(parents=True, exist_ok=True)
+    files.remove_leftovers(output)
+    _check_space(todo, len(jobs), output)
+
+    if todo:  # the shards of an older manifest are about to change
+        (output / records.MANIFEST).unlink(missing_ok=True)
+    done = {path: result for path, result in found.items() if result is not None}
+    try:
+        for job, result in _work(todo, settings):
+            done[job.path] = result
+            _check_bad(done.values(), settings.max_bad)
+        _check_bad(done.values(), settings.max_bad)
+        manifest = _manifest(inputs, plan, done, settings.encoding)
+        manifest.write(output)
+    finally:
+        files.remove_leftovers(output)
+
+    changed, bad = manifest.details["changed_to_rgb_jpeg"], manifest.details["bad"]
+    if changed:
+        logger.info(
+            "%s converted to RGB JPEG: %s",
+            text.plural(len(changed), "image"),
+            text.first_few(changed),
+        )
+    if bad:
+        logger.info(
+            "%s cannot be decoded and left out: %s",
+            text.plural(len(bad), "image"),
+            text.first_few(bad),
+        )
+    return manifest
+
+
+def verify(output: pathlib.Path, *, processes: int = 1) -> None:
+    """Reads a prepared directory completely: checksums, counts, labels, every image.
+
+    Raises:
+      ValueError: what is wrong, first shards first.
+      OSError: a process died.
+    """
+    manifest = records.Manifest.read(output)
+    records.check_files(output, manifest)
+    todo = [shard for split in manifest.splits.values() for shard in split]
+    wrong = []
+    with _pool(processes) as pool:
+        futures = [
+            pool.submit(shards.check, output / shard.file, shard, len(manifest.classes))
+            for shard in todo
+        ]
+        for _, what in _results(futures, "verifying", [shard.images for shard in todo]):
+            wrong += [what] if what else []
+    if wrong:
+        raise ValueError(
+            f"{output}: {len(wrong)} of {len(todo)} shards are bad: {text.first_few(wrong)}"
+        )
+
+
+def _classes(inputs: Inputs) -> str:
+    count = len(inputs.classes)
+    return f"{count:,} class{'' if count == 1 else 'es'}"
+
+
+def _jobs(inputs: Inputs, split: str, output: pathlib.Path, settings: Settings) -> list[Job]:
+    items, size = inputs.splits[split], settings.shard_images
+    count = -(-len(items) // size)
+    return [
+        Job(
+            output / f"{split}-{number:05}-of-{count:05}.array_record",
+            tuple(items[number * size : (number + 1) * size]),
+            settings.encoding,
+        )
+        for number in range(count)
+    ]
+
+
+def _check_space(todo: Sequence[Job], total: int, output: pathlib.Path) -> None:
+    needed, free = disk.estimate(todo), disk.free(output)
+    logger.info(
+        "%d of %d shards are finished; the others take about %s, %s are free in %s",
+        total - len(todo),
+        total,
+        disk.format_bytes(needed),
+        disk.format_bytes(free),
+        output,
+    )
+    if needed > free:
+        raise ValueError(
+            f"{output} has {disk.format_bytes(free)} free, about {disk.format_bytes(needed)} are "
+            f"needed; free disk space, choose another --output, or store smaller images with "
+            f"--short_side=256"
+        )
+
+
+def _work(todo: Sequence[Job], settings: Settings) -> Iterator[tuple[Job, Done]]:
+    with _pool(settings.processes) as pool:
+        futures = [pool.submit(shards.write, job) for job in todo]
+        jobs = dict(zip(futures, todo, strict=True))
+        try:
+            for future, done in _results(futures, "preparing", [len(job.items) for job in todo]):
+                yield jobs[future], done
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _results(
+    futures: Sequence[concurrent.futures.Future], title: str, images: Sequence[int]
+) -> Iterator[tuple[concurrent.futures.Future, Any]]:
+    sizes = dict(zip(futures, images, strict=True))
+    columns = (BarColumn(), MofNCompleteColumn(), "images", TimeRemainingColumn())
+    with Progress(f"{title:>9}", *columns) as progress:
+        bar = progress.add_task(title, total=sum(images))
+        for future in concurrent.futures.as_completed(futures):
+            try:
+                yield future, future.result()
+            except BrokenProcessPool as error:
+                raise OSError(
+                    "a worker process died, perhaps for lack of memory; the same command "
+                    "continues, with fewer processes if --processes says so"
+                ) from error
+            progress.advance(bar, sizes[future])
+
+
+def _pool(processes: int) -> concurrent.futures.ProcessPoolExecutor:
+    # Spawned processes: forking a process in which jax has threads can hang.
+    return concurrent.futures.ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("spawn")
+    )
+
+
+def _check_bad(results: Iterable[Done], allowed: int) -> None:
+    bad = [line for result in results for line in result.bad]
+    if len(bad) > allowed:
+        raise ValueError(
+            f"{text.plural(len(bad), 'image')} cannot be decoded: {text.first_few(sorted(bad))}; "
+            f"repair or remove them, or leave them out with --max_bad={len(bad)} or more"
+        )
+
+
+def _manifest(
+    inputs: Inputs,
+    plan: Mapping[str, Sequence[Job]],
+    done: Mapping[pathlib.Path, Done],
+    encoding: Encoding,
+) -> records.Manifest:
+    changed = sorted(name for result in done.values() for name in result.changed)
+    bad = sorted(line for result in done.values() for line in result.bad)
+    return records.Manifest(
+        classes=inputs.classes,
+        splits={
+            split: tuple(done[job.path].shard for job in jobs if done[job.path].shard.images)
+            for split, jobs in plan.items()
+        },
+        details={**dataclasses.asdict(encoding), "changed_to_rgb_jpeg": changed, "bad": bad},
+    )
