@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 import chex
 import jax
@@ -27,25 +23,11 @@ from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import TrainState
 from repvgg_jax.train.workdir import RunMetadata, Workdir
 from tests.helpers import export_networks as nets
+from tests.helpers.commands import ROOT, check_one_line, run
 from tests.trees import random_variables
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 OLD = ROOT / "tests" / "data" / "v0.1-0164ae8"  # a run and a deploy directory of that commit
 DEFAULT = parse_targets(["orbax", "safetensors"])
-
-
-def run(*arguments: object, cwd: pathlib.Path, script: str = "convert.py"):
-    """Runs the command in a directory of its own, as an installed user would."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 def network(kind: str = "plain", **options) -> Source:
@@ -386,7 +368,7 @@ class TestCommand:
         classes, shape = tuple("0123456789"), (8, 8, 1)
         metadata = RunMetadata(classes, shape, shape, Normalize((0.305,), (0.376,)))
         Workdir(tmp_path / "run").write_metadata(metadata)
-        status, out, err = run("--workdir", "run", "--output", "deploy", cwd=tmp_path)
+        status, out, err = run("convert.py", "--workdir=run", "--output=deploy", cwd=tmp_path)
         assert (status, err) == (0, "")
         lines = out.splitlines()
         assert lines[0] == "RepVGG tiny, step 66 of run"
@@ -403,15 +385,12 @@ class TestCommand:
         assert one.model == create_model(one.model.variant, num_classes=10, deploy=True)
 
     def test_a_mistake_is_one_line(self, tmp_path):
-        status, out, err = run("--workdir=x", "--output=y", "--format=onyx", cwd=tmp_path)
-        assert (status, out) == (1, ""), err
-        assert err.startswith("error: ")
-        assert len(err.splitlines()) == 1, err
-        assert "did you mean 'onnx'" in err
+        arguments = ["--workdir=x", "--output=y", "--format=onyx"]
+        check_one_line(tmp_path, 1, ".*did you mean 'onnx'", "convert.py", *arguments)
         assert list(tmp_path.iterdir()) == []
 
     def test_traceback_shows_where_an_error_arose(self, tmp_path):
-        status, _, err = run("--workdir=x", "--from=y", "--traceback", cwd=tmp_path)
+        status, _, err = run("convert.py", "--workdir=x", "--from=y", "--traceback", cwd=tmp_path)
         assert status == 1
         assert "Traceback" in err
         assert "--output" in err.splitlines()[-1]
