@@ -10,7 +10,7 @@ import repvgg_jax as rv
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
 
-from tests import torch_reference  # noqa: E402 (needs torch)
+from tests.helpers import torch_reference  # noqa: E402 (needs torch)
 
 CLASSES = 5
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 1e-2
@@ -63,7 +63,7 @@ NETWORKS = {
 def networks(request):
     """The PyTorch network, ours, and a function from its state dicts to our variables."""
     variant, options, output_stride = NETWORKS[request.param]
-    reference = torch_reference.RepVGG(**options, num_classes=CLASSES).randomise()
+    reference = torch_reference.RepVGG(**options, num_classes=CLASSES).randomize()
     model = rv.create_model(variant, num_classes=CLASSES, output_stride=output_stride)
 
     def translate(state):

@@ -1,7 +1,7 @@
-"""Every array of a RepVGG in this project's own tree: its path, its shape, what it is.
+"""Every array of a RepVGG in this project's parameter tree: path, shape and kind.
 
-Derived by walking `Variant.layers()`, without building the model. The naming families of
-other projects (`repvgg_jax.weights.names`) are translations of this one list.
+Derived from `Variant.layers()` without building the model. `repvgg_jax.weights.names`
+translates this list into the keys and layouts of other projects.
 """
 
 import enum
@@ -12,11 +12,11 @@ from repvgg_jax.variants import Layer, Variant
 
 
 class Kind(enum.Enum):
-    """What an array is, which decides how PyTorch lays it out."""
+    """What an array is, which decides its layout in PyTorch."""
 
-    CONVOLUTION = "convolution"  # HWIO here, OIHW there
-    LINEAR = "linear"  # (in, out) here, (out, in) there
-    GATE = "gate"  # a linear layer of squeeze-and-excite: a 1x1 convolution there
+    CONVOLUTION = "convolution"  # HWIO here, OIHW in PyTorch
+    LINEAR = "linear"  # (in, out) here, (out, in) in PyTorch
+    GATE = "gate"  # a linear layer of squeeze-and-excite: a 1x1 convolution in PyTorch
     VECTOR = "vector"
 
 
@@ -24,9 +24,9 @@ class Leaf(NamedTuple):
     """One array.
 
     Attributes:
-      path: where it is, from the collection down: `("params", "stem", "bn3x3", "scale")`.
+      path: keys from the collection down, e.g. `("params", "head", "kernel")`.
       shape: its shape.
-      kind: what it is.
+      kind: its kind.
     """
 
     path: tuple[str, ...]
@@ -34,8 +34,8 @@ class Leaf(NamedTuple):
     kind: Kind
 
     @property
-    def owner(self) -> str:
-        """The child of the network that it belongs to: a block, `head` or an `aux_…` head."""
+    def module(self) -> str:
+        """The top-level module that it belongs to: a block, `head` or an `aux_…` head."""
         return self.path[1]
 
     @property
@@ -45,7 +45,7 @@ class Leaf(NamedTuple):
 
 
 def in_head(path: tuple[str, ...]) -> bool:
-    """Whether the array at that path depends on the task."""
+    """Whether the array at `path` depends on the task."""
     return path[1] == "head" or path[1].startswith("aux_")
 
 
@@ -62,7 +62,7 @@ def leaves(
     """
     found: list[Leaf] = []
     for layer in variant.layers():
-        found += _block(variant, layer, deploy, in_channels)
+        found += _block_leaves(variant, layer, deploy, in_channels)
     if num_classes:
         found += _linear(("head",), variant.features, num_classes, Kind.LINEAR)
         for layer in variant.layers():
@@ -71,7 +71,8 @@ def leaves(
     return tuple(found)
 
 
-def _block(variant: Variant, layer: Layer, deploy: bool, in_channels: int) -> Iterator[Leaf]:
+def _block_leaves(variant: Variant, layer: Layer, deploy: bool, in_channels: int) -> Iterator[Leaf]:
+    """The arrays of one block; the only place in this package that lists its branches."""
     inputs = (layer.in_channels or in_channels) // layer.groups
     width = layer.features
     if deploy:
@@ -96,17 +97,17 @@ def _auxiliary(head: str, width: int, num_classes: int) -> Iterator[Leaf]:
     yield from _linear((head, "logits"), width, num_classes, Kind.LINEAR)
 
 
-def _kernel(owner: tuple[str, ...], shape: tuple[int, ...]) -> Leaf:
-    return Leaf(("params", *owner, "kernel"), shape, Kind.CONVOLUTION)
+def _kernel(module: tuple[str, ...], shape: tuple[int, ...]) -> Leaf:
+    return Leaf(("params", *module, "kernel"), shape, Kind.CONVOLUTION)
 
 
-def _linear(owner: tuple[str, ...], inputs: int, outputs: int, kind: Kind) -> Iterator[Leaf]:
-    yield Leaf(("params", *owner, "kernel"), (inputs, outputs), kind)
-    yield Leaf(("params", *owner, "bias"), (outputs,), Kind.VECTOR)
+def _linear(module: tuple[str, ...], inputs: int, outputs: int, kind: Kind) -> Iterator[Leaf]:
+    yield Leaf(("params", *module, "kernel"), (inputs, outputs), kind)
+    yield Leaf(("params", *module, "bias"), (outputs,), Kind.VECTOR)
 
 
-def _norm(owner: tuple[str, ...], width: int) -> Iterator[Leaf]:
-    yield Leaf(("params", *owner, "scale"), (width,), Kind.VECTOR)
-    yield Leaf(("params", *owner, "bias"), (width,), Kind.VECTOR)
-    yield Leaf(("batch_stats", *owner, "mean"), (width,), Kind.VECTOR)
-    yield Leaf(("batch_stats", *owner, "var"), (width,), Kind.VECTOR)
+def _norm(module: tuple[str, ...], width: int) -> Iterator[Leaf]:
+    yield Leaf(("params", *module, "scale"), (width,), Kind.VECTOR)
+    yield Leaf(("params", *module, "bias"), (width,), Kind.VECTOR)
+    yield Leaf(("batch_stats", *module, "mean"), (width,), Kind.VECTOR)
+    yield Leaf(("batch_stats", *module, "var"), (width,), Kind.VECTOR)

@@ -198,7 +198,7 @@ class RepVGG(nn.Module):
                 auxiliary.append(self.heads[place](x))
         return self.classify[0](x.mean((2, 3))), auxiliary
 
-    def randomise(self, seed: int = 0) -> "RepVGG":
+    def randomize(self, seed: int = 0) -> "RepVGG":
         """Random weights, affines and statistics; the last far from where training starts."""
         generator = torch.Generator().manual_seed(seed)
 
