@@ -473,6 +473,21 @@ def test_a_deploy_form_is_split_into_branches_that_compute_the_same(num_classes,
     )
 
 
+def test_another_epsilon_is_passed_on_and_used_to_unfuse(variables):
+    deployed = rv.fuse_params(variables, epsilon=1e-3)
+    loaded = load(deployed, epsilon=1e-3)
+    assert loaded.epsilon == 1e-3
+    assert load(deployed).epsilon == 1e-5
+    start = fresh()
+    tiny = jax.tree.map(lambda leaf: leaf * 1e-3, start["batch_stats"])  # where epsilon matters
+    merged = rv.merge_weights(loaded, {**start, "batch_stats": tiny}).variables
+    again = rv.fuse_params(merged, epsilon=1e-3)
+    other = rv.fuse_params(merged, epsilon=1e-5)
+    kernels = [tree["params"]["stem"]["reparam"]["kernel"] for tree in (deployed, again, other)]
+    np.testing.assert_allclose(kernels[1], kernels[0], rtol=1e-4, atol=1e-5)
+    assert np.abs(kernels[2] - kernels[0]).max() > 1e-2
+
+
 def test_auxiliary_heads_stay_fresh_if_they_do_not_fit():
     variant = rv.Variant("aux", (1, 1), (8, 8), stem_channels=8, auxiliary=("stage1_block0",))
     source = random_variables(variant)

@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from repvgg_jax.reparam import unfuse_params
+from repvgg_jax.reparam.algebra import EPSILON
 from repvgg_jax.text import first_few
 from repvgg_jax.variants import Variant, get_variant
 from repvgg_jax.weights import files
@@ -39,6 +40,8 @@ class Weights:
       num_classes: width of the classifier; 0 if it was left out.
       family: the project whose names the checkpoint used: official, timm, mmpretrain or flax.
       in_channels: channels of the images.
+      epsilon: of batch normalization, as given to `load_weights`; no checkpoint contains it.
+        `create_model` and `fuse_params` need the same one.
     """
 
     variant: str
@@ -47,6 +50,7 @@ class Weights:
     num_classes: int
     family: str
     in_channels: int = 3
+    epsilon: float = EPSILON
 
     def __str__(self) -> str:
         form = "deploy" if self.deploy else "training"
@@ -60,6 +64,7 @@ def load_weights(
     num_classes: int | None = None,
     variant: str | Variant | None = None,
     entry: str | None = None,
+    epsilon: float = EPSILON,
 ) -> Weights:
     """Loads a RepVGG checkpoint of the authors, timm, mmpretrain or this project.
 
@@ -75,6 +80,8 @@ def load_weights(
       variant: the expected architecture, which may be one of your own; None detects the
         official ones.
       entry: the key of the state dict if a file contains several, e.g. `ema`.
+      epsilon: of the batch normalization that the checkpoint was trained with, e.g. 1e-3 for
+        YOLO's; it is passed on as `Weights.epsilon`.
 
     Raises:
       ValueError: in one line. Not a readable file; a pickle that needs anything but tensors;
@@ -108,6 +115,7 @@ def load_weights(
         num_classes=0 if backbone_only else found.num_classes,
         family=found.family,
         in_channels=found.in_channels,
+        epsilon=epsilon,
     )
 
 
@@ -222,7 +230,7 @@ def merge_weights(loaded: Weights, fresh: Mapping[str, Any]) -> Merged:
 
     Args:
       loaded: from `load_weights` or `load_pretrained`; the deploy form is unfused.
-      fresh: `create_model(…).init(…)` of the same variant.
+      fresh: `create_model(…).init(…)` of the same variant and epsilon.
 
     Raises:
       ValueError: `fresh` is in deploy form or another network; the message lists differences.
@@ -243,7 +251,8 @@ def merge_weights(loaded: Weights, fresh: Mapping[str, Any]) -> Merged:
     kept = {path: leaf for path, leaf in target.items() if path in replaced}
     if loaded.deploy:
         deployed = unflatten_dict({**merged, **{p: v for p, v in kept.items() if p[1] == "head"}})
-        merged = flatten_dict(unfuse_params(deployed, like=jax.tree.map(np.asarray, fresh)))
+        like = jax.tree.map(np.asarray, fresh)
+        merged = flatten_dict(unfuse_params(deployed, like=like, epsilon=loaded.epsilon))
     else:
         merged |= kept
     if any(wrong := differences(_shapes(target), _shapes(merged))):
