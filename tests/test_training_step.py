@@ -9,10 +9,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from repvgg_jax import create_model
-from repvgg_jax.reparam.penalty import equivalent_l2
+from repvgg_jax.reparam import decay_mask, equivalent_l2
 from repvgg_jax.text import differences
 from repvgg_jax.train import config as configs
-from repvgg_jax.train.optimizer import decay_mask, make_optimizer, schedule
+from repvgg_jax.train.optimizer import make_optimizer, schedule
 from repvgg_jax.train.run import Run
 from repvgg_jax.train.step import EvalStep
 from repvgg_jax.train.task import Classification

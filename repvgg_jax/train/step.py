@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 
 from repvgg_jax.data.augment import Augmentation, Mixing, Normalise
-from repvgg_jax.reparam.penalty import equivalent_l2
+from repvgg_jax.reparam import equivalent_l2
 from repvgg_jax.train.state import TrainState
 from repvgg_jax.train.task import Classification, Sums
 
@@ -34,7 +34,7 @@ class TrainStep:
       augment: pixels to what the network takes, augmented.
       mixing: of images and targets, or None.
       seed: of the augmentation.
-      equivalent_l2: weight decay of the equivalent kernel (`repvgg_jax.reparam.penalty`).
+      equivalent_l2: weight decay of the equivalent kernel (`repvgg_jax.reparam.equivalent_l2`).
       ema_decay: a step, of the moving averages in the state, if it has any.
       pieces: how many pieces of the batch go through the network one after the other.
       group_size: images of a group that pieces do not split.
