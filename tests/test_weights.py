@@ -1,6 +1,8 @@
 """Weights in memory: other projects' names, detection, loading, saving, merging, the hub."""
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 import sys
@@ -13,6 +15,7 @@ import safetensors
 from flax.traverse_util import flatten_dict
 
 import repvgg_jax as rv
+from repvgg_jax import reparam
 from repvgg_jax.weights.detect import detect
 from repvgg_jax.weights.names import FAMILIES, NAMINGS, OFFICIAL, naming_for
 from repvgg_jax.weights.tree import leaves
@@ -134,6 +137,29 @@ def test_a_stage_split_more_than_once_has_no_official_names():
     assert not OFFICIAL.covers(variant)
     with pytest.raises(ValueError, match=r"official has no names .*split"):
         naming_for("official", variant)
+
+
+class TwoBlocks(rv.Variant):
+    """Blocks of other kinds, alternating."""
+
+    def layers(self, output_stride=None):
+        specs = itertools.cycle((reparam.mobileone(3, branches=2), reparam.ACB))
+        layers = super().layers(output_stride)
+        return tuple(dataclasses.replace(a, block=b) for a, b in zip(layers, specs, strict=False))
+
+
+@FORMS
+def test_blocks_of_other_kinds_have_flax_names(deploy):
+    variant = TwoBlocks("two", (2, 2), (8, 12), stem_channels=4, groups=2)
+    variables = random_variables(variant, deploy=deploy)
+    state = rv.to_state_dict(variables, family="flax", variant=variant)
+    loaded = rv.load_weights(state, variant=variant)
+    assert (loaded.deploy, loaded.family) == (deploy, "flax")
+    assert_identical(loaded.variables, variables)
+    with pytest.raises(ValueError, match="timm has no names"):
+        rv.to_state_dict(variables, family="timm", variant=variant)
+    del state["params/stage1_block0/bn1x3/scale" if not deploy else "params/stem/reparam/bias"]
+    assert "1 missing" in refusal(state, variant=variant)
 
 
 def test_an_unknown_family_is_refused():

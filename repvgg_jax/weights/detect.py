@@ -5,14 +5,17 @@ widths, groups and squeeze-and-excite off their shapes. That selects one archite
 keys and shapes are then compared one by one.
 """
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
+from repvgg_jax.reparam.linear import Conv, walk
 from repvgg_jax.text import first_few
 from repvgg_jax.variants import VARIANTS, Variant
-from repvgg_jax.weights.names import MAIN_KERNEL, NAMINGS, SQUEEZE, Entry, Naming
+from repvgg_jax.weights.names import NAMINGS, Entry, Naming
 from repvgg_jax.weights.tensor import Shapes
+from repvgg_jax.weights.tree import block_specs
 
 
 class Differences(NamedTuple):
@@ -86,30 +89,26 @@ def detect(
         and misshaped keys with respect to the nearest one, or says which other architecture
         this is.
     """
-    for pattern, what in _OTHERS:
-        if any(re.search(pattern, key) for key in shapes):
-            raise ValueError(f"weights of {what}, not of a RepVGG; keys: {first_few(shapes)}")
-    unknown = f"not a RepVGG checkpoint: most keys are unknown, e.g. [{first_few(shapes)}]"
+    considered = [variant] if variant is not None else VARIANTS.values()
     # Every block has its form's main kernel: the naming and the form with the most of them.
     blocks, naming, deploy = max(
         (
-            (naming.kernels(shapes, kernel), naming, deploy)
+            (naming.kernels(shapes, kernels), naming, deploy)
+            for deploy, kernels in _main_kernels(considered).items()
             for naming in namings
-            for deploy, kernel in MAIN_KERNEL.items()
         ),
         key=lambda candidate: len(candidate[0]),
     )
     if not blocks:
-        raise ValueError(unknown)
+        raise ValueError(_unknown(shapes))
     found = {
         name: _Block(inputs if name != "stem" else None, features)
         for name, (inputs, features) in blocks.items()
     }
-    for name, (_, squeezed) in naming.kernels(shapes, SQUEEZE).items():
+    for name, (_, squeezed) in naming.kernels(shapes, ("se/reduce",)).items():
         if name in found:
             found[name] = found[name]._replace(squeezed=squeezed)
 
-    considered = [variant] if variant is not None else VARIANTS.values()
     candidates = [candidate for candidate in considered if naming.covers(candidate)]
     if not candidates:
         names = " and ".join(candidate.name for candidate in considered)
@@ -128,16 +127,24 @@ def detect(
     if not any(wrong):
         return Detected(nearest, deploy, num_classes, in_channels, naming.family, entries)
     if sum(entry.key in shapes for entry in entries) <= len(entries) / 10:
-        raise ValueError(unknown)
+        raise ValueError(_unknown(shapes))
     form = "deploy" if deploy else "training"
     classifier = "" if num_classes else ", without a classifier"
     hint, architecture = "", _architecture(found)
-    if variant is None and architecture != _architecture(_blocks(nearest)):
+    if variant is None and "stem" in found and architecture != _architecture(_blocks(nearest)):
         hint = f"; these have {architecture}, pass variant= if that is one of your own"
     raise ValueError(
         f"nearest to {nearest.name} ({naming.family} names, {form} form{classifier}), "
         f"but {wrong}{hint}"
     )
+
+
+def _unknown(shapes: Shapes) -> str:
+    """Why these are not the weights of a RepVGG."""
+    for pattern, what in _OTHERS:
+        if any(re.search(pattern, key) for key in shapes):
+            return f"weights of {what}, not of a RepVGG; keys: {first_few(shapes)}"
+    return f"not a RepVGG checkpoint: most keys are unknown, e.g. [{first_few(shapes)}]"
 
 
 _OTHERS = (
@@ -150,6 +157,15 @@ _OTHERS = (
     (r"dbb_origin", "a Diverse Branch Block network"),
 )
 """Keys of other architectures."""
+
+
+def _main_kernels(variants: Iterable[Variant]) -> dict[bool, set[str]]:
+    """By `deploy`: children that every block has and whose kernels show its widths."""
+    names: dict[bool, set[str]] = {False: set(), True: set()}
+    for block in itertools.chain.from_iterable(map(block_specs, variants)):
+        names[True].add(block.deploy)
+        names[False].add(next(term.name for term in walk(block.train) if isinstance(term, Conv)))
+    return names
 
 
 class _Block(NamedTuple):

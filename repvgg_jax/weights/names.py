@@ -18,20 +18,14 @@ The tables at the end are keyed by our names of a block's children.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights.tensor import Shapes
-from repvgg_jax.weights.tree import Kind, Leaf, leaves
-
-MAIN_KERNEL = {False: "conv3x3", True: "reparam"}
-"""By `deploy`: the kernel that every block of that form has, from which its shape is read."""
-
-SQUEEZE = "se/reduce"
-"""The kernel from which the width of squeeze-and-excite is read."""
+from repvgg_jax.weights.tree import Kind, Leaf, block_specs, leaves
 
 
 class Entry(NamedTuple):
@@ -76,8 +70,12 @@ class Naming(Protocol):
     ) -> tuple[Entry, ...]:
         """Keys, shapes and layouts of all arrays of a variant that it covers."""
 
-    def kernels(self, shapes: Shapes, name: str) -> dict[str, tuple[int, int]]:
-        """Input and output channels of the kernels that are child `name` of a block.
+    def kernels(self, shapes: Shapes, children: Collection[str]) -> dict[str, tuple[int, int]]:
+        """Input and output channels of the blocks' kernels.
+
+        Args:
+          shapes: of all arrays, by key.
+          children: our names of the children that the kernels belong to, e.g. `se/reduce`.
 
         Returns:
           By our name of the block, `stem` or `stage1_block0`.
@@ -107,9 +105,10 @@ class FlaxNaming:
             )
         )
 
-    def kernels(self, shapes: Shapes, name: str) -> dict[str, tuple[int, int]]:
+    def kernels(self, shapes: Shapes, children: Collection[str]) -> dict[str, tuple[int, int]]:
         """As `Naming.kernels`."""
-        pattern = re.compile(rf"params/(stem|stage\d+_block\d+)/{name}/kernel", re.ASCII)
+        child = "|".join(map(re.escape, children))
+        pattern = re.compile(rf"params/(stem|stage\d+_block\d+)/({child})/kernel", re.ASCII)
         return {
             match[1]: (shape[-2], shape[-1])
             for key, shape in shapes.items()
@@ -147,6 +146,9 @@ class TorchNaming:
         after_relu = variant.se is not None and variant.se.after_relu
         if self.plus != (after_relu or bool(variant.auxiliary)):
             return False
+        for block in block_specs(variant):
+            if not block.required | block.optional <= self.children.keys():
+                return False
         splits = (len(_ends(variant, stage)) for stage in range(1, len(variant.depths) + 1))
         return "stem" not in variant.auxiliary and max(splits) <= len(_PARTS)
 
@@ -166,14 +168,18 @@ class TorchNaming:
                 found.append(Entry(f"{prefix}.num_batches_tracked", (), None))
         return tuple(found)
 
-    def kernels(self, shapes: Shapes, name: str) -> dict[str, tuple[int, int]]:
+    def kernels(self, shapes: Shapes, children: Collection[str]) -> dict[str, tuple[int, int]]:
         """As `Naming.kernels`."""
+        names = [self.children[child] for child in children if child in self.children]
+        if not names:
+            return {}
         stage = self.stage.replace(".", r"\.").format(
             stage=r"(?P<stage>\d+)", stage0=r"(?P<stage0>\d+)", part="(?P<part>_first|_second|)"
         )
         blocks = r"\.blocks" if self.plus else ""
         block = rf"({re.escape(self.stem)}|{stage}{blocks}\.(?P<index>\d+))"
-        pattern = re.compile(rf"{block}\.{re.escape(self.children[name])}\.weight", re.ASCII)
+        child = "|".join(map(re.escape, names))
+        pattern = re.compile(rf"{block}\.({child})\.weight", re.ASCII)
         matches = [
             (match.groupdict(), shape)
             for key, shape in shapes.items()
@@ -337,6 +343,6 @@ def naming_for(family: str, variant: Variant) -> Naming:
         if naming.family == family and naming.covers(variant):
             return naming
     raise ValueError(
-        f"{family} has no names for the squeeze-and-excite after the ReLU or the auxiliary heads "
-        f"of {variant.name}; use family='official' or 'flax'"
+        f"{family} has no names for the blocks, the squeeze-and-excite after the ReLU or the "
+        f"auxiliary heads of {variant.name}; use family='official' or 'flax'"
     )

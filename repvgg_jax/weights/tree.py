@@ -1,13 +1,14 @@
 """Every array of a RepVGG in this project's parameter tree: path, shape and kind.
 
-Derived from `Variant.layers()` without building the model. `repvgg_jax.weights.names`
-translates this list into the keys and layouts of other projects.
+Derived from `Variant.layers()` and the expressions of their blocks, without building the model.
+`repvgg_jax.weights.names` translates this list into the keys and layouts of other projects.
 """
 
 import enum
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from repvgg_jax import reparam
 from repvgg_jax.variants import Layer, Variant
 
 
@@ -44,6 +45,11 @@ class Leaf(NamedTuple):
         return in_head(self.path)
 
 
+def block_specs(variant: Variant) -> list[reparam.BlockSpec]:
+    """The kinds of blocks of a variant, each once."""
+    return list({id(layer.block): layer.block for layer in variant.layers()}.values())
+
+
 def in_head(path: tuple[str, ...]) -> bool:
     """Whether the array at `path` depends on the task."""
     return path[1] == "head" or path[1].startswith("aux_")
@@ -72,33 +78,22 @@ def leaves(
 
 
 def _block_leaves(variant: Variant, layer: Layer, deploy: bool, in_channels: int) -> Iterator[Leaf]:
-    """The arrays of one block; the only place in this package that lists its branches."""
-    inputs = (layer.in_channels or in_channels) // layer.groups
-    width = layer.features
-    if deploy:
-        yield _kernel((layer.name, "reparam"), (3, 3, inputs, width))
-        yield Leaf(("params", layer.name, "reparam", "bias"), (width,), Kind.VECTOR)
-    else:
-        yield _kernel((layer.name, "conv3x3"), (3, 3, inputs, width))
-        yield from _norm((layer.name, "bn3x3"), width)
-        yield _kernel((layer.name, "conv1x1"), (1, 1, inputs, width))
-        yield from _norm((layer.name, "bn1x1"), width)
-        if layer.identity:
-            yield from _norm((layer.name, "bn_identity"), width)
+    block, geometry = layer.block, layer.geometry(in_channels)
+    fused = reparam.Conv(block.deploy, block.kernel_size(geometry), bias=True)
+    for leaf in reparam.leaves(fused if deploy else block.train, geometry):
+        kind = Kind.CONVOLUTION if leaf.leaf == "kernel" else Kind.VECTOR
+        yield Leaf((leaf.collection, layer.name, leaf.name, leaf.leaf), leaf.shape, kind)
     if variant.se is not None:
-        squeezed = width // variant.se.reduction
+        width, squeezed = layer.features, layer.features // variant.se.reduction
         yield from _linear((layer.name, "se", "reduce"), width, squeezed, Kind.GATE)
         yield from _linear((layer.name, "se", "expand"), squeezed, width, Kind.GATE)
 
 
 def _auxiliary(head: str, width: int, num_classes: int) -> Iterator[Leaf]:
-    yield _kernel((head, "conv"), (3, 3, width, width))
-    yield from _norm((head, "bn"), width)
+    yield Leaf(("params", head, "conv", "kernel"), (3, 3, width, width), Kind.CONVOLUTION)
+    for collection, name in _NORM:
+        yield Leaf((collection, head, "bn", name), (width,), Kind.VECTOR)
     yield from _linear((head, "logits"), width, num_classes, Kind.LINEAR)
-
-
-def _kernel(module: tuple[str, ...], shape: tuple[int, ...]) -> Leaf:
-    return Leaf(("params", *module, "kernel"), shape, Kind.CONVOLUTION)
 
 
 def _linear(module: tuple[str, ...], inputs: int, outputs: int, kind: Kind) -> Iterator[Leaf]:
@@ -106,8 +101,9 @@ def _linear(module: tuple[str, ...], inputs: int, outputs: int, kind: Kind) -> I
     yield Leaf(("params", *module, "bias"), (outputs,), Kind.VECTOR)
 
 
-def _norm(module: tuple[str, ...], width: int) -> Iterator[Leaf]:
-    yield Leaf(("params", *module, "scale"), (width,), Kind.VECTOR)
-    yield Leaf(("params", *module, "bias"), (width,), Kind.VECTOR)
-    yield Leaf(("batch_stats", *module, "mean"), (width,), Kind.VECTOR)
-    yield Leaf(("batch_stats", *module, "var"), (width,), Kind.VECTOR)
+_NORM = (
+    ("params", "scale"),
+    ("params", "bias"),
+    ("batch_stats", "mean"),
+    ("batch_stats", "var"),
+)
