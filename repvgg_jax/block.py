@@ -46,6 +46,7 @@ from repvgg_jax.reparam import (
     Scale,
     Sum,
     fuse_block,
+    leaves,
 )
 from repvgg_jax.reparam.linear import present
 from repvgg_jax.variants import SqueezeExcite
@@ -116,7 +117,7 @@ class ReparamBlock(nn.Module):
         if train and self.train_form == "covariance" and not self.is_initializing():
             return self._fast_train(x)
         term = present(self.spec.train, self.geometry(x).has_same_shape)
-        assert term is not None, "`_check` has counted its leaves"
+        assert term is not None, "checked above"
         y, _ = self._evaluate(term, x, None, train)
         return self._activate(y.astype(self.dtype))  # terms are summed before they are rounded
 
@@ -272,6 +273,10 @@ class ReparamBlock(nn.Module):
                 f"{self._where}: an identity branch needs equal channels and stride 1, "
                 f"got {x.shape[-1]} -> {self.features} channels at stride {self.stride}"
             )
+        try:
+            leaves(self.spec.train, self.geometry(x))
+        except ValueError as error:
+            raise ValueError(f"{self._where}: {error}") from None
         trained = any(self.has_variable("params", name) for name in self.spec.required)
         if self.deploy and trained:
             raise ValueError(

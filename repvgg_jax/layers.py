@@ -36,7 +36,8 @@ class ChannelScale(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Scales `x` (…, channels)."""
         init = nn.initializers.constant(self.initial)
-        return x * self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        return x * scale.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class SqueezeExciteGate(nn.Module):

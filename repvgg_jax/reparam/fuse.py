@@ -114,10 +114,14 @@ class _Fusing(Walk):
             return params, stats
         if spec := self.train_spec(params, path):
             self.count += 1
+            check_block(spec, params, stats, path=path)
+            for norm, leaf in (stats or {}).items():
+                where = path_name((*path, norm))
+                if isinstance(leaf["var"], np.ndarray):
+                    _check_variance(where, leaf["var"])  # before its square root is taken
+                else:
+                    self.variances.append((where, leaf["var"]))
             fused = fuse_block(spec, params, stats, epsilon=self.epsilon, path=path)
-            self.variances += [
-                (path_name((*path, norm)), leaf["var"]) for norm, leaf in (stats or {}).items()
-            ]
             return rebuild(params, fused), {}
         self.note_near_miss(params, path)
 
@@ -171,12 +175,16 @@ class _Fusing(Walk):
         known_values = [(name, var) for name, var in self.variances if _is_known(var)]
         fetched = jax.device_get([var for _, var in known_values])
         for (name, _), var in zip(known_values, fetched, strict=True):
-            if not (np.isfinite(var) & (var >= 0)).all():
-                raise ValueError(
-                    f"{name}/var: a running variance is finite and not negative, but this one "
-                    f"ranges from {float(np.min(var)):g} to {float(np.max(var)):g}; the "
-                    "statistics are damaged or training diverged"
-                )
+            _check_variance(name, var)
+
+
+def _check_variance(name: str, var: np.ndarray) -> None:
+    if not (np.isfinite(var) & (var >= 0)).all():
+        raise ValueError(
+            f"{name}/var: a running variance is finite and not negative, but this one ranges from "
+            f"{float(np.min(var)):g} to {float(np.max(var)):g}; the statistics are damaged or "
+            "training diverged"
+        )
 
 
 def _is_known(array: Any) -> bool:

@@ -57,16 +57,16 @@ class Walk:
         if not isinstance(node, Mapping) or self.excluded(path):
             return None
         for spec in self.blocks:
-            if spec.deploy not in node or not _is_affine(node[spec.deploy]):
+            if spec.deploy not in node:
                 continue
             rest = node.keys() - {spec.deploy}
-            if rest <= spec.keep:
+            if rest <= spec.keep and _is_affine(node[spec.deploy]):
                 return spec
-            if mixed := rest & (spec.required | spec.optional):
+            if spec.required <= rest:
                 raise ValueError(
                     f"{path_name(path)} contains both {spec.deploy} and "
-                    f"{', '.join(sorted(mixed))}: a block is in training form or in deploy form; "
-                    "remove one of the two"
+                    f"{', '.join(sorted(spec.required))}: a block is in training form or in "
+                    "deploy form; remove one of the two"
                 )
         return None
 
