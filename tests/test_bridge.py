@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import repvgg_jax as rv
-from tests.weights_samples import CLASSES, random_variables
+from tests.helpers.weights_samples import CLASSES, random_variables
 
 TINY = rv.Variant("tiny", (2,), (8,), stem_channels=4)
 
