@@ -9,7 +9,6 @@ import numpy as np
 from repvgg_jax.data import photos
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.reparam import input_channels
 from repvgg_jax.text import plural
 from repvgg_jax.train.restore import load_run, validation_images
 from repvgg_jax.weights import load_file_or_pretrained
@@ -82,19 +81,21 @@ def from_weights(name: str, *, image_size: int = 224) -> Source:
     if image_size < 1:
         raise ValueError(f"--image-size={image_size} must be positive")
     loaded = load_file_or_pretrained(name)
-    model = create_model(loaded.variant, num_classes=loaded.num_classes, deploy=loaded.deploy)
-    stem = model.layers[0]
-    channels = input_channels(stem.block, loaded.variables["params"][stem.name])
-    if channels != 3:
+    if loaded.in_channels != 3:
         raise ValueError(
-            f"{name} takes images of {channels} channels, but the built-in proof images have 3; "
-            "convert the training run that it came from"
+            f"{name} takes images of {loaded.in_channels} channels, but the built-in proof images "
+            "have 3; convert the training run that it came from"
         )
     images = photos.crops(image_size)
     image_source = f"{plural(len(images), 'crop')} of built-in photographs"
     return Source(
         title=f"RepVGG {loaded} of {name}",
-        model=model,
+        model=create_model(
+            loaded.variant,
+            num_classes=loaded.num_classes,
+            deploy=loaded.deploy,
+            epsilon=loaded.epsilon,
+        ),
         variables=loaded.variables,
         images=images,
         image_source=image_source,
