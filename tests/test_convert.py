@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import linen as nn
 
 from repvgg_jax import create_model, files, fuse_params, load_weights, save_weights
 from repvgg_jax.convert import source
@@ -187,6 +188,12 @@ class TestConvert:
         broken = Target(dataclasses.replace(FORMATS["stablehlo"], write=write), "float32")
         with pytest.raises(ValueError, match="ink"):
             convert(network(), Output(tmp_path / "deploy"), targets=[*DEFAULT, broken])
+        assert not list(tmp_path.iterdir())
+
+    def test_an_activation_that_cannot_be_read_back(self, tmp_path):
+        given = network(model=nets.model("plain").clone(activation=nn.gelu))
+        with pytest.raises(ValueError, match="gelu"):
+            convert(given, Output(tmp_path / "deploy"), targets=DEFAULT)
         assert not list(tmp_path.iterdir())
 
     def test_a_tolerance_that_nothing_meets(self, tmp_path):

@@ -309,12 +309,6 @@ class TestNetworks:
             Network(deploy, fused, **options).reference, network_of(fused).reference
         )
 
-    def test_an_activation_without_an_operator_is_named(self):
-        known = [activation_kind(function, "stem") for function in (nn.relu, jax.nn.silu, None)]
-        assert known == ["relu", "silu", None]
-        with pytest.raises(ValueError, match=r"stem.*gelu"):
-            activation_kind(nn.gelu, "stem")
-
 
 class TestOperators:
     """What exporters know about a block."""
@@ -331,6 +325,20 @@ class TestOperators:
         bias = np.zeros(4)
         large = operators.Conv("x", np.zeros((5, 1, 4, 4)), bias, stride=1, dilation=3, groups=1)
         assert large.padding == (6, 0)
+
+    def test_an_activation_without_an_operator_is_named(self, tmp_path):
+        known = [activation_kind(function, "stem") for function in (nn.relu, jax.nn.silu, None)]
+        assert known == ["relu", "silu", None]
+        network = Network(
+            nets.model("plain").clone(activation=nn.gelu),
+            fused_plain(),
+            images=nets.images(),
+            normalize=Normalize(nets.MEAN, nets.STD),
+        )
+        with pytest.raises(ValueError, match=r"stem.*gelu"):
+            operators.operators(network)
+        # Which StableHLO does not need.
+        assert export("stablehlo", network, tmp_path / "model.stablehlo").proven
 
 
 class TestDocs:

@@ -13,6 +13,7 @@ import numpy as np
 from repvgg_jax.convert.deployed import Output, write_description
 from repvgg_jax.convert.source import Source
 from repvgg_jax.export import Network, Target
+from repvgg_jax.export.operators import activation_kind
 from repvgg_jax.proof import TOLERANCE, Forward, Proof, compare
 from repvgg_jax.reparam import fuse_params
 
@@ -92,12 +93,13 @@ def convert(
       with_preprocessing: artifacts that hold a graph take uint8 images and return probabilities.
 
     Raises:
-      ValueError: a proof that does not hold, or an artifact that its runtime reads differently;
-        nothing is written then.
+      ValueError: an unknown activation, a proof that does not hold, or an artifact that its
+        runtime reads differently; nothing is written then.
       OSError: the output cannot be written.
     """
     if not tolerance > 0:
         raise ValueError(f"--tolerance={tolerance} must be positive")
+    activation_kind(source.model.activation, source.title)  # `load_deployed` must know it
     images = source.normalize(source.images)
     deployed = source.model.clone(deploy=True)
     fused, proof = source.variables, None
@@ -129,10 +131,11 @@ def convert(
         labels=source.labels,
         with_preprocessing=with_preprocessing,
     )
+    weights_only = network.without_preprocessing()
     with output.writing() as directory:
         artifacts = [
             target.write(
-                network if target.format.holds_graph else network.without_preprocessing(),
+                network if target.format.holds_graph else weights_only,
                 directory / name,
             )
             for target in targets
