@@ -63,12 +63,8 @@ def _translate(operator: operators.Operator, tf: Any) -> tuple[Callable[..., Any
         case operators.Conv():
             (above, left), stride, dilation = operator.padding, operator.stride, operator.dilation
             # At stride 1 "SAME" is this very padding, and needs no operator of its own.
-            centered = all(size % 2 for size in operator.kernel_size)
-            padding = (
-                "SAME"
-                if stride == 1 and centered
-                else [(0, 0), (above, above), (left, left), (0, 0)]
-            )
+            explicit = [(0, 0), (above, above), (left, left), (0, 0)]
+            padding = "SAME" if stride == 1 else explicit
 
             def conv(x: Any, kernel: Any, bias: Any) -> Any:
                 x = tf.nn.conv2d(x, kernel, stride, padding, dilations=dilation, name=operator.name)
