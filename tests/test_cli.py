@@ -75,7 +75,7 @@ def test_an_interrupted_run_resumes_with_the_same_command(tmp_path, number):
     [
         (["--config.train.bath_size=3"], 2, '.*bath_size.*"batch_size"'),
         (["--config.train.batch_size=many"], 2, ".*batch_size=many"),
-        (["--config=configs/nothing.py"], 1, "--config=configs/nothing.py: .*no such file"),
+        (["--config=configs/dgits.py"], 1, "--config=configs/dgits.py: .*no such file; .*'digits'"),
         (["--wrokdir=x"], 2, ".*'wrokdir'"),
         (["digits"], 2, ".*'digits'"),
         (["--config.train.batch_size=0"], 1, r"config.train.batch_size=0 .* 1"),

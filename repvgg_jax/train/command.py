@@ -2,12 +2,14 @@
 
 import pathlib
 import signal
+import sys
 from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
 from repvgg_jax import cli
+from repvgg_jax.text import did_you_mean
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe; --config.section.name=value overrides a setting."
@@ -89,9 +91,11 @@ def _recipe() -> pathlib.Path:
         raise ValueError("give --config, the path of a recipe, e.g. --config=configs/digits.py")
     recipe = pathlib.Path(name)
     if not recipe.is_file():
-        folder = recipe.parent if recipe.parent.is_dir() else pathlib.Path("configs")
-        found = ", ".join(sorted(path.name for path in folder.glob("*.py"))) or "none"
-        raise ValueError(f"--config={recipe}: no such file; recipes in {folder}: {found}")
+        folder = pathlib.Path(sys.argv[0]).resolve().parent / "configs"
+        found = sorted(path.stem for path in folder.glob("*.py"))
+        hint = did_you_mean(recipe.stem, found)
+        there = f"; {hint}{folder} has: {', '.join(found)}" if found else ""
+        raise ValueError(f"--config={recipe}: no such file{there}")
     return recipe
 
 
