@@ -30,7 +30,7 @@ class LogHandler(logging.Handler):
     """Writes messages as they are: INFO to standard output, warnings to standard error.
 
     With several processes, process 0 writes INFO, and warnings start with the index of the
-    process that writes them.
+    process that writes them. INFO with `extra={"all_processes": True}` is treated like warnings.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -40,9 +40,10 @@ class LogHandler(logging.Handler):
         # Asking jax for the process index starts its backends, which is too early before this.
         several = jax.distributed.is_initialized() and jax.process_count() > 1
         info = record.levelno < logging.WARNING
-        if info and several and jax.process_index() > 0:
+        by_all = not info or getattr(record, "all_processes", False)
+        if several and not by_all and jax.process_index() > 0:
             return
-        prefix = f"process {jax.process_index()}: " if several and not info else ""
+        prefix = f"process {jax.process_index()}: " if several and by_all else ""
         try:
             text = prefix + self.format(record)
             print(text, file=sys.stdout if info else sys.stderr, flush=True)

@@ -335,6 +335,15 @@ class TestWatchdog:
         assert self.lost == []
 
 
+def changed(file):
+    """The content of a file as soon as it is another one."""
+    before, deadline = file.read_text(), time.monotonic() + PATIENCE
+    while (now := file.read_text()) == before:
+        assert time.monotonic() < deadline, "it never changed"
+        time.sleep(0.001)
+    return now
+
+
 class TestLock:
     """A directory belongs to one run, on any machine; an owner that is gone does not block it."""
 
@@ -358,11 +367,7 @@ class TestLock:
         with lock.locked(tmp_path, heartbeat=0.001):
             first = (tmp_path / lock.FILE).read_text()
             assert json.loads(first)["pid"] == os.getpid()
-            deadline = time.monotonic() + PATIENCE
-            for later in iter((tmp_path / lock.FILE).read_text, None):
-                assert time.monotonic() < deadline
-                if later != first and len(later) == len(first):
-                    break
+            assert len(changed(tmp_path / lock.FILE)) == len(first)
         assert (list(tmp_path.iterdir()), caplog.messages) == ([], [])
 
     def test_owner_alive_on_another_machine_is_respected(self, path):
@@ -422,7 +427,7 @@ class TestLock:
             assert "without locks" in caplog.messages[0]
             with (
                 pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on "),
-                lock.locked(tmp_path, sleep=lambda seconds: time.sleep(0.01)),
+                lock.locked(tmp_path, sleep=lambda seconds: changed(tmp_path / lock.FILE)),
             ):
                 pytest.fail("it was taken")
 

@@ -16,12 +16,10 @@ import numpy as np
 import pytest
 
 from repvgg_jax.train.checkpoint import Checkpoints
-from repvgg_jax.train.experiment import Experiment
-from repvgg_jax.train.loop import train
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.validate import check_batches
 from tests.helpers.pictures import damaged, images, write_tree
-from tests.helpers.processes import RECIPE, free_port, started
+from tests.helpers.processes import FLOAT64, RECIPE, free_port, started
 
 pytestmark = pytest.mark.system
 
@@ -36,11 +34,10 @@ def rows(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def final_state(path: pathlib.Path):
-    with Checkpoints(path / "checkpoints") as checkpoints:
-        return jax.device_get(
-            checkpoints.restore(Experiment.from_config(recipe()).abstract_state())
-        )
+def final_variables(path: pathlib.Path):
+    """The step and the variables of a run of the recipe in float64."""
+    with jax.enable_x64(True), Checkpoints(path / "checkpoints") as checkpoints:
+        return checkpoints.restore_variables()
 
 
 def distance(tree, other) -> float:
@@ -51,32 +48,34 @@ def distance(tree, other) -> float:
 
 
 def assert_same_run(path: pathlib.Path, other: pathlib.Path) -> None:
-    """Losses and parameters to 1e-6 relative; sums over devices are in another order."""
+    """Losses and parameters to ten digits of float64; sums over devices are in another order."""
     table = [
         [(r["step"], k, v) for r in rows(p) for k, v in r.items() if k.endswith("loss")]
         for p in (path, other)
     ]
     assert [row[:2] for row in table[0]] == [row[:2] for row in table[1]]
     np.testing.assert_allclose(
-        [row[2] for row in table[1]], [row[2] for row in table[0]], rtol=1e-6
+        [row[2] for row in table[1]], [row[2] for row in table[0]], rtol=1e-10
     )
-    state, others = final_state(path), final_state(other)
-    assert int(state.step) == int(others.step) == 16
-    assert distance(state.params, others.params) <= 1e-6
-    assert distance(state.batch_stats, others.batch_stats) <= 1e-6
+    (step, variables), (other_step, others) = final_variables(path), final_variables(other)
+    assert step == other_step == 16
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float64"}
+    assert distance(variables["params"], others["params"]) <= 1e-10
+    assert distance(variables["batch_stats"], others["batch_stats"]) <= 1e-10
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The run by one process that drives all eight devices."""
-    path = tmp_path_factory.mktemp("alone") / "run"
-    train(recipe(), path)
-    return path
+    folder = tmp_path_factory.mktemp("alone")
+    with started(folder, 1, devices=8, recipe=FLOAT64) as run:
+        assert run.wait() == [0]
+    return folder / "run"
 
 
 @pytest.mark.parametrize("launcher", ["slurm", pytest.param("open mpi", marks=pytest.mark.slow)])
 def test_two_processes_are_one_run(alone, tmp_path, launcher):
-    with started(tmp_path, 2, devices=4, launcher=launcher) as run:
+    with started(tmp_path, 2, devices=4, launcher=launcher, recipe=FLOAT64) as run:
         assert run.wait() == [0, 0]
     for process in (0, 1):
         first = run.out(process).splitlines()[0]
@@ -93,7 +92,7 @@ def test_two_processes_are_one_run(alone, tmp_path, launcher):
 @pytest.mark.slow
 def test_two_processes_evaluate(alone, tmp_path):
     shutil.copytree(alone, tmp_path / "run")
-    with started(tmp_path, 2, "--eval_only", devices=4) as run:
+    with started(tmp_path, 2, "--eval_only", devices=4, recipe=FLOAT64) as run:
         assert run.wait() == [0, 0]
     for process in (0, 1):
         first = run.out(process).splitlines()[0]
@@ -108,7 +107,7 @@ def test_four_devices_continue_what_eight_began(alone, tmp_path):
     """The same losses up to rounding, which is said beforehand."""
     shutil.copytree(alone, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "16")
-    with started(tmp_path, 1, devices=4) as run:
+    with started(tmp_path, 1, devices=4, recipe=FLOAT64) as run:
         assert run.wait() == [0]
     assert "resuming from step 8 of 16" in run.out(0)
     assert re.search("saved by 8 cpu devices in 1 process.*rounding", run.out(0))
@@ -143,7 +142,7 @@ class TestFourProcesses:
     """Two devices each; slow, for starting and compiling four times."""
 
     def test_are_one_run_and_one_process_reads_what_they_saved(self, alone, tmp_path):
-        with started(tmp_path, 4, "--config.train.shard_optimizer=True") as run:
+        with started(tmp_path, 4, "--config.train.shard_optimizer=True", recipe=FLOAT64) as run:
             assert run.wait() == [0] * 4
         assert_same_run(alone, tmp_path / "run")
 
@@ -151,7 +150,7 @@ class TestFourProcesses:
     def test_the_others_stop_when_one_is_killed_and_a_restart_is_right(self, alone, tmp_path, lost):
         """Process 0 holds the store, so its loss is noticed in another way."""
         path = tmp_path / "run"
-        with started(tmp_path, 4) as run:
+        with started(tmp_path, 4, recipe=FLOAT64) as run:
             # A checkpoint is complete, the run is not.
             run.wait_until(lambda: (path / "checkpoints" / "8").is_dir())
             run.processes[lost].kill()
@@ -165,7 +164,7 @@ class TestFourProcesses:
         assert not (path / "checkpoints" / "16").exists()
         if lost == 0:
             return  # a restart needs what is on disk, which does not depend on who was killed
-        with started(tmp_path, 4) as run:
+        with started(tmp_path, 4, recipe=FLOAT64) as run:
             assert run.wait() == [0] * 4
         assert "resuming from step 8 of 16" in run.out(0)
         assert_same_run(alone, path)
@@ -173,7 +172,7 @@ class TestFourProcesses:
     def test_they_continue_what_one_began(self, alone, tmp_path):
         shutil.copytree(alone, tmp_path / "run")
         shutil.rmtree(tmp_path / "run" / "checkpoints" / "16")
-        with started(tmp_path, 4) as run:
+        with started(tmp_path, 4, recipe=FLOAT64) as run:
             assert run.wait() == [0] * 4
         assert "resuming from step 8 of 16" in run.out(0)
         assert_same_run(alone, tmp_path / "run")

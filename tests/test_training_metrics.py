@@ -97,3 +97,5 @@ class TestLogHandler:
         log.info("a")
         log.warning("b")
         assert capsys.readouterr() == ("" if index else "a\n", f"process {index}: b\n")
+        log.info("c", extra={"all_processes": True})
+        assert capsys.readouterr() == (f"process {index}: c\n", "")

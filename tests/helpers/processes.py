@@ -30,6 +30,28 @@ def get_config():
     return config
 """
 
+# The same in float64, for runs that are compared with each other: in float32, sums in another order
+# differ in the seventh digit, and if a value before a ReLU therefore has the other sign, the
+# gradients of two runs differ by as much as one pixel counts. How far the runs are apart after some
+# steps then depends on the processor. Pixels are normalized without rounding.
+FLOAT64 = RECIPE.replace(
+    "    return config",
+    """    config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return config
+
+
+def create_model(*arguments, **options):
+    options |= {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    return repvgg_jax.create_model(*arguments, **options)
+
+
+import jax.numpy as jnp
+import repvgg_jax
+from repvgg_jax.train import experiment
+
+experiment.create_model = create_model""",
+)
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -45,9 +67,10 @@ class Processes:
         folder: pathlib.Path,
         commands: Sequence[tuple[list[str], dict[str, str]]],
         program: str | None,
+        recipe: str,
     ):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.py").write_text(RECIPE)
+        (folder / "recipe.py").write_text(recipe)
         start = [str(ROOT / "train.py"), "--config=recipe.py"]
         if program is not None:
             (folder / "program.py").write_text(program)
@@ -96,6 +119,7 @@ def started(
     own: Mapping[int, Sequence[str]] | None = None,
     launcher: str | None = None,
     program: str | None = None,
+    recipe: str = RECIPE,
 ) -> Iterator[Processes]:
     """Starts `count` processes of one run in `folder`, its workdir `run`.
 
@@ -108,10 +132,13 @@ def started(
       launcher: "slurm" or "open mpi": they are told about each other as these do, not by
         --distributed.
       program: source of a program to run instead of train.py.
+      recipe: content of recipe.py, `RECIPE` or `FLOAT64`.
     """
     port, commands = free_port(), []
     for i in range(count):
         environment = {"XLA_FLAGS": xla_flags(devices)}
+        if recipe == FLOAT64:
+            environment["JAX_ENABLE_X64"] = "1"
         given = ["--workdir=run", *arguments, *(own or {}).get(i, ())]
         if launcher == "slurm":
             environment |= {
@@ -133,7 +160,7 @@ def started(
         elif count > 1:
             given.append(f"--distributed=127.0.0.1:{port},{count},{i}")
         commands.append((given, environment))
-    run = Processes(folder, commands, program)
+    run = Processes(folder, commands, program, recipe)
     try:
         yield run
     finally:
