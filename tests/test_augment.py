@@ -21,7 +21,7 @@ from repvgg_jax.data.augment.policies import AutoAugment, RandAugment, Raug15
 from repvgg_jax.data.photos import crops
 from repvgg_jax.data.settings import AugmentSettings
 from repvgg_jax.normalize import Normalize
-from tests.helpers.pictures import OVER_BATCH
+from tests.helpers.sharding import OVER_BATCH
 
 COLOR = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GRAY = Normalize((0.5,), (0.25,))

@@ -16,7 +16,8 @@ import pytest
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.settings import DataSettings
-from tests.helpers.pictures import OVER_BATCH, images, write_tree
+from tests.helpers.pictures import images, write_tree
+from tests.helpers.sharding import OVER_BATCH
 from tests.processes import RECIPE, ROOT
 
 FILES = images(train=24, val=8)
