@@ -14,6 +14,7 @@ from tests import torch_reference  # noqa: E402 (needs torch)
 
 CLASSES = 5
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 1e-2
+ROUNDED = 2 * float(np.finfo(np.float32).eps)  # how far float32 may be from float64
 PLUS_TAPS = {(1, 1): "stage1_aux", (2, 0): "stage2_aux", (3, 0): "stage3_first_aux"}
 
 NETWORKS = {
@@ -147,28 +148,40 @@ def test_deploy_form_is_pytorchs(networks, batch):
     assert relative(logits, expected) <= 1e-5
 
 
-def test_training_forward_gradients_and_statistics_are_pytorchs(networks, batch):
+@pytest.fixture
+def networks64(networks):
+    """The same in float64, and our variables.
+
+    What both compute in float64 is then the same to ten digits, whatever the order of the sums;
+    translating PyTorch's rounds it to float32, once.
+    """
     reference, model, translate = networks
-    images, labels = batch
-    variables = translate(reference.state_dict())
+    with jax.enable_x64(True):
+        variables = jax.tree.map(np.float64, translate(reference.state_dict()))
+        model = model.clone(dtype=np.float64, param_dtype=np.float64)
+        yield reference.double(), model, variables, translate
+
+
+def test_training_forward_gradients_and_statistics_are_pytorchs(networks64, batch):
+    reference, model, variables, translate = networks64
+    images, labels = batch[0].astype(np.float64), batch[1]
     expected_loss = torch_loss(reference.train(), images, labels)
     expected_loss.backward()
 
     (loss, stats), gradients = our_gradients(
         variables["params"], variables["batch_stats"], model, images, labels
     )
-    assert relative(loss, expected_loss.item()) <= 1e-5
-    assert_close(stats, translate(reference.state_dict())["batch_stats"], 1e-5)
+    assert relative(loss, expected_loss.item()) <= 1e-10
+    assert_close(stats, translate(reference.state_dict())["batch_stats"], ROUNDED)
     # Gradients travel under the names of their parameters.
     state = reference.state_dict()
     state |= {name: parameter.grad for name, parameter in reference.named_parameters()}
-    assert_close(gradients, translate(state)["params"], 1e-4)
+    assert_close(gradients, translate(state)["params"], ROUNDED)
 
 
-def test_ten_steps_of_sgd_end_where_pytorchs_do(networks, batch):
-    reference, model, translate = networks
-    images, labels = batch
-    variables = translate(reference.state_dict())
+def test_ten_steps_of_sgd_end_where_pytorchs_do(networks64, batch):
+    reference, model, variables, translate = networks64
+    images, labels = batch[0].astype(np.float64), batch[1]
     start = jax.tree.map(np.copy, variables)
 
     theirs = torch.optim.SGD(
@@ -198,6 +211,6 @@ def test_ten_steps_of_sgd_end_where_pytorchs_do(networks, batch):
         params, state = update(gradients, state, params)
 
     expected = translate(reference.state_dict())
-    assert_close({"params": params, "batch_stats": stats}, expected, 1e-4)
+    assert_close({"params": params, "batch_stats": stats}, expected, ROUNDED)
     moved = jax.tree.map(relative, expected, start)
     assert min(jax.tree.leaves(moved)) > 1e-2, "the steps must move every array to mean anything"
