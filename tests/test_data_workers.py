@@ -15,6 +15,7 @@ import pytest
 
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import load
+from tests.flags import xla_flags
 from tests.pictures import images, settings, write_tree
 from tests.processes import RECIPE
 from tests.test_cli import ROOT, wait_for
@@ -44,7 +45,7 @@ def alive(process: int) -> bool:
         return False
 
 
-def left_over(processes: list[int], seconds: float = 20) -> list[int]:
+def left_over(processes: list[int], seconds: float = 300) -> list[int]:
     """Those that still live after a while."""
     deadline = time.monotonic() + seconds
     while (left := list(filter(alive, processes))) and time.monotonic() < deadline:
@@ -95,7 +96,7 @@ class TestARun:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *self.ARGUMENTS],
             cwd=place,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -114,7 +115,7 @@ class TestARun:
         started = children(process.pid)
         assert len(started) >= 2
         os.killpg(process.pid, number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         # The last batch lies in shared memory, of which Python may have to say that it freed it.
         assert [line for line in err.splitlines() if not re.search(r"resource_tracker", line)] == []
         assert process.returncode == (0 if number == signal.SIGTERM else 130)
@@ -133,5 +134,5 @@ class TestARun:
         started = children(process.pid)
         assert len(started) >= 2
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         assert left_over(started) == []
