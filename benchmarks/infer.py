@@ -114,7 +114,7 @@ def write_onnx(name: str, path: pathlib.Path, images: np.ndarray) -> None:
 
     model = rv.create_model(name)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    unused = Metadata(mean=(0.0,), std=(1.0,))  # images are normalised already
+    unused = Metadata(mean=(0.0,), std=(1.0,))  # images are normalized already
     network = Network(model, rv.fuse_params(variables), images=images, metadata=unused)
     get_format("onnx").write(network, path, "float32")
 

@@ -1,11 +1,11 @@
 """RepVGG in JAX: train three branches, deploy one 3x3 convolution, proven equal."""
 
 from repvgg_jax._version import __version__
-from repvgg_jax.block import RepVGGBlock
+from repvgg_jax.block import ReparamBlock, RepVGGBlock, fuse_model
 from repvgg_jax.cost import Cost, cost
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.nnx import to_nnx
-from repvgg_jax.reparam import fuse_params, unfuse_params
+from repvgg_jax.reparam import fuse_linear, fuse_params, unfuse_params
 from repvgg_jax.variants import VARIANTS, SqueezeExcite, Variant, get_variant
 from repvgg_jax.weights import (
     Weights,
@@ -21,12 +21,15 @@ __all__ = [
     "Cost",
     "RepVGG",
     "RepVGGBlock",
+    "ReparamBlock",
     "SqueezeExcite",
     "Variant",
     "Weights",
     "__version__",
     "cost",
     "create_model",
+    "fuse_linear",
+    "fuse_model",
     "fuse_params",
     "get_variant",
     "load_pretrained",

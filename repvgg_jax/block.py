@@ -1,74 +1,83 @@
-"""The RepVGG block: three branches to train, one 3x3 convolution to deploy.
+"""The RepVGG block, and the module that it is a case of: any block that is one expression.
 
-Training form (paper, figure 2):
+RepVGG in training form (paper, figure 2):
 
     y = ReLU( BN(K3 * x) + BN(K1 * x) + BN(x) )
 
-K3 is a 3x3 kernel, K1 a 1x1 kernel, and the third branch, the identity, is there only
-where input and output have the same shape. In evaluation batch normalisation is affine
-per channel, so the sum is one 3x3 convolution with a bias, and that is the deploy form:
+K3 is a 3x3 kernel, K1 a 1x1 kernel, and the third branch, the identity, exists only where input
+and output have the same shape. In evaluation batch normalization is affine per channel, so the
+sum is one 3x3 convolution with a bias, and that is the deploy form:
 
     y = ReLU( K * x + b )
 
-`repvgg_jax.reparam.fuse_params` computes K and b from the branches. Parameter names:
-
-    training form   conv3x3/kernel  bn3x3/{scale,bias}  conv1x1/kernel  bn1x1/{scale,bias}
-                    bn_identity/{scale,bias}            each bn with batch_stats {mean,var}
-    deploy form     reparam/{kernel,bias}
-    both forms      se/{reduce,expand}/{kernel,bias}    with squeeze-and-excite only
+`fuse_params` computes K and b from the branches. `repvgg_jax.reparam.REPVGG` is the expression
+inside the ReLU, and its names are those of the parameters; each norm has running statistics
+`{mean, var}` under the same name in `batch_stats`. In deploy form all of them are replaced by
+`reparam/{kernel, bias}`. Squeeze-and-excite, `se/{reduce, expand}`, is in both forms.
 
 Everything is NHWC, kernels are HWIO.
 """
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repvgg_jax import covariance
-from repvgg_jax import cpu_conv as lowerings
+from repvgg_jax import cpu_conv
+from repvgg_jax.batch_stats import image_groups, updated_running
+from repvgg_jax.covariance import BlockSettings
 from repvgg_jax.cpu_conv import Lowering
-from repvgg_jax.norm import BatchNorm, image_groups, updated
+from repvgg_jax.layers import ChannelScale, SqueezeExciteGate, torch_kernel_init
+from repvgg_jax.norm import BatchNorm
+from repvgg_jax.reparam import (
+    EPSILON,
+    REPVGG,
+    AvgPool,
+    BlockSpec,
+    Chain,
+    Conv,
+    Geometry,
+    Identity,
+    Linear,
+    Norm,
+    Scale,
+    Sum,
+    fuse_block,
+    leaves,
+)
+from repvgg_jax.reparam.linear import present
 from repvgg_jax.variants import SqueezeExcite
 
 TrainForm = Literal["branches", "covariance"]
-
-torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""PyTorch's default for convolutions and linear layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-
-
-def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
-    """PyTorch's default bias of a layer with that fan-in, from the same interval."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
+Activation = Callable[[jax.Array], jax.Array]
+Response = Callable[[], jax.Array]  # computed only where something has to be padded with it
 
 
-class RepVGGBlock(nn.Module):
-    """A 3x3 convolution that trains as three branches.
+class ReparamBlock(nn.Module):
+    """A block that trains as `spec.train` and deploys as one convolution.
 
     Attributes:
-      features: channels out.
+      features: output channels.
       stride: spatial stride.
-      dilation: dilation of the 3x3 kernel, which is padded by as much.
-      groups: channel groups of both convolutions.
-      identity: whether there is an identity branch; None means where the shapes allow it.
+      dilation: dilation of kernels larger than 1x1, which are padded by as much.
+      groups: channel groups of the convolutions.
+      identity: whether the terms in `SameShape` exist; None for where the shapes agree.
       se: squeeze-and-excite, or None.
-      deploy: the fused form instead of the three branches.
-      bn_group_size: images that share batch statistics in training; None for all of them.
-      train_form: how training computes the branches: "branches" as they are drawn, or
-        "covariance", the same function without holding two of them (`repvgg_jax.covariance`).
-      lowering: how convolutions are computed: "auto", on CPUs in the way that was measured to
-        be fastest (`repvgg_jax.cpu_conv`), or "plain", as drawn everywhere.
-      dtype: of the convolutions; parameters, statistics and batch normalisation stay float32.
+      deploy: the fused form instead of the training form.
+      bn_group_size: images that share batch statistics in training; None for the whole batch.
+      train_form: how training computes the expression: "branches" term by term, or "covariance",
+        the same function by the block's fast training pass (`repvgg_jax.covariance`).
+      lowering: how convolutions are computed: "auto", on CPUs in the way that was measured to be
+        fastest (`repvgg_jax.cpu_conv`), or "plain", the same way everywhere.
+      dtype: of the convolutions; parameters, statistics and norms stay float32.
       param_dtype: of the parameters.
+      activation: of the block's output, `nn.relu` by default; None for none.
+      epsilon: of batch normalization.
+      momentum: share of the old running statistics that every training step keeps.
+      spec: the block.
     """
 
     features: int
@@ -83,6 +92,10 @@ class RepVGGBlock(nn.Module):
     lowering: Lowering = "auto"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    activation: Activation | None = nn.relu
+    epsilon: float = EPSILON
+    momentum: float = 0.9
+    spec: BlockSpec = REPVGG
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -93,142 +106,277 @@ class RepVGGBlock(nn.Module):
           train: batch statistics instead of running ones; needs `mutable=["batch_stats"]`.
 
         Raises:
-          ValueError: the parameters are of the other form, or an identity branch was asked
-            for where input and output differ in shape.
+          ValueError: the parameters are of the other form, the shapes do not fit, or the block
+            has no such training pass.
         """
         self._check(x)
         if self.deploy:
-            y = self._conv(3, "reparam", use_bias=True)(x)
-        elif train and self.train_form == "covariance" and not self.is_initializing():
-            y = self._by_covariance(x)
-            if self.se is None:
-                return y  # its backward pass contains the ReLU's
-        else:
-            bn = functools.partial(
-                BatchNorm, group_size=self.bn_group_size, param_dtype=self.param_dtype
-            )
-            y = bn(name="bn3x3")(self._conv(3, "conv3x3")(x), train)
-            y += bn(name="bn1x1")(self._conv(1, "conv1x1")(x), train)
-            if self._has_identity(x):
-                y += bn(name="bn_identity")(x, train)
-            y = y.astype(self.dtype)  # the branches are summed before they are rounded
+            size = self.spec.kernel_size(self.geometry(x))
+            conv = Conv(self.spec.deploy, size, bias=True)
+            return self._activate(self._conv(conv, x.shape[-1])(x))
+        if train and self.train_form == "covariance" and not self.is_initializing():
+            return self._fast_train(x)
+        term = present(self.spec.train, self.geometry(x).has_same_shape)
+        assert term is not None, "checked above"
+        y, _ = self._evaluate(term, x, None, train)
+        return self._activate(y.astype(self.dtype))  # terms are summed before they are rounded
 
-        if self.se is None:
-            return nn.relu(y)
-        attend = SqueezeExciteGate(self.se.reduction, self.dtype, self.param_dtype, name="se")
-        return attend(nn.relu(y)) if self.se.after_relu else nn.relu(attend(y))
-
-    def _by_covariance(self, x: jax.Array) -> jax.Array:
-        """The branches in training by their statistics; ReLU included unless SE follows."""
-        out_shape = (x.shape[0], *(-(-side // self.stride) for side in x.shape[1:3]), self.features)
-        groups = image_groups(out_shape, self.bn_group_size)
-        form = covariance.Form(
-            stride=self.stride,
-            dilation=self.dilation,
-            groups=self.groups,
-            identity=self._has_identity(x),
-            relu=self.se is None,
-            image_groups=groups,
-            epsilon=BatchNorm.epsilon,
+    def geometry(self, x: jax.Array) -> Geometry:
+        """The shapes of this block on feature maps like `x`."""
+        return Geometry(
+            x.shape[-1], self.features, self.stride, self.dilation, self.groups, self.identity
         )
-        params = {name: piece for name, piece in self.variables["params"].items() if name != "se"}
-        y, statistics = covariance.train_block(form, x.astype(self.dtype), params)
-        count = math.prod(out_shape[:3]) // groups
-        for name, (mean, var) in statistics.items():
-            old: dict[str, jax.Array] = self.get_variable("batch_stats", name)
-            unbiased = var * (count / (count - 1))
-            new = {
-                "mean": updated(old["mean"], mean, BatchNorm.momentum),
-                "var": updated(old["var"], unbiased, BatchNorm.momentum),
-            }
-            self.put_variable("batch_stats", name, new)
-        return y
 
-    def _conv(self, size: int, name: str, use_bias: bool = False) -> nn.Conv:
+    def _evaluate(
+        self, term: Linear, x: jax.Array, zero: Response | None, train: bool
+    ) -> tuple[jax.Array, Response | None]:
+        """A term on feature maps, and its response to zero.
+
+        Args:
+          term: what to evaluate.
+          x: feature maps.
+          zero: what comes before maps zero to this; None for zero.
+          train: as in `__call__`.
+        """
+        if isinstance(term, Chain):
+            for child in term.terms:
+                x, zero = self._evaluate(child, x, zero, train)
+            return x, zero
+        if isinstance(term, Sum):
+            y, response = self._evaluate(term.terms[0], x, zero, train)
+            for child in term.terms[1:]:
+                other, other_response = self._evaluate(child, x, zero, train)
+                y += other
+                response = _sum(response, other_response)
+            return y, response
+        if isinstance(term, Norm):
+            norm = BatchNorm(
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                group_size=self.bn_group_size,
+                param_dtype=self.param_dtype,
+                name=term.name,
+            )
+            channels = x.shape[-1]
+            # By running statistics and without gradient, as the authors of DBB do.
+            return norm(x, train), lambda: jax.lax.stop_gradient(norm(_value(zero, channels)))
+        if isinstance(term, Conv):
+            conv = self._conv(term, x.shape[-1], padded=zero is not None)
+            channels = x.shape[-1]
+
+            def response() -> jax.Array:
+                value = _value(zero, channels)
+                return conv(self._padded(term, value, value))[:, :1, :1]
+
+            y = conv(x if zero is None else self._padded(term, x, zero()))
+            return y, response if term.bias or zero is not None else None
+        if isinstance(term, AvgPool):
+            stride = self.stride if term.strided else 1
+            padded = self._padded(term, x, _value(zero, x.shape[-1]))
+            return nn.avg_pool(padded, term.kernel_size, (stride, stride)), zero
+        if isinstance(term, Scale):
+            scale: Callable[[jax.Array], jax.Array] = lambda x: x  # noqa: E731
+            if term.name is not None:
+                scale = ChannelScale(term.initial, self.param_dtype, name=term.name)
+            before = zero
+            if before is None:
+                return scale(x) * term.factor, None
+            return scale(x) * term.factor, lambda: scale(before()) * term.factor
+        assert isinstance(term, Identity), term
+        return x, zero
+
+    def _padded(self, term: Conv | AvgPool, x: jax.Array, zero: jax.Array) -> jax.Array:
+        """Feature maps with a border of the response to zero, one value per channel."""
+        height, width = self._reach(term)
+        shape = (x.shape[0], x.shape[1] + 2 * height, x.shape[2] + 2 * width, x.shape[3])
+        border = jnp.broadcast_to(zero.astype(x.dtype), shape)
+        return jax.lax.dynamic_update_slice(border, x, (0, height, width, 0))
+
+    def _reach(self, term: Conv | AvgPool) -> tuple[int, int]:
+        """Pixels that a kernel reaches to each side."""
+        dilation = self.dilation * term.dilation if isinstance(term, Conv) else 1
+        height, width = (dilation * (size // 2) for size in term.kernel_size)
+        return height, width
+
+    def _conv(self, term: Conv, in_channels: int, *, padded: bool = False) -> nn.Conv:
         # Explicit padding: "SAME" pads differently from PyTorch at stride 2. A 1x1 kernel
-        # without padding then meets the centre of the 3x3 one at every stride and dilation.
-        pad = self.dilation * (size // 2)
+        # without padding then meets the center of the 3x3 one at every stride and dilation.
+        height, width = (0, 0) if padded else self._reach(term)
+        spatial = max(term.kernel_size) > 1
+        expanded = self.features if term.expansion is None else term.expansion * in_channels
         return nn.Conv(
-            self.features,
-            (size, size),
-            strides=self.stride,
-            padding=((pad, pad), (pad, pad)),
-            kernel_dilation=self.dilation if size > 1 else 1,
-            feature_group_count=self.groups,
-            use_bias=use_bias,
+            expanded,
+            term.kernel_size,
+            strides=self.stride if term.strided else 1,
+            padding=((height, height), (width, width)),
+            kernel_dilation=self.dilation * term.dilation if spatial else 1,
+            feature_group_count=term.groups or self.groups,
+            use_bias=term.bias,
             kernel_init=torch_kernel_init,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             conv_general_dilated=self._lowered(),
-            name=name,
+            name=term.name,
         )
 
     def _lowered(self) -> Callable[..., jax.Array] | None:
         if self.lowering == "plain":
             return None
         if self.deploy:
-            return lowerings.conv_general_dilated
-        return lowerings.training_conv_general_dilated
+            return cpu_conv.conv_general_dilated
+        return cpu_conv.training_conv_general_dilated
 
-    def _has_identity(self, x: jax.Array) -> bool:
-        if self.identity is None:
-            return x.shape[-1] == self.features and self.stride == 1
-        return self.identity
+    def _fast_train(self, x: jax.Array) -> jax.Array:
+        """The block by its fast training pass, which updates the same running statistics."""
+        if self.spec.fast_train is None:
+            raise ValueError(
+                f"{self._where}: {self.spec.name} blocks have no train_form="
+                f"{self.train_form!r}; use 'branches'"
+            )
+        out_shape = (x.shape[0], *(-(-side // self.stride) for side in x.shape[1:3]), self.features)
+        groups = image_groups(out_shape, self.bn_group_size)
+        settings = BlockSettings(
+            stride=self.stride,
+            dilation=self.dilation,
+            groups=self.groups,
+            identity=self.geometry(x).has_same_shape,
+            activation=None if self.se else self.activation,
+            image_groups=groups,
+            epsilon=self.epsilon,
+        )
+        kept = self.spec.keep
+        params = {n: child for n, child in self.variables["params"].items() if n not in kept}
+        y, statistics = self.spec.fast_train(settings, x.astype(self.dtype), params)
+        count = math.prod(out_shape[:3]) // groups
+        for name, (batch_mean, batch_var) in statistics.items():
+            old: dict[str, jax.Array] = self.get_variable("batch_stats", name)
+            mean, var = updated_running(
+                old["mean"], old["var"], batch_mean, batch_var, count, self.momentum
+            )
+            self.put_variable("batch_stats", name, {"mean": mean, "var": var})
+        return self._activate(y) if self.se else y
+
+    def _activate(self, y: jax.Array) -> jax.Array:
+        """Activation and squeeze-and-excite, in the variant's order."""
+        activation = self.activation or (lambda y: y)
+        if self.se is None:
+            return activation(y)
+        gate = SqueezeExciteGate(self.se.reduction, self.dtype, self.param_dtype, name="se")
+        return gate(activation(y)) if self.se.after_relu else activation(gate(y))
+
+    @property
+    def _where(self) -> str:
+        return "/".join(self.path) or type(self).__name__
 
     def _check(self, x: jax.Array) -> None:
-        where = "/".join(self.path) or type(self).__name__
         if self.identity and (x.shape[-1] != self.features or self.stride != 1):
             raise ValueError(
-                f"{where}: an identity branch needs equal channels and stride 1, "
+                f"{self._where}: an identity branch needs equal channels and stride 1, "
                 f"got {x.shape[-1]} -> {self.features} channels at stride {self.stride}"
             )
-        other = "conv3x3" if self.deploy else "reparam"
-        if self.has_variable("params", other):
-            form = "deploy" if self.deploy else "training"
+        try:
+            leaves(self.spec.train, self.geometry(x))
+        except ValueError as error:
+            raise ValueError(f"{self._where}: {error}") from None
+        trained = any(self.has_variable("params", name) for name in self.spec.required)
+        if self.deploy and trained:
             raise ValueError(
-                f"{where}: this model is in its {form} form but was given the variables of the "
-                + (
-                    "training form; pass them through fuse_params first"
-                    if self.deploy
-                    else "deploy form; build it with deploy=True, or make them trainable "
-                    "with unfuse_params"
-                )
+                f"{self._where}: this model is in its deploy form but was given the variables of "
+                "the training form; pass them through fuse_params first"
+            )
+        if not self.deploy and self.has_variable("params", self.spec.deploy):
+            raise ValueError(
+                f"{self._where}: this model is in its training form but was given the variables "
+                "of the deploy form; build it with deploy=True, or make them trainable with "
+                "unfuse_params"
             )
 
 
-class SqueezeExciteGate(nn.Module):
-    """Multiplies every channel by a gate in (0, 1) computed from all channels' means.
+class RepVGGBlock(ReparamBlock):
+    """A 3x3 convolution that trains as three branches: a `ReparamBlock` with `spec=REPVGG`."""
 
-    Attributes:
-      reduction: the squeezed width is `channels // reduction`.
-      dtype: of the result.
-      param_dtype: of the parameters.
+
+def fuse_model(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    expect: int | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Fuses every `ReparamBlock` of a Linen model, found by walking its modules.
+
+    Needed for blocks whose parameters do not show their structure, such as an identity without
+    a norm. Unlike `fuse_params` it knows every block's spec, shapes and epsilon.
+
+    Args:
+      model: a module that contains blocks in training form, at any depth.
+      variables: `{"params": …, "batch_stats": …}`; leading axes as `nn.scan` and `nn.vmap` make
+        them are kept.
+      *args: what `model.apply` takes after the variables, e.g. images; only shapes matter.
+      expect: how many blocks there must be; None for at least one.
+      **kwargs: of `model.apply`, e.g. `method`.
+
+    Returns:
+      The variables of the same model with every block in deploy form.
+
+    Raises:
+      ValueError: no block, not as many as expected, or a block whose leaves do not fit.
     """
+    blocks: dict[tuple[str, ...], tuple[ReparamBlock, Geometry]] = {}
 
-    reduction: int
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    def record(call: Any, call_args: Any, call_kwargs: Any, context: Any) -> Any:
+        block = context.module
+        if isinstance(block, ReparamBlock) and context.method_name == "__call__":
+            x = call_args[0] if call_args else call_kwargs["x"]
+            if not block.deploy:
+                blocks[block.path] = (block, block.geometry(x))
+        return call(*call_args, **call_kwargs)
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Gates `x` (images, height, width, channels)."""
-        channels = x.shape[-1]
-        squeezed = channels // self.reduction
-        if squeezed == 0:
-            raise ValueError(
-                f"{'/'.join(self.path)}: squeeze-and-excite with reduction {self.reduction} "
-                f"leaves nothing of {channels} channels"
-            )
-        pooled = x.mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
-        hidden = nn.relu(self._dense(squeezed, channels, "reduce")(pooled))
-        gate = nn.sigmoid(self._dense(channels, squeezed, "expand")(hidden))
-        return x * gate[:, None, None, :].astype(self.dtype)
-
-    def _dense(self, features: int, fan_in: int, name: str) -> nn.Dense:
-        return nn.Dense(
-            features,
-            kernel_init=torch_kernel_init,
-            bias_init=torch_bias_init(fan_in),
-            param_dtype=self.param_dtype,
-            name=name,
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda v, *a: model.apply(v, *a, **kwargs), variables, *args)
+    if not blocks or expect not in (None, len(blocks)):
+        wanted = "at least one" if expect is None else str(expect)
+        raise ValueError(
+            f"{type(model).__name__} calls {len(blocks)} blocks in training form, expected {wanted}"
         )
+    fused = {name: tree for name, tree in variables.items() if name != "batch_stats"}
+    stats = variables.get("batch_stats", {})
+    for path, (block, geometry) in blocks.items():
+        deployed = fuse_block(
+            block.spec,
+            _at(fused["params"], path),
+            _at(stats, path),
+            geometry=geometry,
+            epsilon=block.epsilon,
+            path=path,
+        )
+        fused["params"] = _replaced(fused["params"], path, deployed)
+        stats = _replaced(stats, path, None)
+    return {**fused, "batch_stats": stats} if stats else fused
+
+
+def _value(zero: Response | None, channels: int) -> jax.Array:
+    """A response to zero, (1, 1, 1, channels)."""
+    return jnp.zeros((1, 1, 1, channels)) if zero is None else zero()
+
+
+def _sum(a: Response | None, b: Response | None) -> Response | None:
+    if a is None or b is None:
+        return a or b
+    return lambda: a() + b()
+
+
+def _at(tree: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        tree = tree.get(key, {})
+    return tree
+
+
+def _replaced(tree: Any, path: Sequence[str], value: Any) -> Any:
+    """A tree with another node at a path; None takes it out, and what it leaves empty."""
+    if not path:
+        return value
+    children = dict(tree)
+    child = _replaced(children.get(path[0], {}), path[1:], value)
+    children.pop(path[0], None) if not child else children.update({path[0]: child})
+    return children

@@ -5,7 +5,9 @@ the paper's Tables 4 and 5, which print them truncated.
 """
 
 import dataclasses
+import math
 
+from repvgg_jax.reparam import Conv, leaves, macs
 from repvgg_jax.variants import Variant, get_variant
 
 
@@ -17,11 +19,11 @@ class Cost:
     counts one; what the paper calls FLOPs. Additions, ReLU, BN and pooling count nothing.
 
     Attributes:
-      params_train: trainable parameters of the three-branch form (running statistics are
+      params_train: trainable parameters of the training form (running statistics are
         not parameters), without auxiliary heads.
       params_deploy: parameters of the fused form.
       params_auxiliary: parameters of the auxiliary heads, which exist in training only.
-      macs_train: MACs of a forward pass in the three-branch form, without auxiliary heads.
+      macs_train: MACs of a forward pass in the training form, without auxiliary heads.
       macs_deploy: MACs of a forward pass in the fused form.
       winograd_muls: multiplications of the fused form when every 3x3 convolution of stride 1
         runs as Winograd F(2x2, 3x3), which needs 4/9 of them (paper, section 4.1).
@@ -60,15 +62,19 @@ def cost(
     params_train = params_deploy = params_auxiliary = 0
     macs_train = macs_deploy = winograd = 0
     for layer in variant.layers(output_stride):
-        taps = layer.features * ((layer.in_channels or in_channels) // layer.groups)
-        size = (size - 1) // layer.stride + 1
-        pixels = size * size
-        branches = 2 + layer.identity
-        params_train += 10 * taps + branches * 2 * layer.features
-        params_deploy += 9 * taps + layer.features
-        macs_train += 10 * taps * pixels
-        macs_deploy += 9 * taps * pixels
-        winograd += (4 if layer.stride == 1 else 9) * taps * pixels
+        geometry, expression = layer.geometry(in_channels), layer.block.train
+        for leaf in leaves(expression, geometry):
+            if leaf.collection == "params":
+                params_train += math.prod(leaf.shape)
+        macs_train += macs(expression, geometry, size, size)
+        height, width = layer.block.kernel_size(geometry)
+        deploy = Conv(layer.block.deploy, (height, width), bias=True)
+        params_deploy += sum(math.prod(leaf.shape) for leaf in leaves(deploy, geometry))
+        products = macs(deploy, geometry, size, size)
+        macs_deploy += products
+        is_winograd = (height, width) == (3, 3) and layer.stride == 1
+        winograd += products * 4 // 9 if is_winograd else products
+        size = -(-size // layer.stride)
         if variant.se is not None:
             squeezed = layer.features // variant.se.reduction
             weights = 2 * layer.features * squeezed

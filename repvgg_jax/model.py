@@ -1,6 +1,6 @@
 """RepVGG: a stem, stages of `RepVGGBlock`, global average pooling and one linear layer.
 
-Batch normalisation, in one place: `train=False` is the default and uses the running
+Batch normalization, in one place: `train=False` is the default and uses the running
 statistics; `train=True` uses those of the batch (of every `bn_group_size` images of it)
 and needs `mutable=["batch_stats"]`. Momentum and epsilon are PyTorch's 0.1 (the new
 value's share) and 1e-5; running variances are unbiased.
@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repvgg_jax import cpu_conv as lowerings
-from repvgg_jax.block import RepVGGBlock, TrainForm, torch_bias_init, torch_kernel_init
+from repvgg_jax import cpu_conv
+from repvgg_jax.block import Activation, ReparamBlock, RepVGGBlock, TrainForm
 from repvgg_jax.cpu_conv import Lowering
+from repvgg_jax.layers import torch_bias_init, torch_kernel_init
 from repvgg_jax.norm import BatchNorm
+from repvgg_jax.reparam import EPSILON, REPVGG, input_channels
 from repvgg_jax.variants import Layer, Variant, get_variant
 
 
@@ -31,11 +33,14 @@ def create_model(
     remat: bool = False,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
+    activation: Activation | None = nn.relu,
+    epsilon: float = EPSILON,
+    momentum: float = 0.9,
 ) -> "RepVGG":
     """Builds a RepVGG.
 
     Args:
-      name: `A0` … `B3g4`, `D2se`, `plus-L2pse`, also spelt `RepVGG-A0` or `repvgg_a0`,
+      name: `A0` … `B3g4`, `D2se`, `plus-L2pse`, also spelled `RepVGG-A0` or `repvgg_a0`,
         or a `Variant` of your own.
       num_classes: width of the classifier; 0 for none, the model then returns its pooled
         features.
@@ -50,8 +55,11 @@ def create_model(
         (`repvgg_jax.cpu_conv`); "plain" leaves them as they are on every platform.
       remat: recompute every block's activations in the backward pass instead of keeping them.
       dtype: of the convolutions, float32 or bfloat16. Parameters, statistics, batch
-        normalisation and the classifier stay float32.
+        normalization and the classifier stay float32.
       param_dtype: of the parameters; float64 is for proofs.
+      activation: of every block, e.g. `nn.silu`; None for none.
+      epsilon: of batch normalization. `fuse_params` needs the same one.
+      momentum: share of the old running statistics that every training step keeps.
 
     Raises:
       ValueError: unknown variant, train form or lowering, or an output stride it cannot have.
@@ -64,7 +72,7 @@ def create_model(
         raise ValueError(
             f"train_form={train_form!r} must be one of {', '.join(map(repr, get_args(TrainForm)))}"
         )
-    lowerings.check(lowering)
+    cpu_conv.check(lowering)
     return RepVGG(
         variant=variant,
         num_classes=num_classes,
@@ -76,6 +84,9 @@ def create_model(
         remat=remat,
         dtype=dtype,
         param_dtype=param_dtype,
+        activation=activation,
+        epsilon=epsilon,
+        momentum=momentum,
     )
 
 
@@ -92,6 +103,9 @@ class RepVGG(nn.Module):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    activation: Activation | None = nn.relu
+    epsilon: float = EPSILON
+    momentum: float = 0.9
 
     def setup(self) -> None:
         """Makes the blocks and heads."""
@@ -109,7 +123,7 @@ class RepVGG(nn.Module):
         """Class scores, or pooled features where `num_classes` is 0.
 
         Args:
-          images: (images, height, width, channels), normalised floating point numbers.
+          images: (images, height, width, channels), normalized floating point numbers.
           train: use and update batch statistics; pass `mutable=["batch_stats"]`, and
             `"auxiliary"` in it too to train the auxiliary heads of plus-L2pse: their logits
             come back in that collection, by head.
@@ -149,8 +163,9 @@ class RepVGG(nn.Module):
         """Every block in order, with its name in the parameter tree."""
         return self.variant.layers(self.output_stride)
 
-    def _block(self, layer: Layer) -> RepVGGBlock:
-        block = nn.remat(RepVGGBlock, static_argnums=(2,)) if self.remat else RepVGGBlock
+    def _block(self, layer: Layer) -> ReparamBlock:
+        cls = RepVGGBlock if layer.block is REPVGG else ReparamBlock
+        block = nn.remat(cls, static_argnums=(2,)) if self.remat else cls
         return block(
             features=layer.features,
             stride=layer.stride,
@@ -164,11 +179,21 @@ class RepVGG(nn.Module):
             lowering=self.lowering,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            activation=self.activation,
+            epsilon=self.epsilon,
+            momentum=self.momentum,
+            spec=layer.block,
         )
 
     def _auxiliary_head(self, features: int) -> "AuxiliaryHead":
         return AuxiliaryHead(
-            features, self.num_classes, self.bn_group_size, self.dtype, self.param_dtype
+            features,
+            self.num_classes,
+            self.bn_group_size,
+            self.dtype,
+            self.param_dtype,
+            self.epsilon,
+            self.momentum,
         )
 
     def _auxiliary_heads(self) -> dict[str, str]:
@@ -185,7 +210,7 @@ class RepVGG(nn.Module):
             )
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(
-                f"images are {images.dtype}; expected normalised floating point numbers, "
+                f"images are {images.dtype}; expected normalized floating point numbers, "
                 "(pixels / 255 - mean) / std"
             )
         advice = "RepVGG takes (images, height, width, channels); images.transpose(0, 2, 3, 1)?"
@@ -195,18 +220,18 @@ class RepVGG(nn.Module):
             return
         # The stem's parameters know how many channels they take.
         stem: dict[str, Any] = self.get_variable("params", "stem", {}) or {}
-        kernel = stem.get("reparam", stem.get("conv3x3", {})).get("kernel")
-        if kernel is not None and kernel.shape[-2] != shape[-1]:
+        taken = input_channels(self.layers[0].block, stem)
+        if taken is not None and taken != shape[-1]:
             raise ValueError(
                 f"images of shape {shape} have {shape[-1]} channels, "
-                f"but these parameters take {kernel.shape[-2]}; {advice}"
+                f"but these parameters take {taken}; {advice}"
             )
 
 
 class AuxiliaryHead(nn.Module):
     """A classifier on an inner feature map, for training only (RepVGGplus).
 
-    3x3 convolution of stride 2, batch normalisation, ReLU, average pooling, linear layer.
+    3x3 convolution of stride 2, batch normalization, ReLU, average pooling, linear layer.
     `fuse_params` drops it.
     """
 
@@ -215,6 +240,8 @@ class AuxiliaryHead(nn.Module):
     bn_group_size: int | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    epsilon: float = EPSILON
+    momentum: float = 0.9
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -230,9 +257,14 @@ class AuxiliaryHead(nn.Module):
             param_dtype=self.param_dtype,
             name="conv",
         )(x)
-        x = BatchNorm(group_size=self.bn_group_size, param_dtype=self.param_dtype, name="bn")(
-            x, train
+        norm = BatchNorm(
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            group_size=self.bn_group_size,
+            param_dtype=self.param_dtype,
+            name="bn",
         )
+        x = norm(x, train)
         x = _global_average(nn.relu(x))
         return _classifier(self.num_classes, self.features, self.param_dtype, name="logits")(x)
 

@@ -96,7 +96,7 @@ def prove(
       batch_size: images at a time.
     """
     if deployed is None:
-        deployed = fuse_params(variables)
+        deployed = fuse_params(variables, epsilon=model.epsilon)
     fused = model.clone(deploy=True)
     return compare(
         logits(model.apply, variables, images, batch_size=batch_size),

@@ -9,11 +9,13 @@ B*g2, D2se and plus-L2pse.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 import types
 from collections.abc import Mapping
+
+from repvgg_jax.reparam import REPVGG, BlockSpec, Geometry
+from repvgg_jax.text import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Layer:
       stride: spatial stride of the 3x3 and the 1x1 branch.
       dilation: dilation of the 3x3 branch, which is padded by as much.
       groups: channel groups of both convolutions.
-      identity: whether the block has the identity branch.
+      identity: whether the block has the terms for equal input and output shape.
+      block: what the block computes.
     """
 
     name: str
@@ -50,6 +53,18 @@ class Layer:
     dilation: int
     groups: int
     identity: bool
+    block: BlockSpec = REPVGG
+
+    def geometry(self, image_channels: int = 3) -> Geometry:
+        """The shapes of its block, for images of that many channels."""
+        return Geometry(
+            in_channels=self.in_channels or image_channels,
+            features=self.features,
+            stride=self.stride,
+            dilation=self.dilation,
+            groups=self.groups,
+            same_shape=self.identity,
+        )
 
     @property
     def stage(self) -> str:
@@ -253,6 +268,5 @@ def get_variant(name: str | Variant) -> Variant:
     names = {_key(canonical): canonical for canonical in VARIANTS}
     if (key := _key(name)) in names:
         return VARIANTS[names[key]]
-    near = [names[k] for k in difflib.get_close_matches(key, names, n=3, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    hint = did_you_mean(key, VARIANTS)
     raise ValueError(f"unknown variant {name!r}; {hint}The official ones: {', '.join(VARIANTS)}")

@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from tests.flags import xla_flags
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMEOUT = 300  # seconds; these machines are busy
 
@@ -28,6 +30,28 @@ def get_config():
     return config
 """
 
+# The same in float64, for runs that are compared with each other: in float32 sums in another order
+# differ in the seventh digit, and where a value before a ReLU therefore has the other sign, the
+# gradients of two runs differ by as much as one pixel counts. How far the runs are apart after some
+# steps then depends on the processor. Pixels are normalised without rounding.
+FLOAT64 = f"""
+import functools
+
+import jax.numpy as jnp
+
+from repvgg_jax.train import config as configs
+
+configs.DTYPES["float64"] = jnp.float64
+configs.create_model = functools.partial(configs.create_model, param_dtype=jnp.float64)
+{
+    RECIPE.replace(
+        "    return config",
+        '''    config.model.dtype = "float64"
+    config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return config''',
+    )
+}"""
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -38,9 +62,14 @@ def free_port() -> int:
 class Processes:
     """Processes that run train.py, each with its output in files."""
 
-    def __init__(self, folder: pathlib.Path, commands: Sequence[tuple[list[str], dict[str, str]]]):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        commands: Sequence[tuple[list[str], dict[str, str]]],
+        recipe: str,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.py").write_text(RECIPE)
+        (folder / "recipe.py").write_text(recipe)
         self._outputs = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(len(commands))]
         self.processes = []
         for (arguments, environment), (out, err) in zip(commands, self._outputs, strict=True):
@@ -84,6 +113,7 @@ def started(
     devices: int = 2,
     own: Mapping[int, Sequence[str]] | None = None,
     launcher: str | None = None,
+    recipe: str = RECIPE,
 ) -> Iterator[Processes]:
     """Starts `count` processes of one run in `folder`, its workdir `run`.
 
@@ -95,10 +125,13 @@ def started(
       own: further arguments of single ones.
       launcher: "slurm" or "open mpi": they are told about each other as these do, not by
         --distributed.
+      recipe: what recipe.py says, `RECIPE` or `FLOAT64`.
     """
     port, commands = free_port(), []
     for i in range(count):
-        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        environment = {"XLA_FLAGS": xla_flags(devices)}
+        if recipe == FLOAT64:
+            environment["JAX_ENABLE_X64"] = "1"
         given = ["--workdir=run", *arguments, *(own or {}).get(i, ())]
         if launcher == "slurm":
             environment |= {
@@ -120,7 +153,7 @@ def started(
         elif count > 1:
             given.append(f"--distributed=127.0.0.1:{port},{count},{i}")
         commands.append((given, environment))
-    run = Processes(folder, commands)
+    run = Processes(folder, commands, recipe)
     try:
         yield run
     finally:

@@ -21,6 +21,7 @@ from repvgg_jax.proof import logits
 from repvgg_jax.train.run import Run
 from repvgg_jax.train.trained import trained_state
 from repvgg_jax.train.workdir import Workdir
+from tests.flags import xla_flags
 from tests.trees import random_variables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ def start(script: str, *arguments: object, cwd: pathlib.Path, devices: int = 1):
     """Starts a script in a directory of its own, as an installed user would."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "error::DeprecationWarning:repvgg_jax",
     }
@@ -171,7 +172,7 @@ def test_training_from_what_was_trained(place, tmp_path):
     assert config["init_from"] == str(place / "runs" / "digits")
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -193,7 +194,7 @@ def test_an_interrupted_run_continues_with_the_same_command(tmp_path, number):
     metrics, saved = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoints" / "22"
     wait_for(saved.exists, process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert err == ""
     assert process.returncode == {signal.SIGTERM: 0, signal.SIGINT: 130}.get(number, -number)
     if number != signal.SIGKILL:

@@ -16,6 +16,7 @@ import pytest
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.settings import DataSettings
+from tests.flags import xla_flags
 from tests.helpers.pictures import images, write_tree
 from tests.helpers.sharding import OVER_BATCH
 from tests.processes import RECIPE, ROOT
@@ -44,7 +45,7 @@ def alive(process: int) -> bool:
         return False
 
 
-def left_over(processes: list[int], seconds: float = 60) -> list[int]:
+def left_over(processes: list[int], seconds: float = 300) -> list[int]:
     """Those that do not end."""
     deadline = time.monotonic() + seconds
     while (left := list(filter(alive, processes))) and time.monotonic() < deadline:
@@ -106,7 +107,7 @@ class TestARun:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *self.ARGUMENTS],
             cwd=place,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

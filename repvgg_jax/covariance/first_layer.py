@@ -8,54 +8,68 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from repvgg_jax.covariance.form import Form, Params, Statistics
-from repvgg_jax.covariance.maps import at, conv1x1, conv3x3, mean_and_covariance, wide_type
-from repvgg_jax.covariance.small import apply, flat, in_groups, matmul, rounded
+from repvgg_jax.batch_stats import per_image
+from repvgg_jax.covariance.ops import (
+    BlockSettings,
+    Params,
+    Statistics,
+    apply,
+    conv1x1,
+    conv3x3,
+    flat,
+    in_groups,
+    matmul,
+    mean_and_covariance,
+    rounded,
+    wide_type,
+)
 
-_LANES = 128  # numbers for which an accelerator's memory has room side by side, used or not
+_LANES = 128  # TPU lane width: the minor dimension of an array is padded to it
 
 
-def by_patches(form: Form, x: jax.Array, params: Params) -> tuple[jax.Array, Statistics]:
+def from_patches(
+    settings: BlockSettings, x: jax.Array, params: Params
+) -> tuple[jax.Array, Statistics]:
     """Both convolutions fold into one: for a first layer, with more features than patch.
 
-    The nine pixels under a 3x3 kernel are a vector of 27 numbers on colour images, and every
+    The nine pixels under a 3x3 kernel are a vector of 27 numbers on color images, and every
     branch is a linear map of it. Its covariance has the statistics of them all, so that the
     output is the only large array that is kept. There is no identity: the channels differ.
     """
     dtype, wide = x.dtype, wide_type(x.dtype)
-    patches, columns = _patches(form, x)
-    near, mean, covariance = mean_and_covariance(form, patches, columns)
+    patches, columns = _patches(settings, x)
+    near, mean, covariance = mean_and_covariance(settings, patches, columns)
 
     kernel3x3, kernel1x1 = (params[name]["kernel"] for name in ("conv3x3", "conv1x1"))
-    centred = jnp.pad(kernel1x1, ((1, 1), (1, 1), (0, 0), (0, 0)))
+    centered = jnp.pad(kernel1x1, ((1, 1), (1, 1), (0, 0), (0, 0)))
     folded, bias, statistics = jnp.zeros(()), jnp.zeros(()), {}
-    for norm, kernel in (("bn3x3", kernel3x3), ("bn1x1", centred)):
+    for norm, kernel in (("bn3x3", kernel3x3), ("bn1x1", centered)):
         kernel = rounded(kernel.reshape(1, 1, 9 * x.shape[-1], -1), dtype)
         product = matmul(covariance, kernel)
         var = jnp.maximum(flat((kernel * product).sum(axis=-2)), 0)
         statistics[norm] = (apply(near.astype(wide) + mean, kernel), var)
-        scale = params[norm]["scale"][None] * lax.rsqrt(var + form.epsilon)
-        folded += kernel * in_groups(form, scale)[..., None, :]
+        scale = params[norm]["scale"][None] * lax.rsqrt(var + settings.epsilon)
+        folded += kernel * in_groups(settings, scale)[..., None, :]
         bias += params[norm]["bias"][None]
     folded = rounded(folded, dtype)
     bias -= apply(near.astype(wide) + mean, folded)
 
-    if form.image_groups == 1:
+    if settings.image_groups == 1:
         folded = folded.reshape(kernel3x3.shape).astype(dtype)
-        z = conv3x3(form, x, folded, preferred_element_type=wide)
+        z = conv3x3(settings, x, folded, preferred_element_type=wide)
     else:
         z = conv1x1(patches.reshape(*patches.shape[:2], -1, 9 * x.shape[-1]), folded, wide)
-    z += at(z, bias)
-    return (_relu(z, dtype) if form.relu else z.astype(dtype)), statistics
+    z += per_image(z, bias)
+    return (_relu(z, dtype) if settings.relu else z.astype(dtype)), statistics
 
 
-def _patches(form: Form, x: jax.Array) -> tuple[jax.Array, int]:
+def _patches(settings: BlockSettings, x: jax.Array) -> tuple[jax.Array, int]:
     """The nine pixels under the 3x3 kernel, of as many columns side by side as there is room for.
 
     Returns:
       (images, height/stride, width/stride/columns, columns x 9 channels), and how many columns.
     """
-    channels, dilation, stride = x.shape[-1], form.dilation, form.stride
+    channels, dilation, stride = x.shape[-1], settings.dilation, settings.stride
     width = -(-x.shape[2] // stride)
     most = max(1, _LANES // (9 * channels))
     columns = max(n for n in range(1, most + 1) if width % n == 0)

@@ -13,7 +13,8 @@ import numpy as np
 from repvgg_jax import proof
 from repvgg_jax.export.metadata import Metadata
 from repvgg_jax.model import RepVGG
-from repvgg_jax.reparam import grammar
+from repvgg_jax.reparam import BUILT_IN
+from repvgg_jax.reparam.tree import matching_block, summary
 
 BATCH = 16
 """Images at a time in a proof: enough to keep two cores busy, little memory at 224 pixels."""
@@ -191,10 +192,11 @@ class Network:
     def _checked_params(self, variables: Any) -> Any:
         if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
             raise ValueError(
-                f"export takes deploy-form variables, {{'params': …}}, "
-                f"not {grammar.summary(variables)}"
+                f"export takes deploy-form variables, {{'params': …}}, not {summary(variables)}"
             )
-        blocks = [child for child in variables["params"].values() if grammar.is_train_block(child)]
+        blocks = [
+            child for child in variables["params"].values() if matching_block(child, BUILT_IN)
+        ]
         if blocks:
             raise ValueError(
                 f"export takes the deploy form only, but {len(blocks)} blocks of these variables "

@@ -1,28 +1,45 @@
-"""The arithmetic of re-parameterization.
+"""The arithmetic of re-parameterization: an expression as one kernel and one bias.
 
-In evaluation a RepVGG block is a sum of branches, and each branch is a chain of linear
-pieces: a convolution or nothing (the identity), then batch normalisation. Chains and sums
-of linear maps are linear, so the block is one convolution (paper, section 3.3):
+In evaluation batch normalization is affine per channel, so a branch, which is a chain of
+convolutions and normalizations, is one convolution with a bias, and so is a sum of branches
+(RepVGG, section 3.3):
 
-    s  = scale / sqrt(var + epsilon)              batch normalisation multiplies by s, so
-    K' = K * s          b' = bias - mean * s      these are one branch's kernel and bias;
-    K  = K3' + pad(K1') + pad(I')                 kernels add up, smaller ones at the centre,
+    s  = scale / sqrt(var + epsilon)              batch normalization multiplies by s, so
+    K' = K * s          b' = bias - mean * s      this is one branch's kernel and bias;
+    K  = K3' + pad(K1') + pad(I')                 kernels add up, zero-padded to the largest,
     b  = b3' + b1' + b0'                          and biases add up
 
 Kernels are (…, height, width, in_channels / groups, out_channels); leading axes stack
-independent blocks. NumPy arrays stay NumPy arrays, JAX arrays stay JAX arrays.
+independent blocks. NumPy arrays stay NumPy arrays and are computed in float64; JAX arrays,
+concrete or traced, stay JAX arrays and are computed in at least float32. No argument is changed.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = Any  # a NumPy or a JAX array, concrete or traced
+from repvgg_jax.reparam.linear import (
+    AvgPool,
+    Chain,
+    Conv,
+    Geometry,
+    Identity,
+    Linear,
+    Norm,
+    Scale,
+    Sum,
+    present,
+)
 
-EPSILON = 1e-5  # PyTorch's, under which every published RepVGG was trained
+Array = Any  # a NumPy or a JAX array, concrete or traced
+Params = Mapping[str, Mapping[str, Array]]
+
+EPSILON = 1e-5
+"""Epsilon of batch normalization in PyTorch, with which the published networks were trained."""
 
 
 class Affine(NamedTuple):
@@ -37,13 +54,98 @@ class Affine(NamedTuple):
     bias: Array
 
 
-def normalise(kernel: Array, norm: Mapping[str, Array], epsilon: float) -> Affine:
-    """A convolution without bias, followed by batch normalisation with running statistics.
+def affine(
+    term: Linear, geometry: Geometry, params: Params, stats: Params, *, epsilon: float = EPSILON
+) -> Affine:
+    """An expression as one convolution kernel and one bias.
 
-    `norm` holds scale, bias, mean and var, each (…, out_channels).
+    Args:
+      term: the expression.
+      geometry: of the block; its stride and dilation make no difference.
+      params: its parameters by child name.
+      stats: running statistics by child name.
+      epsilon: of batch normalization.
+
+    Returns:
+      Kernel and bias, float64 from NumPy arrays, in at least float32 from JAX arrays.
     """
-    factor = norm["scale"] / namespace(norm["var"]).sqrt(norm["var"] + epsilon)
-    return Affine(kernel * factor[..., None, None, None, :], norm["bias"] - norm["mean"] * factor)
+    resolved = present(term, geometry.has_same_shape)
+    if resolved is None:
+        raise ValueError("nothing is left of the expression without the terms in SameShape")
+    in_per_group = geometry.in_channels // geometry.groups
+    start = _Partial(None, None, in_per_group, geometry.in_channels)
+    return _follow(resolved, start, params, stats, epsilon).materialize(params)
+
+
+def parallel(maps: Sequence[Affine]) -> Affine:
+    """The sum of maps; smaller kernels are zero-padded around their center to the largest.
+
+    Raises:
+      ValueError: the maps have different channels or groups.
+    """
+    return _summed(maps, copy=True)
+
+
+def _summed(maps: Sequence[Affine], *, copy: bool) -> Affine:
+    """`parallel`; without `copy` a NumPy kernel among `maps` becomes the result."""
+    if len({m.kernel.shape[-2:] for m in maps}) > 1:
+        shapes = ", ".join(str(m.kernel.shape) for m in maps)
+        raise ValueError(f"maps of different channels or groups cannot be added: kernels {shapes}")
+    height, width = (max(m.kernel.shape[axis] for m in maps) for axis in (-4, -3))
+    largest = max(maps, key=lambda m: (m.kernel.shape[-4:-2] == (height, width), m.kernel.ndim))
+    kernel = largest.kernel.astype(_wide_dtype(largest.kernel), copy=copy)
+    if kernel.shape[-4:-2] != (height, width):  # e.g. of a 1x3 and a 3x1 kernel
+        shape = (*kernel.shape[:-4], height, width, *kernel.shape[-2:])
+        kernel = _add_at_center(_namespace(kernel).zeros(shape, kernel.dtype), kernel)
+    bias = largest.bias
+    for other in maps:
+        if other is not largest:
+            kernel = _add_at_center(kernel, other.kernel)
+            bias = bias + other.bias
+    return Affine(kernel, bias)
+
+
+def compose(first: Affine, then: Affine) -> Affine:
+    """`then` applied to the output of `first`, e.g. a 3x3 convolution behind a 1x1 one.
+
+    Exact everywhere if `then` pads with the bias of `first`, and where `first` has stride 1 or
+    `then` a 1x1 kernel. The groups of `first` must be those of `then`, or divide them.
+
+    Raises:
+      ValueError: the channels of the two maps do not fit.
+    """
+    middle, per_group = first.kernel.shape[-1], then.kernel.shape[-2]
+    if middle % per_group or then.kernel.shape[-1] % (middle // per_group):
+        raise ValueError(
+            f"a kernel of shape {then.kernel.shape} cannot follow one of {first.kernel.shape}: "
+            f"{middle} channels do not split into groups of {per_group}"
+        )
+    groups = middle // per_group
+    xp = _namespace(first.kernel, then.kernel)
+    a, b = widened(first.kernel), widened(then.kernel)
+    a = a.reshape(*a.shape[:-1], groups, per_group)
+    b = b.reshape(*b.shape[:-1], groups, -1)
+
+    def product(tap: Array) -> Array:
+        out = xp.einsum("...hwigm,...mgo->...hwigo", a, tap, **_precise(xp))
+        return out.reshape(*out.shape[:-2], -1)
+
+    (ah, aw), (bh, bw) = first.kernel.shape[-4:-2], then.kernel.shape[-4:-2]
+    taps = [
+        (row, column, product(b[..., row, column, :, :, :]))
+        for row, column in itertools.product(range(bh), range(bw))
+    ]
+    if (bh, bw) == (1, 1):
+        kernel = taps[0][2]
+    else:
+        _, _, one = taps[0]
+        kernel = xp.zeros((*one.shape[:-4], ah + bh - 1, aw + bw - 1, *one.shape[-2:]), one.dtype)
+        for row, column, part in taps:
+            kernel = _add_at(kernel, part, row, column)
+    carried = widened(first.bias).reshape(*first.bias.shape[:-1], groups, per_group)
+    summed = b.sum(axis=(-5, -4))  # over taps: the response to a constant
+    bias = xp.einsum("...gm,...mgo->...go", carried, summed, **_precise(xp))
+    return Affine(kernel, bias.reshape(*bias.shape[:-2], -1) + widened(then.bias))
 
 
 def identity_kernel(channels: int, in_per_group: int, dtype: Any) -> np.ndarray:
@@ -54,36 +156,125 @@ def identity_kernel(channels: int, in_per_group: int, dtype: Any) -> np.ndarray:
     return kernel
 
 
-def add(maps: Sequence[Affine]) -> Affine:
-    """The sum of maps, of which the first has the largest kernel."""
-    (kernel, bias), *rest = maps
-    for smaller in rest:
-        kernel = add_at_centre(kernel, smaller.kernel)
-        bias = bias + smaller.bias
-    return Affine(kernel, bias)
+class _Partial(NamedTuple):
+    """What a chain computes up to a term; None stands for no kernel yet and for no bias."""
+
+    kernel: Array | None
+    bias: Array | None
+    in_per_group: int
+    in_channels: int
+    is_input: bool = False  # whether the kernel is an array of the caller
+
+    def materialize(self, params: Params) -> Affine:
+        """With the identity's kernel and a bias of zero where there are none."""
+        kernel, bias = self.kernel, self.bias
+        if kernel is None:
+            dtype = np.result_type(*[leaf.dtype for leaf in jax.tree.leaves(params)])
+            kernel = identity_kernel(self.in_channels, self.in_per_group, dtype)
+        if bias is None:
+            shape = (*kernel.shape[:-4], kernel.shape[-1])
+            bias = _namespace(kernel).zeros(shape, _wide_dtype(kernel))
+        return Affine(kernel, bias)
+
+    def scaled(self, factor: Array, shift: Array | None, params: Params) -> Self:
+        """Behind a multiplication and an addition per channel, (…, channels)."""
+        kernel = self.materialize(params).kernel
+        bias = shift if self.bias is None else self.bias * factor + (0 if shift is None else shift)
+        kernel = kernel * factor[..., None, None, None, :]
+        return self._replace(kernel=kernel, bias=bias, is_input=False)
 
 
-def add_at_centre(kernel: Array, smaller: Array) -> Array:
-    """`kernel` plus `smaller` zero-padded to its size.
+def _follow(term: Linear, x: _Partial, params: Params, stats: Params, epsilon: float) -> _Partial:
+    """What a chain computes behind one more term."""
+    if isinstance(term, Chain):
+        for child in term.terms:
+            x = _follow(child, x, params, stats, epsilon)
+        return x
+    if isinstance(term, Sum):
+        ends = [_follow(child, x, params, stats, epsilon) for child in term.terms]
+        copy = any(end.kernel is None or end.is_input for end in ends)
+        kernel, bias = _summed([end.materialize(params) for end in ends], copy=copy)
+        return x._replace(kernel=kernel, bias=bias)
+    if isinstance(term, Norm):
+        scale, bias = (widened(params[term.name][leaf]) for leaf in ("scale", "bias"))
+        mean, var = (widened(stats[term.name][leaf]) for leaf in ("mean", "var"))
+        factor = scale / _namespace(var).sqrt(var + epsilon)
+        return x.scaled(factor, bias - mean * factor, params)
+    if isinstance(term, Scale):
+        if term.name is None:
+            kernel, bias = x.materialize(params)
+            return x._replace(kernel=widened(kernel) * term.factor, bias=bias * term.factor)
+        return x.scaled(widened(params[term.name]["scale"]) * term.factor, None, params)
+    if isinstance(term, Conv):
+        kernel = _dilated(params[term.name]["kernel"], term.dilation)
+        bias = widened(params[term.name]["bias"]) if term.bias else None
+        own = x._replace(kernel=kernel, bias=bias, is_input=True)
+        if x.kernel is None and x.bias is None:
+            return own
+        kernel, bias = compose(x.materialize(params), own.materialize(params))
+        return x._replace(kernel=kernel, bias=bias)
+    if isinstance(term, AvgPool):
+        first = x.materialize(params)
+        channels, taps = first.kernel.shape[-1], term.kernel_size[0] * term.kernel_size[1]
+        pool = np.full((*term.kernel_size, 1, channels), 1 / taps, _wide_dtype(first.kernel))
+        bias = np.zeros(channels, pool.dtype)
+        return x._replace(**compose(first, Affine(pool, bias))._asdict())
+    if isinstance(term, Identity):
+        return x
+    raise TypeError(f"not a term of a linear expression: {term!r}")
 
-    A NumPy `kernel` is added to in place: hand over one of your own.
-    """
-    sizes = zip(kernel.shape[-4:-2], smaller.shape[-4:-2], strict=True)
-    rows, columns = (slice((big - small) // 2, (big + small) // 2) for big, small in sizes)
-    centre = (..., rows, columns, slice(None), slice(None))
-    if isinstance(kernel, np.ndarray):
-        kernel[centre] += smaller
+
+def _dilated(kernel: Array, dilation: int) -> Array:
+    """The kernel with `dilation - 1` zeros between its taps."""
+    if dilation == 1:
         return kernel
-    return kernel.at[centre].add(smaller)
+    height, width = ((size - 1) * dilation + 1 for size in kernel.shape[-4:-2])
+    rows, columns = slice(None, None, dilation), slice(None, None, dilation)
+    shape = (*kernel.shape[:-4], height, width, *kernel.shape[-2:])
+    if isinstance(kernel, np.ndarray):
+        out = np.zeros(shape, kernel.dtype)
+        out[..., rows, columns, :, :] = kernel
+        return out
+    return jnp.zeros(shape, kernel.dtype).at[..., rows, columns, :, :].set(kernel)
 
 
-def upcast(tree: Any) -> Any:
-    """float64 copies where all leaves are NumPy arrays, else at least float32 JAX arrays."""
-    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree)):
-        return jax.tree.map(lambda a: a.astype(np.float64), tree)
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.promote_types(a.dtype, jnp.float32)), tree)
+def _add_at_center(kernel: Array, smaller: Array) -> Array:
+    """`kernel` plus `smaller` at its center; a NumPy `kernel` must be the caller's own."""
+    row, column = (
+        (big - small) // 2
+        for big, small in zip(kernel.shape[-4:-2], smaller.shape[-4:-2], strict=True)
+    )
+    return _add_at(kernel, smaller, row, column)
 
 
-def namespace(array: Array) -> Any:
-    """`numpy` or `jax.numpy`, whichever the array belongs to."""
-    return np if isinstance(array, (np.ndarray, np.generic)) else jnp
+def _add_at(kernel: Array, smaller: Array, row: int, column: int) -> Array:
+    height, width = smaller.shape[-4:-2]
+    where = (..., slice(row, row + height), slice(column, column + width), slice(None), slice(None))
+    if isinstance(kernel, np.ndarray):
+        if isinstance(smaller, np.ndarray):
+            kernel[where] += smaller
+            return kernel
+        kernel = jnp.asarray(kernel)
+    return kernel.at[where].add(smaller)
+
+
+def _wide_dtype(array: Array) -> Any:
+    if isinstance(array, (np.ndarray, np.generic)):
+        return np.float64
+    return jnp.promote_types(array.dtype, jnp.float32)
+
+
+def widened(array: Array) -> Array:
+    """In float64 for NumPy arrays, else in at least float32."""
+    dtype = _wide_dtype(array)
+    return array if array.dtype == dtype else array.astype(dtype)
+
+
+def _namespace(*arrays: Array) -> Any:
+    """`numpy` where all arrays are NumPy's, else `jax.numpy`."""
+    return np if all(isinstance(a, (np.ndarray, np.generic)) for a in arrays) else jnp
+
+
+def _precise(xp: Any) -> dict[str, Any]:
+    # The default matmul precision on accelerators is below float32.
+    return {} if xp is np else {"precision": "highest"}

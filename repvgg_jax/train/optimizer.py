@@ -7,11 +7,10 @@ parameters.
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import optax
 from ml_collections import ConfigDict
 
-from repvgg_jax.reparam.penalty import PENALISED
+from repvgg_jax.reparam import decay_mask
 
 REFERENCE_BATCH = 256  # images; learning rates are stated for this batch
 
@@ -42,7 +41,7 @@ def make_optimizer(
     )
 
     def mask(params: Any) -> Any:
-        return decay_mask(params, spare_branches=settings.equivalent_l2)
+        return decay_mask(params, equivalent_l2=settings.equivalent_l2)
 
     chain = []
     if settings.clip_norm:
@@ -97,23 +96,3 @@ def schedule(
     if not warmup:
         return chosen
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), chosen], [warmup])
-
-
-def decay_mask(params: Any, *, spare_branches: bool = False) -> Any:
-    """Which parameters decay: kernels, and the scale of identity branches.
-
-    Biases and the scales of other normalisations do not. This is the authors' mask (they
-    decay every parameter of more than one axis, and `rbr_identity.weight`).
-
-    Args:
-      params: a tree of parameters.
-      spare_branches: leave out the kernels that `fuse.penalty.equivalent_l2` takes care of.
-    """
-
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        names = [getattr(part, "key", None) for part in path]
-        if names[-1] == "kernel":
-            return not (spare_branches and names[-2] in PENALISED)
-        return names[-2:] == ["bn_identity", "scale"]
-
-    return jax.tree_util.tree_map_with_path(decays, params)

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from repvgg_jax.data.augment import Augmentation, Mixing
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.reparam.penalty import equivalent_l2
+from repvgg_jax.reparam import equivalent_l2
 from repvgg_jax.train.state import TrainState
 from repvgg_jax.train.task import Classification, Sums
 
@@ -35,7 +35,7 @@ class TrainStep:
       augment: pixels to what the network takes, augmented.
       mixing: of images and targets, or None.
       seed: of the augmentation.
-      equivalent_l2: weight decay of the equivalent kernel (`repvgg_jax.reparam.penalty`).
+      equivalent_l2: weight decay of the equivalent kernel (`repvgg_jax.reparam.equivalent_l2`).
       ema_decay: a step, of the moving averages in the state, if it has any.
       pieces: how many pieces of the batch go through the network one after the other.
       group_size: images of a group that pieces do not split.

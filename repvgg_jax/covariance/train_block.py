@@ -1,0 +1,299 @@
+"""RepVGG blocks in training: the 3x3 branch is computed, the others become one 1x1 convolution."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from repvgg_jax.batch_stats import per_image
+from repvgg_jax.covariance.first_layer import from_patches
+from repvgg_jax.covariance.ops import (
+    BlockSettings,
+    Params,
+    Statistics,
+    apply,
+    conv1x1,
+    conv1x1_of_two,
+    conv3x3,
+    diagonal,
+    flat,
+    in_groups,
+    matmul,
+    mean_and_covariance,
+    on_diagonal,
+    outer,
+    outer_small,
+    rounded,
+    sums,
+    values_per_channel,
+    wide_type,
+)
+
+
+def train_block(
+    settings: BlockSettings, x: jax.Array, params: Params
+) -> tuple[jax.Array, Statistics]:
+    """A RepVGG block in training, its activation included.
+
+    Args:
+      settings: what is fixed about the block.
+      x: (images, height, width, channels) in the dtype of the convolutions.
+      params: parameters by the child names of `repvgg_jax.reparam.REPVGG`.
+
+    Returns:
+      The output, (images, height/stride, width/stride, features) in the dtype of `x`, and per
+      norm the mean and the biased variance that it used, (G, features) each, in float32
+      (float64 for float64 inputs).
+    """
+    features = params["conv3x3"]["kernel"].shape[-1]
+    few_inputs = 9 * x.shape[-1] <= features and settings.groups == 1
+    y, statistics = (from_patches if few_inputs else from_3x3_output)(settings, x, params)
+    if settings.activation is not None and not settings.relu:
+        y = settings.activation(y)
+    return y, statistics
+
+
+class Shift(NamedTuple):
+    """Constants near the means, subtracted before anything is squared.
+
+    Attributes:
+      y3: near the mean of the 3x3 convolution's output, (G, features).
+      x: near the mean of the input, (G, channels).
+    """
+
+    y3: jax.Array
+    x: jax.Array
+
+
+class Moments(NamedTuple):
+    """First and second moments. Means are relative to `Shift`.
+
+    Attributes:
+      mean3: mean of the 3x3 convolution's output, (G, features).
+      var3: its variance, (G, features).
+      mean: mean of the input where the 1x1 kernel sees it, (G, channels).
+      var: its variance, (G, channels).
+      var1: variance of the 1x1 convolution's output, (G, features).
+    """
+
+    mean3: jax.Array
+    var3: jax.Array
+    mean: jax.Array
+    var: jax.Array
+    var1: jax.Array
+
+
+class Folded(NamedTuple):
+    """A block as scale * (y3 - shift.y3) + (kernel + diag(skip))'(x - shift.x) + bias.
+
+    The identity stays apart from the kernel: it is multiplied in float32, as in the plain
+    settings, while the kernel takes part in a convolution and is rounded for it.
+
+    Attributes:
+      scale: of the 3x3 branch, (G, features).
+      kernel: of the 1x1 branch, (G, k, channels / k, features / k).
+      skip: scale of the identity branch, (G, features); None where there is none.
+      bias: (G, features).
+    """
+
+    scale: jax.Array
+    kernel: jax.Array
+    skip: jax.Array | None
+    bias: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def from_3x3_output(
+    settings: BlockSettings, x: jax.Array, params: Params
+) -> tuple[jax.Array, Statistics]:
+    """The 3x3 branch is computed, the others fold into one 1x1 convolution."""
+    return _forward(settings, x, params)[0]
+
+
+def _forward(settings: BlockSettings, x: jax.Array, params: Params) -> tuple[Any, Any]:
+    kernel = params["conv3x3"]["kernel"].astype(x.dtype)
+    seen = _seen(settings, x)
+    y3 = conv3x3(settings, x, kernel)
+    pointwise = _pointwise(settings, x.dtype, params["conv1x1"]["kernel"])
+    shift, moments, product = _measure(settings, x, seen, y3, kernel, pointwise)
+    folded, statistics = _fold(settings, x.dtype, shift, params, pointwise, moments)
+
+    bias = folded.bias - folded.scale * shift.y3 - apply(shift.x, folded.kernel)
+    z = conv1x1(seen, folded.kernel, wide_type(x.dtype)) + per_image(y3, folded.scale) * y3
+    if folded.skip is not None:
+        bias -= folded.skip * shift.x
+        z += per_image(x, folded.skip) * x
+    z += per_image(y3, bias)
+    out = (jnp.maximum(z, 0) if settings.relu else z).astype(x.dtype)
+    return (out, statistics), (x, seen, y3, out, params, shift, moments, product)
+
+
+def _backward(settings: BlockSettings, residuals: Any, cotangents: Any) -> tuple[jax.Array, Any]:
+    x, seen, y3, out, params, shift, moments, product = residuals
+    dout, dstatistics = cotangents
+    kernel = params["conv3x3"]["kernel"].astype(x.dtype)
+    count = values_per_channel(settings, y3)
+    dz = jnp.where(out > 0, dout, 0) if settings.relu else dout
+
+    # What reaches the folded block: sums over images and pixels.
+    dbias = sums(settings, dz)
+    dscale = sums(settings, dz * (y3 - per_image(y3, shift.y3)))
+    dfolded = outer(settings, seen, dz) - outer_small(settings, shift.x, dbias)
+    dskip = diagonal(dfolded) if settings.identity else None
+
+    # From there to the parameters and the moments. Nothing here is larger than a vector of
+    # channels, or a kernel.
+    fold = functools.partial(_fold, settings, x.dtype, shift)
+    norms = {name: piece for name, piece in params.items() if name.startswith("bn")}
+    pointwise, to_kernel = jax.vjp(
+        functools.partial(_pointwise, settings, x.dtype), params["conv1x1"]["kernel"]
+    )
+    (folded, _), pull = jax.vjp(fold, norms, pointwise, moments)
+    dnorms, dpointwise, dmoments = pull((Folded(dscale, dfolded, dskip, dbias), dstatistics))
+
+    # The 3x3 branch: y3 acts through its scale, its mean and its variance.
+    slope = dmoments.var3 * (2 / count)
+    level = dmoments.mean3 / count - slope * (shift.y3 + moments.mean3)
+    dy3 = per_image(y3, folded.scale) * dz + (per_image(y3, slope) * y3 + per_image(y3, level))
+    dy3 = dy3.astype(x.dtype)
+    (dkernel,) = jax.linear_transpose(lambda kernel: conv3x3(settings, x, kernel), kernel)(dy3)
+
+    # The other two: x acts through the folded kernel, its mean and its covariance C, and C
+    # through the variances diag(W'CW) and diag(C). W acts through the first of them, too.
+    dvar1 = in_groups(settings, dmoments.var1)[..., None, :]
+    dpointwise += 2 * (dvar1 * product).sum(axis=0, keepdims=True)
+    dcovariance = matmul(dvar1 * pointwise, pointwise.swapaxes(-1, -2))
+    if settings.identity:
+        dcovariance += on_diagonal(settings, dmoments.var)
+    slope = rounded(dcovariance * (2 / count), x.dtype)
+    level = dmoments.mean / count - apply(shift.x + moments.mean, slope)
+    dseen = conv1x1_of_two(dz, folded.kernel.swapaxes(-1, -2), seen, slope) + per_image(seen, level)
+    if folded.skip is not None:
+        dseen += per_image(dz, folded.skip) * dz
+    dx = _spread(settings, dy3, kernel, dseen, x)
+
+    dkernel = dkernel.astype(params["conv3x3"]["kernel"].dtype)
+    (dkernel1x1,) = to_kernel(dpointwise)
+    return dx, {**dnorms, "conv3x3": {"kernel": dkernel}, "conv1x1": {"kernel": dkernel1x1}}
+
+
+from_3x3_output.defvjp(_forward, _backward)
+
+
+def _pointwise(settings: BlockSettings, dtype: Any, kernel: jax.Array) -> jax.Array:
+    """The 1x1 kernel as a matrix for every channel group, (1, k, channels / k, features / k).
+
+    Rounded to `dtype`, as the convolution will do.
+    """
+    return in_groups(settings, rounded(kernel[0, 0], dtype)).swapaxes(0, 1)[None]
+
+
+def _measure(
+    settings: BlockSettings,
+    x: jax.Array,
+    seen: jax.Array,
+    y3: jax.Array,
+    kernel: jax.Array,
+    pointwise: jax.Array,
+) -> tuple[Shift, Moments, jax.Array]:
+    """The moments of a block's input and of its convolutions' outputs, and CW."""
+    count = values_per_channel(settings, y3)
+    near, mean, covariance = mean_and_covariance(settings, seen)
+    product = matmul(covariance, pointwise)
+    var1 = flat((pointwise * product).sum(axis=-2))
+
+    # What the 3x3 convolution makes of a constant image, on average over pixels: its mean
+    # up to the deviations of x. Near the border some taps see only padding.
+    summed = (_share_inside(settings, x, y3)[:, :, None, None] * kernel).sum(axis=(0, 1))
+    near3 = apply(near.astype(mean.dtype), in_groups(settings, summed).swapaxes(0, 1)[None])
+    shifted3 = y3 - per_image(y3, near3)
+    mean3 = sums(settings, shifted3) / count
+    var3 = jnp.maximum(sums(settings, jnp.square(shifted3)) / count - jnp.square(mean3), 0)
+    shift = Shift(near3, near.astype(mean.dtype))
+    return shift, Moments(mean3, var3, mean, diagonal(covariance), var1), product
+
+
+def _fold(
+    settings: BlockSettings,
+    dtype: Any,
+    shift: Shift,
+    norms: Params,
+    pointwise: jax.Array,
+    moments: Moments,
+) -> tuple[Folded, Statistics]:
+    """Folds the block, given the moments; also its three norms' mean and variance.
+
+    The folded kernel is rounded to `dtype`, as the convolution will do, before the bias is
+    computed: it then centers what is really computed.
+    """
+    mean = shift.x + moments.mean
+    statistics = {
+        "bn3x3": (shift.y3 + moments.mean3, moments.var3),
+        "bn1x1": (apply(mean, pointwise), moments.var1),
+    }
+    if settings.identity:
+        statistics["bn_identity"] = (mean, moments.var)
+    # Rounding can take a variance of nothing below zero.
+    statistics = {norm: (mean, jnp.maximum(var, 0)) for norm, (mean, var) in statistics.items()}
+    scale = {
+        norm: norms[norm]["scale"][None] * lax.rsqrt(var + settings.epsilon)
+        for norm, (_, var) in statistics.items()
+    }
+    kernel = rounded(pointwise * in_groups(settings, scale["bn1x1"])[..., None, :], dtype)
+    skip = scale.get("bn_identity")
+    bias = -scale["bn3x3"] * moments.mean3 - apply(moments.mean, kernel)
+    for norm in statistics:
+        bias += norms[norm]["bias"][None]
+    if skip is not None:
+        bias -= skip * moments.mean
+    return Folded(scale["bn3x3"], kernel, skip, bias), statistics
+
+
+def _seen(settings: BlockSettings, x: jax.Array) -> jax.Array:
+    """The pixels that a 1x1 kernel sees."""
+    if settings.stride == 1:
+        return x
+    # Five computations read these few pixels. Made once they cost less than reading all of x
+    # for each, which compilers prefer to do unless there is a barrier.
+    return lax.optimization_barrier(x[:, :: settings.stride, :: settings.stride])
+
+
+def _spread(
+    settings: BlockSettings, dy3: jax.Array, kernel: jax.Array, dseen: jax.Array, x: jax.Array
+) -> jax.Array:
+    """What `dy3` is under the 3x3 convolution's transpose, plus `dseen` where it was seen."""
+
+    def transpose(kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        (dx,) = jax.linear_transpose(lambda x: conv3x3(settings, x, kernel), x)(dy)
+        return dx
+
+    if settings.stride == 1:
+        return (transpose(kernel, dy3) + dseen).astype(x.dtype)
+    # Between the pixels of `dseen` would be zeros, in an array as large as x. Instead it goes
+    # through the same convolution, beside dy3, by a kernel that is 1 in the middle.
+    channels = x.shape[-1] // settings.groups
+    one = jnp.zeros((3, 3, channels, channels), x.dtype).at[1, 1].set(jnp.eye(channels))
+    one = jnp.tile(one, settings.groups)
+    return transpose(
+        _side_by_side(settings, kernel, one), _side_by_side(settings, dy3, dseen.astype(x.dtype))
+    )
+
+
+def _side_by_side(settings: BlockSettings, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Their last axes joined, every channel group with its own."""
+    parts = [a.reshape(*a.shape[:-1], settings.groups, -1) for a in (x, y)]
+    return jnp.concatenate(parts, axis=-1).reshape(*x.shape[:-1], -1)
+
+
+def _share_inside(settings: BlockSettings, x: jax.Array, y3: jax.Array) -> jax.Array:
+    """For each tap of the 3x3 kernel the share of output pixels where it sees no padding."""
+
+    def along(axis: int) -> np.ndarray:
+        centers = np.arange(y3.shape[axis])[:, None] * settings.stride
+        taps = centers + np.array([-1, 0, 1]) * settings.dilation
+        return ((taps >= 0) & (taps < x.shape[axis])).mean(axis=0)
+
+    return jnp.asarray(np.outer(along(1), along(2)), wide_type(x.dtype))

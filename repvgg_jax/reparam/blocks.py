@@ -1,0 +1,215 @@
+"""The blocks that this package knows, each one value.
+
+A block of your own is a `BlockSpec`, too: give it to `repvgg_jax.ReparamBlock` and to
+`fuse_params(variables, blocks=(spec,))`. `docs/reparameterization.md` shows one in twenty lines.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from repvgg_jax import covariance
+from repvgg_jax.reparam.linear import (
+    AvgPool,
+    Chain,
+    Conv,
+    Geometry,
+    Identity,
+    Linear,
+    Norm,
+    SameShape,
+    Scale,
+    Sum,
+    kernel_size,
+    names,
+    present,
+    walk,
+)
+from repvgg_jax.text import first_few
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """A block that trains as an expression and deploys as one convolution with a bias.
+
+    Attributes:
+      name: what messages call it.
+      train: what it computes before its activation.
+      deploy: name of the convolution that replaces the expression.
+      keep: children that both forms have, such as squeeze-and-excite.
+      fast_train: the expression in training, its activation included, computed in another way
+        that is faster; see `repvgg_jax.covariance.train_block` for arguments and result. None
+        where there is none.
+
+    Raises:
+      ValueError: the expression is not one convolution, and why.
+    """
+
+    name: str
+    train: Linear
+    deploy: str = "reparam"
+    keep: frozenset[str] = frozenset()
+    fast_train: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", frozenset(self.keep))
+        self._check_names()
+        for term in walk(self.train):
+            sizes = term.kernel_size if isinstance(term, (Conv, AvgPool)) else ()
+            if any(size < 1 or size % 2 == 0 for size in sizes):
+                raise ValueError(
+                    f"block {self.name}: kernel size {sizes} must be odd in both axes; "
+                    "an even kernel has no center"
+                )
+            if isinstance(term, Chain):
+                self._check_chain(term)
+
+    @functools.cached_property
+    def required(self) -> frozenset[str]:
+        """Children that every training-form block has."""
+        return names(self.train, optional=False)
+
+    @functools.cached_property
+    def optional(self) -> frozenset[str]:
+        """Children that only blocks of equal input and output shape have."""
+        return names(self.train, optional=True) - self.required
+
+    @functools.cached_property
+    def traceless(self) -> bool:
+        """Whether a tree of parameters does not show which terms of the block exist.
+
+        An identity without a norm has no parameter, so a block with one looks like a block
+        without it. `fuse_model` asks the model instead.
+        """
+        return any(
+            isinstance(term, SameShape) and not names(term.term) for term in walk(self.train)
+        )
+
+    def kernel_size(self, geometry: Geometry) -> tuple[int, int]:
+        """Height and width of the deploy-form kernel."""
+        resolved = present(self.train, geometry.has_same_shape)
+        return (1, 1) if resolved is None else kernel_size(resolved)
+
+    def _check_names(self) -> None:
+        every = [
+            term.name
+            for term in walk(self.train)
+            if isinstance(term, (Conv, Norm, Scale)) and term.name is not None
+        ]
+        twice = sorted({name for name in every if every.count(name) > 1})
+        if twice or {self.deploy} & {*every}:
+            raise ValueError(
+                f"block {self.name}: every child needs a name of its own, but "
+                f"{first_few(twice or [self.deploy])} occurs more than once"
+            )
+
+    def _check_chain(self, chain: Chain) -> None:
+        strided = False
+        for term in chain.terms:
+            spatial = max(kernel_size(term)) > 1
+            if spatial and strided:
+                raise ValueError(
+                    f"block {self.name}: {term} sees neighboring pixels behind the block's "
+                    "stride; set strided=False in the terms before the last spatial one"
+                )
+            if any(isinstance(part, (Conv, AvgPool)) and part.strided for part in walk(term)):
+                if strided:
+                    raise ValueError(
+                        f"block {self.name}: two terms of a chain take the block's stride; set "
+                        "strided=False in all but one"
+                    )
+                strided = True
+
+
+def _conv_norm(suffix: str, size: int | tuple[int, int], **options: Any) -> Chain:
+    """A convolution `conv{suffix}`, then a norm `bn{suffix}`."""
+    kernel = (size, size) if isinstance(size, int) else size
+    return Chain((Conv(f"conv{suffix}", kernel, **options), Norm(f"bn{suffix}")))
+
+
+REPVGG = BlockSpec(
+    "RepVGG",
+    Sum((_conv_norm("3x3", 3), _conv_norm("1x1", 1), SameShape(Norm("bn_identity", decay=True)))),
+    keep=frozenset({"se"}),
+    fast_train=covariance.train_block,
+)
+"""RepVGG (Ding et al., CVPR 2021, figure 2): BN(K3 * x) + BN(K1 * x) + BN(x)."""
+
+ACB = BlockSpec(
+    "ACB",
+    Sum((_conv_norm("3x3", 3), _conv_norm("1x3", (1, 3)), _conv_norm("3x1", (3, 1)))),
+)
+"""Asymmetric convolution block (ACNet, Ding et al., ICCV 2019): a square kernel and its cross."""
+
+DBB = BlockSpec(
+    "DBB",
+    Sum(
+        (
+            _conv_norm("_origin", 3),
+            _conv_norm("_1x1", 1),
+            Chain(
+                (
+                    Conv("conv_inner", (1, 1), strided=False, expansion=1),
+                    Norm("bn_inner"),
+                    *_conv_norm("_kxk", 3).terms,
+                )
+            ),
+            Chain(
+                (
+                    Conv("conv_pool", (1, 1), strided=False),
+                    Norm("bn_pool"),
+                    AvgPool((3, 3)),
+                    Norm("bn_avg"),
+                )
+            ),
+        )
+    ),
+)
+"""Diverse branch block (Ding et al., CVPR 2021) with fewer groups than channels.
+
+Borders behind the inner norms are padded with their response to zero, as the authors do.
+"""
+
+
+def mobileone(size: int, branches: int = 1) -> BlockSpec:
+    """MobileOne's block (Vasu et al., CVPR 2023, figure 3), depthwise or pointwise.
+
+    Args:
+      size: of the kernel: 3 for the depthwise block, 1 for the pointwise one.
+      branches: convolutions of that size, k in the paper.
+    """
+    terms: list[Linear] = [_conv_norm(f"_{index}", size) for index in range(branches)]
+    if size > 1:
+        terms.append(_conv_norm("_scale", 1))
+    return BlockSpec(
+        f"MobileOne {size}x{size}",
+        Sum((*terms, SameShape(Norm("bn_skip")))),
+        keep=frozenset({"se"}),
+    )
+
+
+QAREPVGG = BlockSpec(
+    "QARepVGG",
+    Chain(
+        (Sum((_conv_norm("3x3", 3), Conv("conv1x1", (1, 1)), SameShape(Identity()))), Norm("bn"))
+    ),
+)
+"""QARepVGG (Chu et al., AAAI 2024): BN(BN(K3 * x) + K1 * x + x), made for quantization."""
+
+
+def large_kernel(size: int, small: int) -> BlockSpec:
+    """RepLKNet's large kernel with a small one beside it (Ding et al., CVPR 2022).
+
+    Args:
+      size: of the large kernel, e.g. 31.
+      small: of the small kernel, e.g. 5.
+    """
+    return BlockSpec(
+        f"large kernel {size}+{small}",
+        Sum((_conv_norm("_large", size), _conv_norm("_small", small))),
+    )
+
+
+BUILT_IN = (REPVGG, ACB, DBB, QAREPVGG)
+"""What `fuse_params` looks for by default: blocks whose children have unmistakable names."""

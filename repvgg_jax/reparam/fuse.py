@@ -1,0 +1,199 @@
+"""`fuse_params`: every block of a tree becomes one convolution."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from repvgg_jax.reparam.algebra import EPSILON, affine
+from repvgg_jax.reparam.blocks import BUILT_IN, BlockSpec
+from repvgg_jax.reparam.linear import Geometry, names
+from repvgg_jax.reparam.tree import Path, Tree, Walk, check_block, children_of, path_name, rebuild
+from repvgg_jax.text import plural
+
+
+def fuse_params(
+    variables: Tree,
+    *,
+    blocks: Sequence[BlockSpec] = BUILT_IN,
+    expect: int | None = None,
+    exclude: Sequence[str] = (),
+    epsilon: float = EPSILON,
+) -> Tree:
+    """Turns every training-form block of a tree into its deploy form, one convolution.
+
+    Wherever the tree contains `{"params": …, "batch_stats": …}`, at its top or anywhere inside,
+    each mapping whose children are exactly those of a block becomes `{"reparam": {"kernel",
+    "bias"}}` and loses its running statistics. Auxiliary heads of RepVGGplus (`aux_` and the
+    name of a block beside it) are dropped, since only training uses them. Everything else is
+    returned as it is, the very same arrays. Blocks that are in deploy form already stay.
+
+    Pure, and usable under `jax.jit`, `jax.vmap`, `jax.grad` and on sharded arrays, which stay
+    sharded. NumPy arrays are folded in float64 and rounded once, JAX arrays in at least float32.
+
+    Args:
+      variables: a network's variables, or any nest of mappings, lists and tuples with such
+        inside. Leading axes of the leaves (an ensemble, a scan over layers) are kept.
+      blocks: what to look for; by default every built-in block.
+      expect: how many blocks there must be, in either form; None for at least one.
+      exclude: paths that are left alone with everything inside, e.g. `"neck"` or
+        `"decoder/*"` (`fnmatch` patterns), for mappings that only look like a block.
+      epsilon: of batch normalization.
+
+    Returns:
+      The same tree in deploy form. `batch_stats` is left out if nothing remains in it.
+
+    Raises:
+      ValueError: no block or not as many as expected, no running statistics, a block whose
+        leaves have other names or shapes, or (for concrete values) a negative variance.
+    """
+    fusing = _Fusing(tuple(blocks), tuple(exclude), epsilon)
+    fused = fusing.outside_params(variables, ())
+    fusing.check(expect)
+    return fused
+
+
+def fuse_block(
+    spec: BlockSpec,
+    params: Mapping[str, Any],
+    stats: Any,
+    *,
+    geometry: Geometry | None = None,
+    epsilon: float = EPSILON,
+    path: Path = (),
+) -> dict[str, Any]:
+    """One block in deploy form.
+
+    Args:
+      spec: the block.
+      params: its parameters by child name.
+      stats: its running statistics by child name.
+      geometry: its shapes; None to read them off the parameters.
+      epsilon: of batch normalization.
+      path: where it is, for messages.
+
+    Raises:
+      ValueError: leaves of other names or shapes than the block has.
+    """
+    geometry = check_block(spec, params, stats, geometry=geometry, path=path)
+    own = {name: params[name] for name in sorted(names(spec.train)) if name in params}
+    dtype = next(iter(jax.tree.leaves(own))).dtype
+    kernel, bias = affine(spec.train, geometry, own, stats or {}, epsilon=epsilon)
+    kept = {key: child for key, child in params.items() if key in spec.keep}
+    return {spec.deploy: {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}, **kept}
+
+
+@dataclasses.dataclass
+class _Fusing(Walk):
+    """One walk over a tree, and what it met."""
+
+    stray: Path | None = None
+    near_misses: list[str] = dataclasses.field(default_factory=list)
+    variances: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
+
+    def outside_params(self, node: Tree, path: Path) -> Tree:
+        """Finds the variables in a tree of any shape."""
+        if isinstance(node, Mapping) and isinstance(node.get("params"), Mapping):
+            params, stats = self.inside_params(node["params"], node.get("batch_stats"), path)
+            children = {**node, "params": params, "batch_stats": stats}
+            if stats is None or _emptied(node["batch_stats"], stats):
+                del children["batch_stats"]
+            return rebuild(node, children)
+        if self.train_spec(node, path):
+            self.stray = self.stray or path
+            return node
+        children = {k: self.outside_params(child, (*path, k)) for k, child in children_of(node)}
+        return rebuild(node, children)
+
+    def inside_params(self, params: Tree, stats: Tree, path: Path) -> tuple[Tree, Tree]:
+        """Fuses the blocks of a parameter tree; returns it and the statistics that remain."""
+        if self.deploy_spec(params, path):
+            self.count += 1
+            return params, stats
+        if spec := self.train_spec(params, path):
+            self.count += 1
+            check_block(spec, params, stats, path=path)
+            for norm, leaf in (stats or {}).items():
+                where = path_name((*path, norm))
+                if isinstance(leaf["var"], np.ndarray):
+                    _check_variance(where, leaf["var"])  # before its square root is taken
+                else:
+                    self.variances.append((where, leaf["var"]))
+            fused = fuse_block(spec, params, stats, epsilon=self.epsilon, path=path)
+            return rebuild(params, fused), {}
+        self.note_near_miss(params, path)
+
+        children = dict(children_of(params))
+        fused, remaining = {}, dict(children_of(stats))
+        for key, child in children.items():
+            before = remaining.pop(key, None)
+            if isinstance(params, Mapping) and self.is_auxiliary_head(key, params, path):
+                continue
+            fused[key], after = self.inside_params(child, before, (*path, key))
+            if after is not None and not _emptied(before, after):
+                remaining[key] = after
+        return rebuild(params, fused), rebuild(stats, remaining)
+
+    def note_near_miss(self, node: Tree, path: Path) -> None:
+        """Remembers what has most of a block's children, to be named if blocks are missing."""
+        if not isinstance(node, Mapping) or self.excluded(path):
+            return
+        for spec in self.blocks:
+            have = node.keys() & (spec.required | spec.optional)
+            if len(have) >= 2 and 2 * len(have) > len(spec.required):
+                missing = sorted(spec.required - node.keys())
+                extra = sorted(str(k) for k in node.keys() - have - spec.keep)
+                self.near_misses.append(
+                    f"{path_name(path)} is not a {spec.name} block: missing "
+                    f"[{', '.join(missing)}], unexpected [{', '.join(extra)}]"
+                )
+                return
+
+    def check(self, expect: int | None) -> None:
+        """Raises for too few or too many blocks, or a variance that cannot be one."""
+        if not self.count and self.stray is not None:
+            raise ValueError(
+                f"{path_name(self.stray)} is a block outside any 'params': give the whole "
+                "variables, {'params': …, 'batch_stats': …}, not the parameters alone"
+            )
+        if expect is not None and self.count != expect:
+            raise ValueError(
+                f"found {plural(self.count, 'block')} of the {expect} that were expected"
+                + "".join(f"; {text}" for text in self.near_misses[:3])
+            )
+        if not self.count:
+            known = ", ".join(spec.name for spec in self.blocks)
+            near = f"; {self.near_misses[0]}" if self.near_misses else ""
+            raise ValueError(
+                "there is no block to fuse in this tree: expected {'params': …, 'batch_stats': …} "
+                f"with mappings that have exactly the children of a block ({known}){near}"
+            )
+        # Values are known only outside of traces, and on this process. They are fetched
+        # together: one transfer for the whole network, not one per block.
+        known_values = [(name, var) for name, var in self.variances if _is_known(var)]
+        fetched = jax.device_get([var for _, var in known_values])
+        for (name, _), var in zip(known_values, fetched, strict=True):
+            _check_variance(name, var)
+
+
+def _check_variance(name: str, var: np.ndarray) -> None:
+    if not (np.isfinite(var) & (var >= 0)).all():
+        raise ValueError(
+            f"{name}/var: a running variance is finite and not negative, but this one ranges from "
+            f"{float(np.min(var)):g} to {float(np.max(var)):g}; the statistics are damaged or "
+            "training diverged"
+        )
+
+
+def _is_known(array: Any) -> bool:
+    """Whether the values can be read here and now."""
+    if isinstance(array, jax.core.Tracer):
+        return False
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def _emptied(before: Tree, after: Tree) -> bool:
+    """Whether nothing is left of what was there."""
+    return bool(before) and isinstance(after, (Mapping, list, tuple)) and len(after) == 0

@@ -1,0 +1,320 @@
+"""The expression that describes a block in training form, before its activation.
+
+`Linear` is data: convolutions, norms, sums and chains, with the names that they have in a tree
+of parameters. Everything else interprets it: `leaves` gives the names and shapes of the
+parameters, `macs` the cost, `repvgg_jax.reparam.algebra.affine` the one kernel and bias that it
+is equal to, `repvgg_jax.block.ReparamBlock` its values on feature maps. Nothing else in this
+package lists the branches of a block.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """A convolution, zero-padded so that stride 1 keeps the size.
+
+    Attributes:
+      name: of its child in the parameter tree.
+      kernel_size: height and width, both odd.
+      strided: whether it takes the block's stride. In a chain exactly one term does; terms with
+        a larger kernel than 1x1 come no later than that one.
+      dilation: as a multiple of the block's.
+      groups: channel groups; None for the block's.
+      expansion: output channels as a multiple of the input's; None for the block's features.
+      bias: whether it has a bias.
+    """
+
+    name: str
+    kernel_size: tuple[int, int]
+    strided: bool = True
+    dilation: int = 1
+    groups: int | None = None
+    expansion: int | None = None
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """Batch normalization, anywhere: after a convolution, on the input, or after a sum.
+
+    Attributes:
+      name: of its child in the parameter tree.
+      decay: whether weight decay applies to its scale.
+    """
+
+    name: str
+    decay: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class AvgPool:
+    """Average pooling per channel; padding counts as pixels, as in `Conv`.
+
+    Attributes:
+      kernel_size: height and width, both odd.
+      strided: as in `Conv`.
+    """
+
+    kernel_size: tuple[int, int]
+    strided: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """The input itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Multiplication per channel; `Scale(factor=-1.0)` subtracts a term in a sum.
+
+    Attributes:
+      name: of its child in the parameter tree, with one leaf `scale`; None for no parameter.
+      factor: a constant factor beside the parameter.
+      initial: the parameter's initial value.
+    """
+
+    name: str | None = None
+    factor: float = 1.0
+    initial: float = 1.0
+
+
+class _Terms:
+    """Accepts any sequence of terms and keeps a tuple, so that expressions are hashable."""
+
+    terms: tuple["Linear", ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", tuple(self.terms))
+        if not self.terms:
+            raise ValueError(f"{type(self).__name__} needs at least one term")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(_Terms):
+    """Terms applied one after another, the first one to the input.
+
+    A convolution or pooling behind a term with a bias pads with that term's response to zero
+    instead of zeros (as in Diverse Branch Block). Only then is the chain one convolution at the
+    borders, too.
+    """
+
+    terms: tuple["Linear", ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum(_Terms):
+    """The sum of terms that are all applied to the same input."""
+
+    terms: tuple["Linear", ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SameShape:
+    """A term that exists only in blocks whose input and output have the same shape."""
+
+    term: "Linear"
+
+
+Linear = Conv | Norm | AvgPool | Identity | Scale | Chain | Sum | SameShape
+"""A linear map of feature maps, with parameters in a tree."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Everything that fixes the shapes of a block.
+
+    Attributes:
+      in_channels: channels of the input.
+      features: channels of the output.
+      stride: spatial stride.
+      dilation: dilation of kernels larger than 1x1.
+      groups: channel groups.
+      same_shape: whether the terms in `SameShape` exist; None for where the shapes agree.
+    """
+
+    in_channels: int
+    features: int
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+    same_shape: bool | None = None
+
+    @property
+    def has_same_shape(self) -> bool:
+        """Whether the terms in `SameShape` exist."""
+        if self.same_shape is None:
+            return self.in_channels == self.features and self.stride == 1
+        return self.same_shape
+
+
+class Leaf(NamedTuple):
+    """One array of an expression.
+
+    Attributes:
+      collection: `params` or `batch_stats`.
+      name: the child that it belongs to, the name of a term.
+      leaf: `kernel`, `bias`, `scale`, `mean` or `var`.
+      shape: its shape.
+    """
+
+    collection: str
+    name: str
+    leaf: str
+    shape: tuple[int, ...]
+
+
+# What an expression is made of.
+
+
+def subterms(term: Linear) -> tuple[Linear, ...]:
+    """The terms directly inside a term."""
+    if isinstance(term, (Chain, Sum)):
+        return term.terms
+    return (term.term,) if isinstance(term, SameShape) else ()
+
+
+def walk(term: Linear) -> Iterator[Linear]:
+    """A term and all terms inside it, in order."""
+    yield term
+    for child in subterms(term):
+        yield from walk(child)
+
+
+def names(term: Linear, *, optional: bool | None = None) -> frozenset[str]:
+    """Names of the children in the parameter tree.
+
+    Args:
+      term: the expression.
+      optional: True for those inside `SameShape`, False for the others, None for all.
+    """
+    if isinstance(term, SameShape):
+        return frozenset() if optional is False else names(term.term)
+    if isinstance(term, (Conv, Norm, Scale)):
+        return frozenset() if optional or term.name is None else frozenset({term.name})
+    return frozenset().union(*(names(child, optional=optional) for child in subterms(term)))
+
+
+def present(term: Linear, same_shape: bool) -> Linear | None:
+    """The expression without `SameShape`: its terms are part of it or left out.
+
+    Returns:
+      The expression, or None where nothing is left of it.
+    """
+    if isinstance(term, SameShape):
+        return present(term.term, same_shape) if same_shape else None
+    if isinstance(term, (Chain, Sum)):
+        kept = [present(child, same_shape) for child in term.terms]
+        left = tuple(child for child in kept if child is not None)
+        return type(term)(left) if left else None
+    return term
+
+
+def kernel_size(term: Linear) -> tuple[int, int]:
+    """Height and width of the kernel that `affine` gives, of an expression with all its terms."""
+    if isinstance(term, Conv):
+        height, width = ((size - 1) * term.dilation + 1 for size in term.kernel_size)
+        return height, width
+    if isinstance(term, AvgPool):
+        return term.kernel_size
+    sizes = [kernel_size(child) for child in subterms(term)] or [(1, 1)]
+    if isinstance(term, Chain):
+        return sum(h - 1 for h, _ in sizes) + 1, sum(w - 1 for _, w in sizes) + 1
+    return max(h for h, _ in sizes), max(w for _, w in sizes)
+
+
+def leaves(term: Linear, geometry: Geometry) -> tuple[Leaf, ...]:
+    """Names and shapes of all arrays of an expression, in order.
+
+    Args:
+      term: the expression.
+      geometry: of the block.
+    """
+    found: list[Leaf] = []
+
+    def collect(part: Linear, in_channels: int, out_channels: int, _: int) -> None:
+        found.extend(_own_leaves(part, in_channels, out_channels, geometry.groups))
+
+    _visit(term, geometry, collect)
+    return tuple(found)
+
+
+def macs(term: Linear, geometry: Geometry, height: int, width: int) -> int:
+    """Multiply-accumulates of the convolutions of an expression, per image.
+
+    Args:
+      term: the expression.
+      geometry: of the block.
+      height: of the input, in pixels.
+      width: of the input, in pixels.
+    """
+    total = 0
+
+    def count(part: Linear, in_channels: int, out_channels: int, stride: int) -> None:
+        nonlocal total
+        if isinstance(part, Conv):
+            per_group = in_channels // (part.groups or geometry.groups)
+            pixels = (-(-height // stride)) * (-(-width // stride))
+            total += part.kernel_size[0] * part.kernel_size[1] * per_group * out_channels * pixels
+
+    _visit(term, geometry, count)
+    return total
+
+
+def _visit(
+    term: Linear, geometry: Geometry, visit: Callable[[Linear, int, int, int], None]
+) -> None:
+    """Calls `visit` with every term, its channels in and out and the stride behind it.
+
+    Raises:
+      ValueError: the terms do not fit together or do not give the block's shape.
+    """
+
+    def follow(part: Linear, channels: int, stride: int) -> tuple[int, int]:
+        if isinstance(part, Sum):
+            ends = [follow(child, channels, stride) for child in part.terms]
+            if len(set(ends)) > 1:
+                listed = ", ".join(f"{c} channels at stride {s}" for c, s in ends)
+                raise ValueError(f"the terms of a sum differ in shape: {listed}")
+            return ends[0]
+        if isinstance(part, Chain):
+            for child in part.terms:
+                channels, stride = follow(child, channels, stride)
+            return channels, stride
+        out = channels
+        if isinstance(part, Conv):
+            out = geometry.features if part.expansion is None else channels * part.expansion
+        if isinstance(part, (Conv, AvgPool)) and part.strided:
+            stride *= geometry.stride
+        visit(part, channels, out, stride)
+        return out, stride
+
+    resolved = present(term, geometry.has_same_shape)
+    if resolved is None:
+        raise ValueError("nothing is left of the expression without the terms in SameShape")
+    end = follow(resolved, geometry.in_channels, 1)
+    if end != (geometry.features, geometry.stride):
+        raise ValueError(
+            f"the expression gives {end[0]} channels at stride {end[1]}, but the block has "
+            f"{geometry.features} at stride {geometry.stride}"
+        )
+
+
+def _own_leaves(
+    term: Linear, in_channels: int, out_channels: int, block_groups: int
+) -> Iterator[Leaf]:
+    if isinstance(term, Conv):
+        shape = (*term.kernel_size, in_channels // (term.groups or block_groups), out_channels)
+        yield Leaf("params", term.name, "kernel", shape)
+        if term.bias:
+            yield Leaf("params", term.name, "bias", (out_channels,))
+    elif isinstance(term, Norm):
+        for leaf in ("scale", "bias"):
+            yield Leaf("params", term.name, leaf, (in_channels,))
+        for leaf in ("mean", "var"):
+            yield Leaf("batch_stats", term.name, leaf, (in_channels,))
+    elif isinstance(term, Scale) and term.name is not None:
+        yield Leaf("params", term.name, "scale", (in_channels,))

@@ -1,0 +1,265 @@
+"""Trees of parameters: which nodes are blocks, and whether they are complete.
+
+A block is a mapping whose children are exactly those of a `BlockSpec`; running statistics live
+in a parallel tree under the same names. Nothing here depends on Flax.
+"""
+
+import collections
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from repvgg_jax.reparam.blocks import BlockSpec
+from repvgg_jax.reparam.linear import (
+    Chain,
+    Conv,
+    Geometry,
+    Linear,
+    Norm,
+    Scale,
+    leaves,
+    names,
+    present,
+    subterms,
+    walk,
+)
+from repvgg_jax.text import first_few, tree_path
+
+Tree = Any
+Path = tuple[Any, ...]
+
+
+@dataclasses.dataclass
+class Walk:
+    """What all walks over a tree share."""
+
+    blocks: tuple[BlockSpec, ...]
+    exclude: tuple[str, ...]
+    epsilon: float
+    count: int = 0
+
+    def excluded(self, path: Path) -> bool:
+        """Whether a pattern in `exclude` names this path."""
+        name = tree_path([part for part in path if part != "params"])
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def train_spec(self, node: Tree, path: Path) -> BlockSpec | None:
+        """The block that this node is, in training form."""
+        return None if self.excluded(path) else matching_block(node, self.blocks)
+
+    def deploy_spec(self, node: Tree, path: Path) -> BlockSpec | None:
+        """The block that this node is, in deploy form.
+
+        Raises:
+          ValueError: it has the children of both forms.
+        """
+        if not isinstance(node, Mapping) or self.excluded(path):
+            return None
+        for spec in self.blocks:
+            if spec.deploy not in node:
+                continue
+            rest = node.keys() - {spec.deploy}
+            if rest <= spec.keep and _is_affine(node[spec.deploy]):
+                return spec
+            if spec.required <= rest:
+                raise ValueError(
+                    f"{path_name(path)} contains both {spec.deploy} and "
+                    f"{', '.join(sorted(spec.required))}: a block is in training form or in "
+                    "deploy form; remove one of the two"
+                )
+        return None
+
+    def is_block(self, node: Tree, path: Path) -> bool:
+        """Whether this node is a block in either form."""
+        return bool(self.train_spec(node, path) or self.deploy_spec(node, path))
+
+    def is_auxiliary_head(self, key: Any, siblings: Mapping[Any, Tree], path: Path) -> bool:
+        """Whether that child is the auxiliary classifier of a block beside it."""
+        block = str(key).removeprefix("aux_")
+        return (
+            block != key
+            and _is_auxiliary_head(siblings[key])
+            and self.is_block(siblings.get(block), (*path, block))
+        )
+
+
+def matching_block(node: Tree, blocks: Sequence[BlockSpec]) -> BlockSpec | None:
+    """The block whose training-form children are exactly those of this node."""
+    if not isinstance(node, Mapping):
+        return None
+    keys = node.keys()
+    for spec in blocks:
+        if spec.required <= keys <= spec.required | spec.optional | spec.keep and all(
+            isinstance(node[key], Mapping) for key in spec.required
+        ):
+            return spec
+    return None
+
+
+def input_channels(spec: BlockSpec, params: Mapping[str, Any]) -> int | None:
+    """Input channels per group of a block in either form; None if the parameters do not show it."""
+    if spec.deploy in params:
+        return int(params[spec.deploy]["kernel"].shape[-2])
+    if not spec.required <= params.keys():
+        return None
+    geometry = _geometry(spec.train, params)
+    return geometry.in_channels // geometry.groups
+
+
+def _geometry(train: Linear, params: Mapping[str, Any]) -> Geometry:
+    """Shapes of a block as far as its parameters show them."""
+    optional = names(train, optional=True)
+    same_shape = bool(optional) and optional <= params.keys()
+    sized: dict[str, tuple[int, ...]] = {}
+    for name in names(train):
+        for leaf in ("kernel", "scale"):
+            if leaf in (child := params.get(name, {})):
+                sized[name] = tuple(getattr(child[leaf], "shape", ()))
+    resolved = present(train, same_shape)
+    assert resolved is not None, "a block with children has terms"
+    convs = [t for t in walk(resolved) if isinstance(t, Conv) and len(sized.get(t.name, ())) >= 4]
+    if not convs:
+        channels = next((shape[-1] for shape in sized.values() if shape), 1)
+        return Geometry(channels, channels, groups=channels, same_shape=same_shape)
+    features = next((sized[t.name][-1] for t in convs if t.expansion is None), 0)
+    first = [t for t in _on_input(resolved) if t in convs]
+    in_per_group = sized[(first or convs)[0].name][-2]
+    in_channels = next(
+        (sized[t.name][-1] // t.expansion for t in first if t.expansion),
+        features if same_shape else in_per_group,
+    )
+    groups = max(1, in_channels // in_per_group) if in_per_group else 1
+    if in_channels % max(in_per_group, 1):
+        raise ValueError(
+            f"an identity branch needs as many input as output channels, but groups of "
+            f"{in_per_group} do not divide {in_channels} channels"
+        )
+    return Geometry(in_channels, features or in_channels, groups=groups, same_shape=same_shape)
+
+
+def _on_input(term: Linear) -> list[Linear]:
+    """Convolutions that are applied to the block's input itself."""
+    if isinstance(term, Chain):
+        for child in term.terms:
+            if found := _on_input(child):
+                return found
+        return []
+    if isinstance(term, Conv):
+        return [term]
+    return [found for child in subterms(term) for found in _on_input(child)]
+
+
+def leading_axes(train: Linear, params: Mapping[str, Any]) -> tuple[int, ...]:
+    """Leading axes of a stack of blocks."""
+    for term in walk(train):
+        if not isinstance(term, (Conv, Norm, Scale)) or term.name is None:
+            continue
+        if term.name in params:
+            leaf, own = ("kernel", 4) if isinstance(term, Conv) else ("scale", 1)
+            shape = getattr(params[term.name].get(leaf), "shape", ())
+            return tuple(shape[: max(0, len(shape) - own)])
+    return ()
+
+
+def check_block(
+    spec: BlockSpec,
+    params: Mapping[str, Any],
+    stats: Any,
+    *,
+    geometry: Geometry | None = None,
+    path: Path = (),
+) -> Geometry:
+    """Checks every leaf of a training-form block by name and shape.
+
+    Returns:
+      The block's geometry, with stride and dilation 1 if read off the parameters.
+
+    Raises:
+      ValueError: with the block's path and the first thing that is wrong.
+    """
+    where = path_name(path)
+    if geometry is None:
+        if spec.traceless:
+            raise ValueError(
+                f"{where} looks like a {spec.name} block, whose parameters do not show whether it "
+                "has an identity branch; use fuse_model(model, variables, images)"
+            )
+        geometry = _geometry(spec.train, params)
+    expected: dict[str, dict[str, tuple[int, ...]]] = collections.defaultdict(dict)
+    try:
+        for leaf in leaves(spec.train, geometry):
+            expected[leaf.name][leaf.leaf] = leaf.shape
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{where} cannot be a {spec.name} block: {error}") from error
+    norms = {leaf.name for leaf in leaves(spec.train, geometry) if leaf.collection == "batch_stats"}
+    if norms and not stats:
+        raise ValueError(
+            f"{where} has no running statistics: 'batch_stats' is needed beside 'params'; "
+            "model.init gives both, and training updates both"
+        )
+    absent = sorted(expected.keys() - params.keys())
+    absent += [f"{norm} in batch_stats" for norm in sorted(norms - stats.keys())] if norms else []
+    extra = sorted(params.keys() - expected.keys() - spec.keep)
+    extra += [f"{norm} in batch_stats" for norm in sorted((stats or {}).keys() - norms)]
+    if absent or extra:
+        raise ValueError(
+            f"{where} is not a complete {spec.name} block: missing [{', '.join(absent)}], "
+            f"unexpected [{', '.join(extra)}]"
+        )
+    lead = leading_axes(spec.train, params)
+    for name, shapes in expected.items():
+        found = {**params[name], **((stats or {}).get(name, {}) if name in norms else {})}
+        check_leaves(found, {k: (*lead, *s) for k, s in shapes.items()}, f"{where}/{name}")
+    return geometry
+
+
+def _is_affine(node: Tree) -> bool:
+    return isinstance(node, Mapping) and node.keys() == {"kernel", "bias"}
+
+
+def _is_auxiliary_head(node: Tree) -> bool:
+    return isinstance(node, Mapping) and node.keys() == {"conv", "bn", "logits"}
+
+
+def check_leaves(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError unless `found` has the expected leaf names and shapes."""
+    if found.keys() != expected.keys():
+        raise ValueError(
+            f"{where} has [{', '.join(sorted(found))}], expected [{', '.join(sorted(expected))}]"
+        )
+    for leaf, shape in expected.items():
+        if (have := getattr(found[leaf], "shape", None)) != shape:
+            raise ValueError(f"{where}/{leaf}: shape {have}, expected {shape}")
+
+
+def path_name(path: Path) -> str:
+    """A path for messages."""
+    return tree_path(path) or "the tree"
+
+
+def summary(node: Tree) -> str:
+    """What a tree looks like from above, for messages."""
+    if not isinstance(node, Mapping):
+        return f"a {type(node).__name__}"
+    return f"a mapping with [{first_few(node, 6)}]"
+
+
+def children_of(node: Tree) -> list[tuple[Any, Tree]]:
+    """Keys and children of a mapping, list or tuple; none of anything else."""
+    if isinstance(node, Mapping):
+        return list(node.items())
+    return list(enumerate(node)) if isinstance(node, (list, tuple)) else []
+
+
+def rebuild(node: Tree, children: dict[Any, Tree]) -> Tree:
+    """A container like `node` with these children; `node` itself if nothing changed."""
+    old = dict(children_of(node))
+    if old.keys() == children.keys() and all(old[key] is children[key] for key in old):
+        return node
+    if isinstance(node, collections.defaultdict):
+        return collections.defaultdict(node.default_factory, children)
+    if isinstance(node, Mapping):
+        return type(node)(children)  # type: ignore[call-arg]
+    values = [children[key] for key in sorted(children)]
+    return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)

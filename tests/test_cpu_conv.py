@@ -1,0 +1,175 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repvgg_jax import create_model
+from repvgg_jax.block import RepVGGBlock
+from repvgg_jax.cpu_conv import conv_general_dilated, training_conv_general_dilated
+from tests.trees import random_images
+
+pytestmark = pytest.mark.core
+
+
+def operands(channels, features, groups, height, width):
+    """Positive pixels, as after a ReLU, and a kernel that keeps their scale."""
+    x = np.maximum(random_images((2, height, width, channels)), 0)
+    fan_in = 9 * channels // groups
+    kernel = random_images((3, 3, channels // groups, features), seed=1) * (2 / fan_in) ** 0.5
+    return x, kernel.astype(np.float32)
+
+
+def convolve(function, x, kernel, stride, groups):
+    pad = kernel.shape[0] // 2
+    return function(
+        x,
+        kernel,
+        (stride, stride),
+        [(pad, pad), (pad, pad)],
+        rhs_dilation=(1, 1),
+        feature_group_count=groups,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "features", "groups", "stride", "height", "width"),
+    [
+        (48, 48, 1, 1, 14, 17),  # Winograd, with an odd side
+        (64, 96, 2, 1, 15, 14),  # Winograd for each group
+        (64, 64, 2, 1, 30, 30),  # a convolution for each group
+        (16, 16, 4, 1, 6, 6),
+        (64, 64, 2, 2, 7, 6),
+        (48, 40, 1, 2, 15, 14),  # patches
+    ],
+)
+def test_substitutes_are_the_convolution_and_as_exact(
+    channels, features, groups, stride, height, width
+):
+    x, kernel = operands(channels, features, groups, height, width)
+    shape = (stride, groups)
+    fast = jax.jit(lambda x, k: convolve(conv_general_dilated, x, k, *shape))
+    plain = jax.jit(lambda x, k: convolve(jax.lax.conv_general_dilated, x, k, *shape))
+    assert "platform_index" in str(jax.make_jaxpr(fast)(x, kernel))
+    with jax.enable_x64(True):
+        truth = convolve(jax.lax.conv_general_dilated, np.float64(x), np.float64(kernel), *shape)
+    errors = [
+        float(np.sqrt(np.square(f(x, kernel) - np.asarray(truth)).mean())) for f in (fast, plain)
+    ]
+    assert errors[0] <= 4 * errors[1]
+    assert errors[1] < 1e-6
+
+
+def test_derivatives():
+    x, kernel = operands(48, 48, 1, 14, 14)
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda x, k: jnp.sin(convolve(function, x, k, 1, 1)).sum(), (0, 1)))
+
+    found = gradients(conv_general_dilated)(x, kernel)
+    with jax.enable_x64(True):
+        truth = gradients(jax.lax.conv_general_dilated)(np.float64(x), np.float64(kernel))
+    for a, exact in zip(found, truth, strict=True):
+        assert np.abs(a - np.asarray(exact)).max() <= 1e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "features", "stride", "height", "width"),
+    [
+        (3, 48, 40, 1, 14, 17),  # Winograd, with an odd side
+        (3, 3, 40, 2, 17, 14),  # patches
+        (3, 48, 40, 2, 14, 15),
+        (1, 48, 40, 1, 5, 4),
+        (1, 48, 40, 2, 5, 4),
+    ],
+)
+def test_training_substitutes_and_their_gradients_are_as_exact(
+    size, channels, features, stride, height, width
+):
+    x, kernel = operands(channels, features, 1, height, width)
+    kernel = kernel[:size, :size]
+    out = (2, -(-height // stride), -(-width // stride), features)
+    dy = random_images(out, seed=2)
+
+    def all_of(function):
+        def compute(x, kernel, dy):
+            y, pull = jax.vjp(lambda x, k: convolve(function, x, k, stride, 1), x, kernel)
+            return y, *pull(dy)
+
+        return jax.jit(compute)
+
+    fast, plain = all_of(training_conv_general_dilated), all_of(jax.lax.conv_general_dilated)
+    assert "platform_index" in str(jax.make_jaxpr(fast)(x, kernel, dy))
+    with jax.enable_x64(True):
+        truth = plain(np.float64(x), np.float64(kernel), np.float64(dy))
+    for a, b, exact in zip(fast(x, kernel, dy), plain(x, kernel, dy), truth, strict=True):
+        errors = [float(np.sqrt(np.square(part - np.asarray(exact)).mean())) for part in (a, b)]
+        assert errors[0] <= 4 * errors[1]
+        assert errors[1] <= 1e-6 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(("groups", "side"), [(2, 14), (1, 12)])
+def test_training_with_groups_or_small_images_stays_plain(groups, side):
+    x, kernel = operands(64, 64, groups, side, side)
+    for stride in (1, 2):
+        jaxpr = jax.make_jaxpr(
+            lambda x, k, s=stride: convolve(training_conv_general_dilated, x, k, s, groups)
+        )(x, kernel)
+        assert "platform_index" not in str(jaxpr)
+
+
+def test_a_training_block_has_the_same_directional_derivative():
+    x = random_images((2, 14, 14, 48))
+    blocks = [RepVGGBlock(48, lowering=lowering) for lowering in ("auto", "plain")]
+    variables = blocks[0].init(jax.random.key(0), x)
+    direction = random_images(x.shape, seed=1)
+    fast, plain = (
+        jax.jvp(
+            lambda x, block=block: block.apply(variables, x, train=True, mutable=["batch_stats"]),
+            (x,),
+            (direction,),
+        )
+        for block in blocks
+    )
+    for a, b in zip(*map(jax.tree.leaves, (fast, plain)), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
+
+
+def lowered(lowering, platform, deploy):
+    block = RepVGGBlock(48, deploy=deploy, lowering=lowering)
+    x = jax.ShapeDtypeStruct((1, 14, 14, 48), jnp.float32)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x)
+    return jax.jit(block.apply).trace(variables, x).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("deploy", "convolutions"), [(True, 1), (False, 2)])
+def test_only_cpus_get_substitutes_and_only_if_wanted(deploy, convolutions):
+    assert "stablehlo.convolution" not in lowered("auto", "cpu", deploy)
+    for lowering, platform in (("auto", "tpu"), ("auto", "cuda"), ("plain", "cpu")):
+        text = lowered(lowering, platform, deploy)
+        assert text.count("stablehlo.convolution") == convolutions
+        assert "dot_general" not in text
+
+
+@pytest.mark.parametrize("change", [{"dtype": jnp.bfloat16}, {"dilation": 2}])
+def test_others_stay_plain(change):
+    block = RepVGGBlock(48, **{"deploy": True, **change})
+    x = jax.ShapeDtypeStruct((1, 14, 14, 48), jnp.float32)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x)
+    assert "platform_index" not in str(jax.make_jaxpr(block.apply)(variables, x))
+
+
+def test_unknown_lowering():
+    with pytest.raises(ValueError, match="lowering='fast' must be one of 'auto', 'plain'"):
+        create_model("A0", lowering="fast")
+
+
+def test_a_kernel_that_is_a_constant_is_transformed_once():
+    """When the program is compiled; as an argument it is transformed whenever it runs."""
+    x, kernel = operands(48, 40, 1, 14, 14)
+    argument = jax.jit(lambda x, k: convolve(conv_general_dilated, x, k, 1, 1)).lower(x, kernel)
+    constant = jax.jit(lambda x: convolve(conv_general_dilated, x, kernel, 1, 1)).lower(x)
+    argument, constant = argument.compile(), constant.compile()
+    np.testing.assert_allclose(constant(x), argument(x, kernel), rtol=0, atol=1e-5)
+    saved = argument.cost_analysis()["flops"] - constant.cost_analysis()["flops"]
+    assert saved >= 2 * kernel.size
