@@ -26,7 +26,7 @@ from typing import Any
 import harness
 import hbm
 
-from repvgg_jax.train.compiling import FEWER_COPIES, parse_options
+from repvgg_jax.train.settings import FEWER_COPIES, TrainSettings
 
 FORMS = ("plain", "branches", "covariance")
 
@@ -178,7 +178,7 @@ def main() -> None:
         )
     settings: list[dict[str, str]] = [{}]
     if args.compiler_options:
-        settings.append(parse_options(args.compiler_options))
+        settings.append(TrainSettings(compiler_options=tuple(args.compiler_options)).xla_options)
     rows = []
     for program in programs:
         baseline: dict[str, Any] | None = None

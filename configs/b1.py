@@ -2,15 +2,10 @@
 
 Expected top-1: 78.37 % (the paper's Table 4, 224 pixels); not measured here.
 
-Hardware: eight accelerators with 32 images each; any number works that divides the batch, and
-the learning rate follows --config.train.batch_size. ImageNet is read as TFDS prepared it;
---config.data.source=folder:/data/imagenet or records:/data/imagenet read it otherwise
-(docs/data.md).
-
     python train.py --config configs/b1.py --workdir runs/b1
 """
 
-from repvgg_jax.train.recipes import paper_120
+from repvgg_jax.train.config import paper_120
 
 
 def get_config():

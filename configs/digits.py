@@ -1,7 +1,7 @@
 """A small RepVGG on scikit-learn's handwritten digits: real images, offline, on a laptop.
 
-Hardware: 2 CPU cores, 25 to 35 seconds with compilation. Held-out accuracy: 99.56 %, mean of five
-seeds (docs/results.md).
+Hardware: 2 CPU cores, 25 to 35 seconds with compilation. Validation accuracy: 99.56 %, mean of
+five seeds (docs/results.md).
 
     python train.py --config configs/digits.py
 """
@@ -9,7 +9,7 @@ seeds (docs/results.md).
 from repvgg_jax import Variant
 from repvgg_jax.train.config import default_config
 
-# The images have 8x8 pixels, so the stem and the first stage keep their resolution.
+# Images have 8x8 pixels, so the stem and the first stage keep their resolution.
 DIGITS = Variant(
     name="digits",
     depths=(1, 2, 2),

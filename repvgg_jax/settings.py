@@ -122,13 +122,6 @@ class Section:
             object.__setattr__(self, field.name, value)
         self.check()
 
-    def keys(self) -> tuple[str, ...]:
-        """Names of the settings, so that `**section` passes them as keyword arguments."""
-        return tuple(field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
-
     def check(self) -> None:
         """Checks how the settings of this section relate to each other.
 

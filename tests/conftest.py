@@ -6,6 +6,7 @@ import shutil
 import tempfile
 
 from tests.flags import xla_flags
+from tests.helpers.shared import digits_run, small_run  # noqa: F401, fixtures
 
 # Before jax is imported: the number of devices is fixed when its backend starts. Flags given from
 # outside stay, such as --xla_cpu_max_isa=AVX2.
@@ -13,7 +14,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 # Many tests, and the scripts that they start, run the same small program; compiling it once a
 # session keeps them short.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="repvgg_jax_xla_")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="repvgg_jax_xla_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
@@ -21,9 +24,6 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture

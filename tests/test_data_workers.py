@@ -17,9 +17,8 @@ from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.settings import DataSettings
 from tests.flags import xla_flags
-from tests.helpers.pictures import images, write_tree
-from tests.helpers.sharding import OVER_BATCH
-from tests.processes import RECIPE, ROOT
+from tests.helpers.pictures import OVER_BATCH, images, write_tree
+from tests.helpers.processes import RECIPE, ROOT
 
 FILES = images(train=24, val=8)
 
@@ -46,7 +45,7 @@ def alive(process: int) -> bool:
 
 
 def left_over(processes: list[int], seconds: float = 300) -> list[int]:
-    """Those that do not end."""
+    """Those that still live after a while."""
     deadline = time.monotonic() + seconds
     while (left := list(filter(alive, processes))) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -133,7 +132,7 @@ class TestARun:
         assert left_over(started) == []
         out, err = (process := self.start(folder, tmp_path)).communicate(timeout=300)
         assert (process.returncode, err) == (0, "")
-        assert "continuing from step" in out
+        assert "resuming from step" in out
         metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         assert {json.loads(line)["step"] for line in metrics} == set(range(1, 301))
 

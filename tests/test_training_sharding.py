@@ -9,10 +9,9 @@ from jax.sharding import PartitionSpec
 
 from repvgg_jax import Variant
 from repvgg_jax.train.checkpoint import Checkpoints
-from repvgg_jax.train.run import Run
 from repvgg_jax.train.sharding import data_mesh, split_largest, state_sharding
 from repvgg_jax.train.state import TrainState
-from tests.runs import small_config
+from tests.helpers.runs import small_experiment
 
 # Large enough for kernels that are worth splitting over eight devices.
 WIDE = Variant("wide", (1, 1), (32, 64), 32, strides=(1, 2), stem_stride=1)
@@ -20,24 +19,16 @@ WIDE = Variant("wide", (1, 1), (32, 64), 32, strides=(1, 2), stem_stride=1)
 
 @pytest.fixture(scope="module")
 def runs():
-    """The same run with a copy of the optimiser's state and averages on each device, or a share.
-
-    Two steps of the first, then a third of each from where they led: rounding does not grow.
-    """
-    runs, steps = {}, {}
-    for shard in (False, True):
-        config = small_config(WIDE, train__shard_optimizer=shard, ema__decay=0.9)
-        runs[shard] = Run.from_config(config)
-        steps[shard] = runs[shard].lower_step().compile()
-    state = runs[False].initial_state()
-    for i in range(2):
-        state, _ = steps[False](state, jax.device_put(_batch(i), runs[False].over_batch))
-    start = jax.device_get(state)
+    """The same run with a copy of the optimizer's state and averages on each device, or a share."""
     found = {}
-    for shard, run in runs.items():
-        batch = jax.device_put(_batch(2), run.over_batch)
-        state, metrics = steps[shard](jax.device_put(start, run.state_sharding()), batch)
-        found[shard] = run, steps[shard], state, jax.device_get(metrics)
+    for shard in (False, True):
+        run = small_experiment(WIDE, train__shard_optimizer=shard, ema__decay=0.9)
+        step = run.lower_step().compile()
+        state = run.initial_state()
+        for i in range(3):
+            batch = jax.device_put(_batch(i), run.over_batch)
+            state, metrics = step(state, batch)
+        found[shard] = run, step, state, jax.device_get(metrics)
     return found
 
 

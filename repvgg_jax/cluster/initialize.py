@@ -1,4 +1,4 @@
-"""A process becomes one of many, and leaves them: nobody waits for one that is gone."""
+"""A process joins a run of several, and leaves it without waiting for those that are gone."""
 
 import contextlib
 import ctypes
@@ -13,112 +13,108 @@ from typing import NoReturn
 
 import jax
 
-from repvgg_jax.cluster import consensus as distributed
-from repvgg_jax.cluster import kv_store as coordination
-from repvgg_jax.cluster.process_info import Place, launched_place
-from repvgg_jax.cluster.watchdog import PATIENCE, Watch
+from repvgg_jax.cluster import consensus, kv_store
+from repvgg_jax.cluster.process_info import ProcessInfo, from_launcher
+from repvgg_jax.cluster.watchdog import TIMEOUT, Watchdog
 
 _GRACE = 5.0  # seconds in which processes that stop tell each other why
 
 
 @contextlib.contextmanager
-def joined(
-    place: str | None,
+def initialized(
+    distributed: str | None,
     *,
     timeout: float,
     explain: Callable[[BaseException], int],
-    patience: float = PATIENCE,
+    heartbeat_timeout: float = TIMEOUT,
 ) -> Iterator[None]:
-    """Makes this process one of a run's, where it was started as one; a context.
+    """A context in which this process is part of a run of several, if it was started as such.
 
-    To be entered before jax looks for devices. An error inside is told to the other
-    processes, and ends this one here: the interpreter's own way out would wait for them.
+    To be entered before jax initializes its backends. An exception inside is reported to the
+    other processes and ends this one at once: the interpreter's own exit would wait for them.
 
     Args:
-      place: HOST:PORT,PROCESSES,PROCESS; None takes what the launcher says (`place.py`), a TPU
-        pod or Kubernetes, and where nothing does there is one process.
+      distributed: HOST:PORT,PROCESSES,PROCESS. If None, a launcher (`process_info.py`), a TPU pod
+        or Kubernetes provides it, and without any of them the run has one process.
       timeout: seconds to wait for all processes.
-      explain: prints an error, returns the exit status.
-      patience: seconds without a sign of life after which a process counts as lost.
+      explain: prints an exception, returns the exit status.
+      heartbeat_timeout: seconds without a heartbeat after which a process counts as lost.
 
     Raises:
-      ValueError: `place` is malformed, or there are other processes and nothing says where.
+      ValueError: `distributed` is malformed, or there are other processes and nothing says where.
       OSError: the port is taken.
     """
-    if not _join(place, timeout):
+    if not _connect(distributed, timeout):
         yield
         return
-    process, processes = coordination.numbers()
+    process, processes = kv_store.process_id(), kv_store.num_processes()
     name = f"process {process} of {processes}"
     again = f"start all {processes} again and they continue from the last checkpoint"
-    watch = Watch(
-        coordination.Table(),
-        process=process,
-        processes=processes,
-        patience=patience,
-        on_loss=lambda what: _lost(f"error: {name} stops, because {what}; {again}"),
+    watchdog = Watchdog(
+        kv_store.Folder("watchdog"),
+        process_id=process,
+        num_processes=processes,
+        timeout=heartbeat_timeout,
+        on_loss=lambda what: _stop_after_loss(f"error: {name} stops, because {what}; {again}"),
     )
-    watch.start()
-    last_words = f"error: {name} stops: it has lost the others, see above; {again}\n"
-    with distributed.watched_by(watch), _last_words(last_words):
+    watchdog.start()
+    abort_message = f"error: {name} stops: it has lost the others, see above; {again}\n"
+    with consensus.watched_by(watchdog), _message_on_abort(abort_message):
         try:
+            check_host_name()
             yield
         except BaseException as error:
-            _fail(error, watch, explain, name, again)
-        watch.close()
+            _fail(error, watchdog, explain, name, again)
+        watchdog.close()
         jax.distributed.shutdown()
 
 
-def _join(text: str | None, timeout: float) -> bool:
-    """Whether there are other processes; if so they have met."""
-    place = launched_place(os.environ) if text is None else Place.parse(text)
-    if place is not None and place.processes == 1:
-        return False  # jax would restrict a lonely task to one GPU
-    if place is not None and place.process == 0:
-        _check_port(int(place.coordinator.rsplit(":", 1)[1]))
-    # jax's own preemption service wants SIGTERM for itself; see Watch.agree_to_stop.
+def _connect(text: str | None, timeout: float) -> bool:
+    """Waits for the other processes; returns False if there are none."""
+    info = from_launcher(os.environ) if text is None else ProcessInfo.parse(text)
+    if info is not None and info.num_processes == 1:
+        return False  # jax would restrict a single task of a launcher to one GPU
+    if info is not None and info.process_id == 0:
+        _check_port(int(info.coordinator_address.rsplit(":", 1)[1]))
+    # jax's preemption service would take SIGTERM for itself; see Watchdog.agree_to_stop.
     jax.config.update("jax_enable_preemption_service", False)
-    who = f"process {place.process} of {place.processes}" if place else "this process"
-    where = f" at {place.coordinator}" if place else ""
-    # jax's own timeout ends the process with a stack trace, so ours comes first.
-    alarm = threading.Timer(
-        timeout,
-        _leave,
-        (
-            1,
-            f"error: {who} waited {timeout:.0f} s for the others{where} and not all came; are "
-            "all started, with the same address, and is its port open between the machines? "
-            "--distributed_timeout waits longer",
-        ),
+    who = f"process {info.process_id} of {info.num_processes}" if info else "this process"
+    where = f" at {info.coordinator_address}" if info else ""
+    # jax's own timeout ends the process with a stack trace, so this one comes first.
+    message = (
+        f"error: {who} waited {timeout:.0f} s for the others{where} and not all came; are all "
+        "started, with the same address, and is its port open between the machines? "
+        "--distributed_timeout waits longer"
     )
-    alarm.daemon = True
-    alarm.start()
+    timer = threading.Timer(timeout, _exit, (1, message))
+    timer.daemon = True
+    timer.start()
     later = int(timeout) + 60
     try:
-        if place is None:
+        if info is None:
             jax.distributed.initialize(initialization_timeout=later)
         else:
             jax.distributed.initialize(
-                place.coordinator,
-                place.processes,
-                place.process,
-                local_device_ids=place.device,
+                info.coordinator_address,
+                info.num_processes,
+                info.process_id,
+                local_device_ids=info.local_device_id,
                 initialization_timeout=later,
             )
     except ValueError as error:
-        if place is None and "coordinator_address should be defined" in str(error):
-            return False  # nothing here says that there are others
+        if info is None and "coordinator_address should be defined" in str(error):
+            return False  # neither a launcher nor an environment that jax detects
         raise ValueError(
             f"jax cannot join other processes: {error} --distributed=HOST:PORT,PROCESSES,PROCESS "
             "says where they are"
         ) from error
     finally:
-        alarm.cancel()
-    return coordination.numbers()[1] > 1
+        timer.cancel()
+    return kv_store.num_processes() > 1
 
 
 def _check_port(port: int) -> None:
-    """Finds a port taken before jax does, which crashes on it."""
+    """Finds a taken port before jax does, which crashes on it."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -131,17 +127,31 @@ def _check_port(port: int) -> None:
             ) from error
 
 
+def check_host_name() -> None:
+    """Finds a host without an address before gloo does, which fails on it with a traceback."""
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if platforms and "cpu" not in platforms.split(","):
+        return
+    try:
+        socket.getaddrinfo(name := socket.gethostname(), None)
+    except OSError as error:
+        raise OSError(
+            f"this machine cannot resolve its own name {name!r} ({error.strerror}), which jax "
+            "needs for several processes; add it to /etc/hosts"
+        ) from error
+
+
 def _fail(
     error: BaseException,
-    watch: Watch,
+    watchdog: Watchdog,
     explain: Callable[[BaseException], int],
     name: str,
     again: str,
 ) -> NoReturn:
     if isinstance(error, jax.errors.JaxRuntimeError):
-        # Most likely a collective lost one of its processes. The watch soon knows which and
+        # Most likely a collective lost one of its processes. The watchdog soon knows which, and
         # ends this process itself.
-        watch.suspect(_GRACE)
+        watchdog.shorten_timeout(_GRACE)
         time.sleep(2 * _GRACE)
         lines = str(error).strip().splitlines()
         reason = f"a collective failed, most likely because another process is gone: {lines[0]}"
@@ -150,50 +160,49 @@ def _fail(
     else:
         status = explain(error)
         reason = " ".join(str(error).split()) or type(error).__name__
-    watch.fail(reason)
-    _last(watch)
-    _leave(status)
+    watchdog.fail(reason)
+    _wait_for_others(watchdog)
+    _exit(status)
 
 
-def _lost(line: str) -> NoReturn:
-    sys.stderr.write(f"{line}\n")
+def _stop_after_loss(message: str) -> NoReturn:
+    sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
-    if coordination.numbers()[0] == 0:
-        time.sleep(_GRACE)  # the others have yet to find out, through this process
-    _leave(1)
+    if kv_store.process_id() == 0:
+        time.sleep(_GRACE)  # the others learn of it through this process
+    _exit(1)
 
 
-def _last(watch: Watch) -> None:
-    """Lets process 0 go last: the others reach each other through it."""
-    process, processes = coordination.numbers()
+def _wait_for_others(watchdog: Watchdog) -> None:
+    """Makes process 0 the last one to exit: it holds the store."""
     began = time.monotonic()
-    while process == 0 and time.monotonic() - began < 2 * _GRACE:
-        if len(watch.left() | {0}) == processes:
+    while kv_store.process_id() == 0 and time.monotonic() - began < 2 * _GRACE:
+        if len(watchdog.finished() | {0}) == kv_store.num_processes():
             break
         time.sleep(0.2)
 
 
-def _leave(status: int, line: str = "") -> NoReturn:
-    """Ends the process at once: any other way waits for processes that may be gone."""
+def _exit(status: int, message: str = "") -> NoReturn:
+    """Ends the process at once: any other exit waits for processes that may be gone."""
     sys.stdout.flush()
-    sys.stderr.write(f"{line}\n" if line else "")
+    sys.stderr.write(f"{message}\n" if message else "")
     sys.stderr.flush()
     os._exit(status)
 
 
 @contextlib.contextmanager
-def _last_words(text: str) -> Iterator[None]:
-    """What to say, and exit with status 1, where the runtime aborts.
+def _message_on_abort(text: str) -> Iterator[None]:
+    """Prints a message and exits with status 1 if jax's runtime aborts the process.
 
-    It does so at once, from a thread of its own, when process 0 is gone. Python's own signal
-    handlers would run in the main thread, after the abort, that is never.
+    It aborts from a thread of its own as soon as process 0 is gone. This needs a handler in C:
+    Python runs its signal handlers in the main thread, after the abort, i.e. never.
     """
 
-    def say(_: int) -> None:
+    def handle(_: int) -> None:
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
-        os._exit(1)
+        os._exit(1)  # nothing else is safe in a signal handler
 
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(say)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
     libc = ctypes.CDLL(None)
     libc.signal(ctypes.c_int(signal.SIGABRT), handler)
     try:

@@ -1,14 +1,15 @@
-"""Who a run's directory belongs to at the moment, on whatever machine it is.
+"""A lock on a directory, across machines.
 
-Between runs on one machine a lock of the file system decides, which ends with its process, however
-that ends. Between machines, and where a file system knows no locks, a file does: its owner writes
-into it every few seconds, so watching it for a little longer tells one that is at work from one
-that is gone. Clocks are not compared.
+Between runs on one machine `flock` decides; the kernel releases it however its process ends.
+Between machines, and on file systems without locks, a file does: its owner writes a heartbeat
+into it, so watching it for longer than that shows whether the owner is alive. Clocks of machines
+are not compared.
 """
 
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -17,103 +18,119 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+_log = logging.getLogger(__name__)
+
 FILE = "owner.json"
-BEAT = 10.0  # seconds between two signs of life
-PATIENCE = 25.0  # seconds without one after which an owner on another machine is gone
+HEARTBEAT = 10.0  # seconds between two heartbeats
+TIMEOUT = 25.0  # seconds without one after which an owner on another machine counts as gone
+_LOOKS = 50  # at another's file within the timeout
 
 
 @contextlib.contextmanager
-def owned(directory: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
-    """A context in which the directory is this process's.
+def locked(
+    directory: pathlib.Path,
+    *,
+    heartbeat: float = HEARTBEAT,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[None]:
+    """A context in which the directory belongs to this process.
 
     Args:
-      directory: which must exist.
-      say: told, in a line, what is waited for and what was found.
+      directory: must exist.
+      heartbeat: seconds between two heartbeats.
+      sleep: how to wait while another's file is watched.
 
     Raises:
-      ValueError: another run is at work there.
+      ValueError: another run is using it.
       OSError: it cannot be written.
     """
-    # A lock on the directory itself leaves nothing behind.
-    handle = os.open(directory, os.O_RDONLY)
+    # flock on the directory itself leaves no file behind.
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        locked = _lock(handle, directory)
-        if not locked:
-            say(
-                f"{directory} is on a file system without locks: other runs there are noticed by "
-                f"their {FILE}"
+        flocked = _flock(descriptor, directory)
+        if not flocked:
+            _log.warning(
+                "%s is on a file system without locks; other runs there are noticed by their %s",
+                directory,
+                FILE,
             )
-        mark = _Mark(directory / FILE, say)
-        _outlive(directory / FILE, say, locked=locked)
-        with mark.kept():
+        _check_owner(directory / FILE, sleep, flocked=flocked)
+        with _Owner(directory / FILE).alive(heartbeat):
             yield
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
-def _lock(handle: int, directory: pathlib.Path) -> bool:
-    """Whether the directory could be locked; not where its file system knows no locks."""
+def machine_id() -> str:
+    """An id that differs between machines, and between boots of one."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
+
+
+def _flock(descriptor: int, directory: pathlib.Path) -> bool:
+    """Locks the directory; returns False if its file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(
-            f"{directory} is in use by another run on this machine; wait for its end, or give "
+            f"{directory} is in use by another run on this machine; wait until it ends, or give "
             "another --workdir"
         ) from error
-    except OSError:  # ENOLCK, ENOSYS, ENOTSUP, NFS's EBADF for a directory: each in its own words
+    except OSError:  # ENOLCK, ENOSYS, ENOTSUP, or EBADF from NFS for a directory
         return False
     return True
 
 
-def _outlive(file: pathlib.Path, say: Callable[[str], None], *, locked: bool) -> None:
-    """Returns when no other run is at work; raises ValueError where one is."""
+def _check_owner(file: pathlib.Path, sleep: Callable[[float], None], *, flocked: bool) -> None:
+    """Removes the file of an owner that is gone; raises ValueError if the owner is alive."""
     before = _read(file)
     if before is None:
         return
     owner = _parse(before)
     who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
-    if not locked or owner.get("machine") != _machine():
-        say(f"{file} is that of {who}: watching for {PATIENCE:.0f} s whether it is at work")
-        began = time.monotonic()
-        while time.monotonic() - began < PATIENCE:
-            time.sleep(min(0.5, PATIENCE / 10))
+    if not flocked or owner.get("machine") != machine_id():
+        _log.warning("%s belongs to %s: watching it for %.0f s", file, who, TIMEOUT)
+        for _ in range(_LOOKS):
+            sleep(TIMEOUT / _LOOKS)
             now = _read(file)
             if now is None:
                 return  # it has just ended
             if now != before:
                 raise ValueError(
                     f"{file.parent} is in use by {who}, which began at "
-                    f"{owner.get('began', '?')}; wait for its end, or give another --workdir"
+                    f"{owner.get('began', '?')}; wait until it ends, or give another --workdir"
                 )
-        say(f"{who} is gone: this run takes over")
+        _log.warning("%s is gone: this run takes over", who)
     file.unlink(missing_ok=True)
 
 
-class _Mark:
-    """The file in which an owner shows that it is at work."""
+class _Owner:
+    """The file with which this process shows that it is alive."""
 
-    def __init__(self, file: pathlib.Path, say: Callable[[str], None]):
-        self._file, self._say = file, say
+    def __init__(self, file: pathlib.Path):
+        self._file = file
         self._beats, self._ended = 0, threading.Event()
         self._owner = {
             "host": platform.node(),
-            "machine": _machine(),
+            "machine": machine_id(),
             "pid": os.getpid(),
             "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         }
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """A context in which the file is there and shows signs of life."""
+    def alive(self, heartbeat: float) -> Iterator[None]:
+        """A context in which the file exists and is written every `heartbeat` seconds."""
         try:
-            with self._file.open("x") as file:  # of two that begin at once, one
+            with self._file.open("x") as file:  # only one of two simultaneous starts succeeds
                 file.write(self._text())
         except FileExistsError as error:
             raise ValueError(
                 f"{self._file.parent} was claimed by another run at this moment; give another "
                 "--workdir"
             ) from error
-        thread = threading.Thread(target=self._beat, daemon=True)
+        thread = threading.Thread(target=self._run, args=(heartbeat,), daemon=True)
         thread.start()
         try:
             yield
@@ -123,16 +140,16 @@ class _Mark:
             if self._is_own():
                 self._file.unlink(missing_ok=True)
 
-    def _beat(self) -> None:
-        while not self._ended.wait(BEAT):
+    def _run(self, heartbeat: float) -> None:
+        while not self._ended.wait(heartbeat):
             if not self._is_own():
                 if self._file.exists():
-                    self._say(
-                        f"{self._file.parent} was taken over by another run; stop one of them"
+                    _log.warning(
+                        "%s was taken over by another run; stop one of them", self._file.parent
                     )
                 return
             self._beats += 1
-            # Over itself and as long as it was: that needs no space on a disk that is full.
+            # Overwrite in place with the same length, so it works on a full disk.
             with contextlib.suppress(OSError), self._file.open("r+") as file:
                 file.write(self._text())
 
@@ -145,7 +162,7 @@ class _Mark:
 
 
 def _read(file: pathlib.Path) -> str | None:
-    """None where there is none; a damaged one is like any that is not this run's."""
+    """None if it does not exist; a damaged file reads as another owner's."""
     try:
         return file.read_text(errors="replace")
     except FileNotFoundError:
@@ -158,11 +175,3 @@ def _parse(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _machine() -> str:
-    """Something that no two machines share, nor one before and after it was started anew."""
-    try:
-        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return platform.node()

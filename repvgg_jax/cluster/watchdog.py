@@ -1,9 +1,8 @@
-"""Processes of one run that keep an eye on each other, beside the collectives they share.
+"""Failure detection and coordinated stopping, beside the collectives of a run.
 
-A collective waits for everybody: where one process is gone the others would hang in it. A
-thread of every process therefore says once in a while, in the key-value store of jax's
-coordination service, that its process is alive, and reads what the others say there: that
-they are alive, that they failed and why, that somebody asked them to stop.
+A collective waits for all processes, so if one is gone the others hang in it. Each process
+therefore has a thread that writes heartbeats to the key-value store of jax's coordination service
+and reads those of the others, their failures, and requests to stop.
 """
 
 import signal
@@ -12,17 +11,17 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-PATIENCE = 60.0  # seconds without a sign of life after which a process counts as lost
-INTERVAL = 0.5  # seconds between two looks; more where there are many processes
+TIMEOUT = 60.0  # seconds without a heartbeat after which a process counts as lost
+INTERVAL = 0.5  # seconds between two heartbeats; more with many processes
 
-_DONE = "done"
+_FINISHED = "done"
 
 
 class Store(Protocol):
-    """A table of strings that all processes of a run share."""
+    """A table of strings that all processes of a run share, e.g. `kv_store.Folder`."""
 
     def put(self, key: str, value: str) -> None:
-        """Writes an entry, or writes over it."""
+        """Writes an entry; replaces it if it exists."""
         ...
 
     def entries(self) -> Mapping[str, str]:
@@ -30,38 +29,40 @@ class Store(Protocol):
         ...
 
 
-class Watch:
-    """One process's eye on the others."""
+class Watchdog:
+    """Watches the other processes of a run for one of them."""
 
     def __init__(
         self,
         store: Store,
         *,
-        process: int,
-        processes: int,
+        process_id: int,
+        num_processes: int,
         on_loss: Callable[[str], None],
-        patience: float = PATIENCE,
+        timeout: float = TIMEOUT,
         interval: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
-        """Prepares the watch; `start` begins it.
+        """Prepares the watchdog; `start` starts its thread.
 
         Args:
           store: shared by the processes.
-          process: the number of this one.
-          processes: how many there are.
-          on_loss: told, from the watching thread, what became of another process.
-          patience: seconds without a sign of life after which a process counts as lost.
-          interval: seconds between two looks.
+          process_id: of this process.
+          num_processes: of the run.
+          on_loss: called in the watchdog's thread with what happened to another process.
+          timeout: seconds without a heartbeat after which a process counts as lost.
+          interval: seconds between two heartbeats.
+          clock: seconds, monotonic.
         """
-        self._store, self._process, self._processes = store, process, processes
-        self._on_loss, self._patience = on_loss, patience
-        # The store is one process's: it answers some hundred looks a second, whatever the pod.
-        self._interval = max(INTERVAL, processes / 128) if interval is None else interval
+        self._store, self._process_id, self._num_processes = store, process_id, num_processes
+        self._on_loss, self._timeout, self._clock = on_loss, timeout, clock
+        # The store is in process 0 and answers some hundred requests per second.
+        self._interval = max(INTERVAL, num_processes / 128) if interval is None else interval
         self._beats = 0
         self._seen: dict[int, tuple[str | None, float]] = {}
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        # Of stopping together; guarded by the condition.
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        # State of coordinated stopping, guarded by the condition.
         self._changed = threading.Condition()
         self._polls = 0
         self._proposed = False
@@ -69,45 +70,47 @@ class Watch:
         self._reason: signal.Signals | None = None
 
     def start(self) -> None:
-        """Begins to watch, in a thread."""
+        """Starts the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Says goodbye: from now on nobody misses this process."""
+        """Stops the thread and marks this process as finished; the others stop expecting it."""
         self._closed.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         self._store.put(self._key("polls"), str(self._polls))
-        self._store.put(self._key("beat"), _DONE)
+        self._store.put(self._key("beat"), _FINISHED)
 
     def fail(self, reason: str) -> None:
-        """Tells the others in a line why this process stops; what becomes of them is theirs."""
+        """Tells the others why this process stops, and ignores from now on what they do."""
         self._on_loss = lambda what: None
         self._store.put(self._key("failure"), reason)
 
-    def suspect(self, patience: float) -> None:
-        """Counts a process as lost sooner: something happened that hints at it."""
-        self._patience = min(self._patience, patience)
+    def shorten_timeout(self, timeout: float) -> None:
+        """Declares a process lost sooner, e.g. after a collective has failed."""
+        self._timeout = min(self._timeout, timeout)
 
-    def left(self) -> set[int]:
-        """The processes that said goodbye or failed."""
+    def finished(self) -> set[int]:
+        """The processes that have finished or failed."""
         entries = self._store.entries()
         return {
             other
-            for other in range(self._processes)
-            if entries.get(f"{other}/beat") == _DONE or f"{other}/failure" in entries
+            for other in range(self._num_processes)
+            if entries.get(f"{other}/beat") == _FINISHED or f"{other}/failure" in entries
         }
 
     def agree_to_stop(self, received: signal.Signals | None) -> signal.Signals | None:
         """Whether to stop here; the same answer in all processes at the same call.
 
-        Every process calls it at the same places of the program, and they may be apart: who
-        is ahead when a signal arrives waits here until all have said how far they are.
+        Every process calls it at the same places of the program, e.g. once per step, though not
+        at the same time: if a process is ahead when a signal arrives, it waits here until all
+        have said how far they are.
 
         Args:
-          received: the signal that asked this process to stop, if one did.
+          received: the signal that asked this process to stop, if any.
 
         Returns:
-          The signal that asked one of them to stop, as soon as all know of it.
+          The signal that asked one of them to stop, as soon as all know of it; else None.
         """
         with self._changed:
             self._polls += 1
@@ -118,56 +121,53 @@ class Watch:
             stop = self._stop_at is not None and self._polls >= self._stop_at
             return self._reason if stop else None
 
-    def look(self) -> None:
-        """One look at the others; the thread calls it again and again."""
+    def check(self) -> None:
+        """Sends one heartbeat and reads the others'; the thread calls this repeatedly."""
         self._beats += 1
         self._store.put(self._key("beat"), str(self._beats))
-        entries, now = self._store.entries(), time.monotonic()
-        for other in range(self._processes):
-            if other == self._process:
+        entries, now = self._store.entries(), self._clock()
+        for other in range(self._num_processes):
+            if other == self._process_id:
                 continue
+            who = f"process {other} of {self._num_processes}"
             if f"{other}/failure" in entries:
-                return self._on_loss(
-                    f"process {other} of {self._processes} stopped: {entries[f'{other}/failure']}"
-                )
+                return self._on_loss(f"{who} stopped: {entries[f'{other}/failure']}")
             beat = entries.get(f"{other}/beat")
             last, since = self._seen.get(other, (None, now))
             if other not in self._seen or beat != last:
                 self._seen[other] = beat, now
-            elif beat != _DONE and now - since > self._patience:
-                return self._on_loss(
-                    f"process {other} of {self._processes} is gone: "
-                    f"no sign of life for {self._patience:.0f} s"
-                )
-        self._stop_together(entries)
+            elif beat != _FINISHED and now - since > self._timeout:
+                return self._on_loss(f"{who} is gone: no heartbeat for {self._timeout:.0f} s")
+        self._agree_on_poll(entries)
         return None
 
-    def _stop_together(self, entries: Mapping[str, str]) -> None:
-        asked = [entries.get(f"{other}/stop") for other in range(self._processes)]
-        reason = next((signal.Signals[name] for name in asked if name), None)
+    def _agree_on_poll(self, entries: Mapping[str, str]) -> None:
+        """If a stop was requested: publishes this process's poll count, then takes the maximum."""
+        requests = [entries.get(f"{other}/stop") for other in range(self._num_processes)]
+        reason = next((signal.Signals[name] for name in requests if name), None)
         if reason is None or self._stop_at is not None:
             return
         with self._changed:
             self._reason = reason
             if not self._proposed:
-                # From here to the answer nobody passes a poll.
+                # From here until the decision, `agree_to_stop` blocks.
                 self._proposed = True
                 self._store.put(self._key("polls"), str(self._polls))
-            found = [entries.get(f"{other}/polls") for other in range(self._processes)]
-            passed = [int(polls) for polls in found if polls is not None]
-            if len(passed) == self._processes:
-                self._stop_at = max(passed) + 1
+            found = [entries.get(f"{other}/polls") for other in range(self._num_processes)]
+            polls = [int(count) for count in found if count is not None]
+            if len(polls) == self._num_processes:
+                self._stop_at = max(polls) + 1
                 self._changed.notify_all()
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):
             try:
-                self.look()
-            except RuntimeError as error:
+                self.check()
+            except RuntimeError as error:  # of jax's client: process 0 holds the store
                 if not self._closed.is_set():
                     reason = str(error).partition("\n")[0]
-                    self._on_loss(f"process 0 of {self._processes} does not answer: {reason}")
+                    self._on_loss(f"process 0 of {self._num_processes} does not answer: {reason}")
                 return
 
     def _key(self, name: str) -> str:
-        return f"{self._process}/{name}"
+        return f"{self._process_id}/{name}"

@@ -1,5 +1,5 @@
-"""Training: configuration, optimiser, task, step, loop, checkpoints and reports.
+"""Training: settings, task, step, loop, checkpoints and reports.
 
-Below `loop` everything is a pure function of its arguments; only `checkpoint`, `workdir`
-and `report` touch the disk.
+Below `loop` everything is a pure function of its arguments; only `checkpoint`, `workdir`,
+`metrics` and `report` touch the disk.
 """

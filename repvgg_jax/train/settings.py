@@ -7,7 +7,7 @@ augmentation are in `repvgg_jax.data.settings`.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -51,7 +51,7 @@ def _plain_variant(variant: Variant) -> str | dict[str, Any]:
 class ModelSettings(Section, path="config.model"):
     """The network."""
 
-    variant: Variant = setting(
+    variant: Variant = setting(  # noqa: RUF009
         VARIANTS["A0"],
         "an official name or the fields of a Variant",
         parse=_parse_variant,
@@ -189,8 +189,8 @@ class Settings(Section, path="config"):
     )
     model: ModelSettings = ModelSettings()
     bn: NormSettings = NormSettings()
-    data: DataSettings = DataSettings()
-    augment: AugmentSettings = AugmentSettings()
+    data: DataSettings = DataSettings()  # noqa: RUF009
+    augment: AugmentSettings = AugmentSettings()  # noqa: RUF009
     train: TrainSettings = TrainSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     ema: EmaSettings = EmaSettings()
@@ -199,7 +199,7 @@ class Settings(Section, path="config"):
     report: ReportSettings = ReportSettings()
 
     @classmethod
-    def from_config(cls, config: "ConfigDict | Settings") -> Self:
+    def from_config(cls, config: "ConfigDict | Settings") -> "Settings":
         """The settings that a configuration holds; settings that it lacks take their defaults.
 
         Args:
@@ -209,7 +209,9 @@ class Settings(Section, path="config"):
         Raises:
           ValueError: the first setting that is unknown or cannot work, and what would.
         """
-        return config if isinstance(config, cls) else cls.from_mapping(config.to_dict())
+        if isinstance(config, Settings):
+            return config
+        return cls.from_mapping(config.to_dict())
 
     def check(self) -> None:
         """Checks how sections relate to each other."""

@@ -1,4 +1,4 @@
-"""Stopping when the machine or the person asks for it."""
+"""SIGTERM and Ctrl-C stop a run between two steps."""
 
 import signal
 import types
@@ -9,20 +9,20 @@ Signal = signal.Signals | None
 
 
 class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a question that the loop asks between two steps.
+    """A context manager that records SIGTERM and SIGINT, which the loop polls between two steps.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C raises KeyboardInterrupt at once.
 
     Attributes:
-      signal: what the run stops for, once `poll` has said so.
+      signal: that the run stops for, as soon as `poll` has returned True; else None.
     """
 
     def __init__(self, agree: Callable[[Signal], Signal] = lambda received: received):
-        """Prepares the question.
+        """Prepares the context.
 
         Args:
-          agree: from the signal that this process received to the one that all of a run's
-            processes stop for.
+          agree: maps the signal that this process has received, if any, to the one that all
+            processes of the run stop for.
         """
         self.signal: Signal = None
         self._received: Signal = None
@@ -33,7 +33,7 @@ class StopRequest:
         return self.signal is not None
 
     def poll(self) -> bool:
-        """Whether to stop here; all processes of a run ask at the same places."""
+        """Whether to stop here; all processes of a run call this at the same places."""
         if self.signal is None:
             self.signal = self._agree(self._received)
         return self.signal is not None
@@ -42,7 +42,7 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._previous[number] = signal.signal(number, self._request)
-            except ValueError:  # not the main thread: the caller handles its own signals
+            except ValueError:  # not in the main thread: the caller handles its own signals
                 break
         return self
 

@@ -1,11 +1,11 @@
-"""Train steps compiled for TPUs that are not there."""
+"""Train steps compiled for TPUs that are not attached."""
 
 import importlib.util
 
 import pytest
 
 from repvgg_jax.train.aot import chips_in, compile_ahead
-from tests.runs import small_config
+from tests.helpers.runs import small_config
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 
@@ -15,7 +15,7 @@ def test_the_step_compiles_for_a_slice_of_tpus():
     program = compile_ahead(small_config(), "v5e:2x2", timeout=300)
     assert program.devices == 4
     assert program.title.startswith("RepVGG small (float32) on v5e:2x2: 4 devices in 1 process,")
-    assert program.batch.startswith("global batch 128 = 128 a process = 32 a device")
+    assert program.batch.startswith("global batch 128 = 128/process = 32/device")
     assert program.collectives["all-reduce"] >= 1
     assert 0 < program.arguments < program.peak < program.hbm == 16 * 2**30
     table = str(program).splitlines()
@@ -39,7 +39,7 @@ def test_options_reach_the_compiler():
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu")
 def test_too_little_time():
-    with pytest.raises(TimeoutError, match=r"v5e:2x2 was not done after 0 s; --compile_timeout"):
+    with pytest.raises(TimeoutError, match=r"v5e:2x2 .* 0 s; .*--compile_timeout"):
         compile_ahead(small_config(), "v5e:2x2", timeout=0.1)
 
 
@@ -58,9 +58,9 @@ def test_without_libtpu():
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v5e:3x3", r"no TPU topology 'v5e:3x3'; of v5e there are: 1x1, 2x2, .*16x16$"),
-        ("v4:2x2", r"of v4 there are: 2x2x1, "),
-        ("v9:2x2", r"one of v4, v5e, v5p, v6e, say v4:16x16x16"),
+        ("v5e:3x3", r"no TPU topology 'v5e:3x3'; v5e has: 1x1, 2x2, .*16x16$"),
+        ("v4:2x2", r"v4 has: 2x2x1, "),
+        ("v9:2x2", r"one of v4, v5e, v5p, v6e, e.g. v4:16x16x16"),
         ("pod", r"write GENERATION:SHAPE"),
     ],
 )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tests.flags import xla_flags
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds; these machines are busy
 
 # A few thousand parameters on made-up images; a step takes milliseconds.
@@ -30,27 +30,27 @@ def get_config():
     return config
 """
 
-# The same in float64, for runs that are compared with each other: in float32 sums in another order
-# differ in the seventh digit, and where a value before a ReLU therefore has the other sign, the
+# The same in float64, for runs that are compared with each other: in float32, sums in another order
+# differ in the seventh digit, and if a value before a ReLU therefore has the other sign, the
 # gradients of two runs differ by as much as one pixel counts. How far the runs are apart after some
-# steps then depends on the processor. Pixels are normalised without rounding.
-FLOAT64 = f"""
-import functools
+# steps then depends on the processor. Pixels are normalized without rounding.
+FLOAT64 = RECIPE.replace(
+    "    return config",
+    """    config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return config
+
+
+def create_model(*arguments, **options):
+    options |= {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    return repvgg_jax.create_model(*arguments, **options)
+
 
 import jax.numpy as jnp
+import repvgg_jax
+from repvgg_jax.train import experiment
 
-from repvgg_jax.train import config as configs
-
-configs.DTYPES["float64"] = jnp.float64
-configs.create_model = functools.partial(configs.create_model, param_dtype=jnp.float64)
-{
-    RECIPE.replace(
-        "    return config",
-        '''    config.model.dtype = "float64"
-    config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return config''',
-    )
-}"""
+experiment.create_model = create_model""",
+)
 
 
 def free_port() -> int:
@@ -60,23 +60,28 @@ def free_port() -> int:
 
 
 class Processes:
-    """Processes that run train.py, each with its output in files."""
+    """Processes that run train.py or another program, each with its output in files."""
 
     def __init__(
         self,
         folder: pathlib.Path,
         commands: Sequence[tuple[list[str], dict[str, str]]],
+        program: str | None,
         recipe: str,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.py").write_text(recipe)
+        start = [str(ROOT / "train.py"), "--config=recipe.py"]
+        if program is not None:
+            (folder / "program.py").write_text(program)
+            start = ["program.py"]
         self._outputs = [(folder / f"{i}.out", folder / f"{i}.err") for i in range(len(commands))]
         self.processes = []
         for (arguments, environment), (out, err) in zip(commands, self._outputs, strict=True):
             with out.open("w") as stdout, err.open("w") as stderr:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(ROOT / "train.py"), "--config=recipe.py", *arguments],
+                        [sys.executable, *start, *arguments],
                         cwd=folder,
                         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
                         stdout=stdout,
@@ -113,6 +118,7 @@ def started(
     devices: int = 2,
     own: Mapping[int, Sequence[str]] | None = None,
     launcher: str | None = None,
+    program: str | None = None,
     recipe: str = RECIPE,
 ) -> Iterator[Processes]:
     """Starts `count` processes of one run in `folder`, its workdir `run`.
@@ -125,7 +131,8 @@ def started(
       own: further arguments of single ones.
       launcher: "slurm" or "open mpi": they are told about each other as these do, not by
         --distributed.
-      recipe: what recipe.py says, `RECIPE` or `FLOAT64`.
+      program: source of a program to run instead of train.py.
+      recipe: content of recipe.py, `RECIPE` or `FLOAT64`.
     """
     port, commands = free_port(), []
     for i in range(count):
@@ -153,7 +160,7 @@ def started(
         elif count > 1:
             given.append(f"--distributed=127.0.0.1:{port},{count},{i}")
         commands.append((given, environment))
-    run = Processes(folder, commands, recipe)
+    run = Processes(folder, commands, program, recipe)
     try:
         yield run
     finally:

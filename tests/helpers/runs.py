@@ -1,0 +1,62 @@
+"""Small runs: a few thousand parameters on the real digits."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from repvgg_jax import Variant
+from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.config import default_config
+from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.settings import Settings
+from repvgg_jax.train.state import TrainState
+
+SMALL = Variant("small", (1, 1), (8, 16), 8, strides=(1, 2), stem_stride=1)
+
+
+def small_config(variant: Variant = SMALL, **overrides: Any) -> ConfigDict:
+    """Two epochs of eleven steps; overrides as `train__epochs=3`."""
+    config = default_config(variant)
+    config.data.mean, config.data.std = (0.305,), (0.376,)
+    config.augment.affine.shift = 0.1
+    config.train.batch_size = 128
+    config.train.epochs = 2
+    config.optimizer.learning_rate, config.optimizer.warmup_epochs = 0.4, 0.5
+    config.eval.batch_size = 120
+    config.report.every_steps = 4
+    with config.unlocked():
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    return config
+
+
+def small_settings(variant: Variant = SMALL, **overrides: Any) -> Settings:
+    """The settings of `small_config`."""
+    return Settings.from_config(small_config(variant, **overrides))
+
+
+def small_experiment(variant: Variant = SMALL, **overrides: Any) -> Experiment:
+    """The experiment of `small_config`."""
+    return Experiment.from_config(small_config(variant, **overrides))
+
+
+def rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows without what depends on the clock."""
+    return [
+        {k: v for k, v in row.items() if "per_second" not in k and k != "data_wait"}
+        for row in rows(path)
+    ]
+
+
+def final_state(path: pathlib.Path, config: ConfigDict | None = None) -> TrainState:
+    """The state in a run's newest checkpoint, NumPy arrays; default: a run of `small_config`."""
+    experiment = Experiment.from_config(small_config() if config is None else config)
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        return jax.device_get(checkpoints.restore(experiment.abstract_state()))

@@ -1,0 +1,101 @@
+"""What a run reports: rows, TensorBoard, curves and the page."""
+
+import logging
+import re
+
+import jax
+import pytest
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
+
+from repvgg_jax import cli
+from repvgg_jax.train.metrics import MetricsWriter
+from repvgg_jax.train.workdir import Workdir
+from tests.helpers.runs import rows, small_experiment
+
+
+def test_tensorboard_events_hold_the_same_numbers(small_run):
+    path, _ = small_run
+    found = {}
+    for file in (path / "tensorboard").iterdir():
+        data = file.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            data = data[16 + length :]
+    assert RecordWriter  # the format that was read above is tensorboardX's
+    for row in rows(path):
+        for name, value in row.items():
+            if "/" in name:
+                assert found[name, row["step"]] == pytest.approx(value, rel=1e-6)
+
+
+def test_the_page_holds_everything_and_needs_nothing(small_run):
+    path, outcome = small_run
+    assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    text = (path / "report.html").read_text()
+    assert f"{outcome.accuracy:.4f}" in text
+    for words in (
+        "three branches",
+        "fused",
+        "finished at step 22",
+        "Configuration",
+        "batch_size",
+        "jaxlib",
+    ):
+        assert words in text
+    assert "data:image/png;base64," in text
+    assert not re.search(r"(src|href)=\"(?!data:)", text)  # nothing is loaded from anywhere
+
+
+def test_the_page_says_how_fast_it_was_and_how_long_it_waited(small_run):
+    path, _ = small_run
+    found = [row for row in rows(path) if "data_wait" in row]
+    assert len(found) == 7
+    speeds = sorted(row["images_per_second_per_device"] for row in found)
+    waits = sorted(row["data_wait"] for row in found)
+    assert speeds[0] > 0
+    assert 0 <= waits[0] <= waits[-1] < 1
+    text = (path / "report.html").read_text()
+    section = text.partition("<h2>Speed</h2>")[2].partition("<h2>")[0]
+    table = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in section.splitlines()]
+    assert [line for line in table if line] == [
+        ["over the rows", "median", "least", "most"],
+        ["images/s/device", *(f"{speeds[i]:,.1f}" for i in (3, 0, -1))],
+        ["waiting for data", *(f"{waits[i]:.1%}" for i in (3, 0, -1))],
+    ]
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    with MetricsWriter(Workdir(tmp_path), small_experiment(), start_step=0) as writer:
+        writer.write({"step": 1, "eval/accuracy": 0.5, "eval/loss": 1.0})
+        writer.draw()
+    assert not list(tmp_path.iterdir())
+
+
+class TestLogHandler:
+    """The messages of several processes on one terminal."""
+
+    @pytest.fixture
+    def log(self):
+        logger = logging.Logger("repvgg_jax.test", logging.INFO)
+        logger.addHandler(cli.LogHandler())
+        return logger
+
+    def test_one_process(self, log, capsys):
+        log.info("step %d", 3)
+        log.warning("a bad [image]")
+        assert capsys.readouterr() == ("step 3\n", "a bad [image]\n")
+
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_several_processes(self, log, capsys, monkeypatch, index):
+        monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        log.info("a")
+        log.warning("b")
+        assert capsys.readouterr() == ("" if index else "a\n", f"process {index}: b\n")
+        log.info("c", extra={"all_processes": True})
+        assert capsys.readouterr() == (f"process {index}: c\n", "")
