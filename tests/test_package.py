@@ -60,6 +60,19 @@ LIBRARY = textwrap.dedent(
     """
 )
 
+PHOTOGRAPHS = textwrap.dedent(
+    """
+    import json, pathlib, types
+    from repvgg_jax.train.restore import validation_images
+    from repvgg_jax.train.settings import Settings
+
+    config = json.loads(pathlib.Path("runs/digits/config.json").read_text())
+    config["data"]["source"] = "tfds:imagenet2012"
+    run = types.SimpleNamespace(settings=Settings.from_mapping(config), eval_shape=(32, 32, 3))
+    print(validation_images(run, 8)[1])
+    """
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
@@ -243,6 +256,11 @@ def test_the_commands(wheel, tmp_path):
     assert {"orbax", "model.safetensors", "model.stablehlo", "proof.json"} <= {
         path.name for path in (tmp_path / "deploy").iterdir()
     }
+    # A run whose data need a library of [train] is proven on photographs.
+    status, out, err = converting.run("python", "-c", PHOTOGRAPHS, cwd=tmp_path)
+    assert (status, err) == (0, "")
+    assert "photographs" in out
+    assert "tensorflow_datasets" in out
 
 
 def test_commits_are_checked_as_make_lint_checks():
