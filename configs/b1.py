@@ -10,7 +10,7 @@ the learning rate follows --config.train.batch_size. ImageNet is read as TFDS pr
     python train.py --config configs/b1.py --workdir runs/b1
 """
 
-from repvgg_jax.train.recipes import paper_120
+from repvgg_jax.train.config import paper_120
 
 
 def get_config():

@@ -10,7 +10,7 @@ the learning rate follows --config.train.batch_size. ImageNet is read as TFDS pr
     python train.py --config configs/b3.py --workdir runs/b3
 """
 
-from repvgg_jax.train.recipes import paper_200
+from repvgg_jax.train.config import paper_200
 
 
 def get_config():

@@ -11,7 +11,7 @@ the learning rate follows --config.train.batch_size. ImageNet is read as TFDS pr
     python train.py --config configs/plus_l2pse.py --workdir runs/plus_l2pse
 """
 
-from repvgg_jax.train.recipes import plus_300
+from repvgg_jax.train.config import plus_300
 
 
 def get_config():

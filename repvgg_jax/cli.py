@@ -1,5 +1,11 @@
-"""What the command lines share: a user's mistake is one line and a non-zero exit status."""
+"""What the command lines share: errors in one line, exit statuses and the log's handler.
 
+A command is a module with its flags, `main(arguments) -> int` and `run()`, which calls `run` of
+this module; `repvgg_jax.train.command` is one. `train.py` and the console scripts of an installed
+package call the command's `run`.
+"""
+
+import logging
 import os
 import pathlib
 import sys
@@ -8,22 +14,55 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 
 flags.DEFINE_bool("traceback", False, "Show where in the code an error arose.")
 
-# What the package raises for what a user can mend; anything else is our own bug and shows
-# its traceback.
+# What the package raises for a user's mistake; anything else is a bug and shows its traceback.
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 # What absl and ml_collections raise for flags and for overrides of a configuration.
 _FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
 
 
-def _keep_compiled_programs() -> None:
-    """Lets jax keep compiled programs on disk: a second start of the same run skips compiling.
+class LogHandler(logging.Handler):
+    """Writes messages as they are: INFO to standard output, warnings to standard error.
 
-    `JAX_COMPILATION_CACHE_DIR`, which jax reads by itself, names another place.
+    With several processes, each message starts with the index of its process, and INFO is
+    written by process 0 only. Messages logged with `extra={"all_processes": True}` are written
+    by all.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a message; the streams are looked up anew, as a live line replaces them."""
+        import jax
+
+        # Asking jax for the process index starts its backends, which is too early before this.
+        several = jax.distributed.is_initialized() and jax.process_count() > 1
+        index = jax.process_index() if several else 0
+        quiet = record.levelno < logging.WARNING
+        if quiet and index > 0 and not getattr(record, "all_processes", False):
+            return
+        try:
+            text = f"process {index}: {self.format(record)}" if several else self.format(record)
+            print(text, file=sys.stdout if quiet else sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+def _configure_logging() -> None:
+    absl_logging.set_verbosity(absl_logging.WARNING)  # jax logs every backend it does not find
+    logger = logging.getLogger("repvgg_jax")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(LogHandler())
+    logger.propagate = False  # absl's handler on the root logger would write all of it again
+
+
+def _keep_compiled_programs() -> None:
+    """Sets up jax's compilation cache on disk: a second start of the same run skips compiling.
+
+    `JAX_COMPILATION_CACHE_DIR`, which jax reads itself, names another directory.
     """
     import jax
 
@@ -34,23 +73,26 @@ def _keep_compiled_programs() -> None:
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # a home that cannot be written costs compile time, nothing else
+        return  # without a writable home, only compile time is lost
     jax.config.update("jax_compilation_cache_dir", str(place))
 
 
 def run(
     main: Callable[[Sequence[str]], int],
     defaults: Mapping[str, str] = types.MappingProxyType({}),
-) -> None:
+) -> NoReturn:
     """Parses the flags, runs `main` and exits with its status, 1 for an error, 2 for a flag.
 
     Args:
-      main: takes what is no flag, returns the exit status.
-      defaults: flags to add where they are not given. The recipe is one: as its flag's own
-        default it would be read, and fail, before anyone is there to say so in one line.
+      main: takes the arguments that are not flags, returns the exit status.
+      defaults: flags to add if they are not given. The config path is one, because a flag's
+        own default would be read before errors can be caught.
     """
-    logging.set_verbosity(logging.WARNING)  # jax tells of every backend it does not find
+    _configure_logging()
+    for flag in flags.FLAGS.get_flags_for_module(main.__module__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # for --help
     app.run(lambda argv: _guarded(main, argv), flags_parser=lambda argv: _parse(argv, defaults))
+    raise AssertionError("app.run does not return")
 
 
 def _parse(arguments: Sequence[str], defaults: Mapping[str, str]) -> Sequence[str]:
@@ -74,15 +116,15 @@ def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         if flags.FLAGS.traceback:
             raise
         status = explain(error)
-        # Everything of ours is closed; a library's thread that waits for what failed, as Orbax's
-        # do for minutes where a disk is full, shall not keep the process.
+        # Everything of ours is closed. Threads of libraries that wait for what failed, as
+        # Orbax's do for minutes if a disk is full, must not keep the process alive.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
 def explain(error: BaseException) -> int:
-    """Prints an error, in a line if a user can mend it; returns the exit status."""
+    """Writes an error to standard error, a user's mistake in one line; returns the exit status."""
     if isinstance(error, KeyboardInterrupt):
         sys.stderr.write("error: interrupted\n")
         return 130

@@ -58,4 +58,6 @@ class Normalize:
         Args:
           pixels: on the scale 0 … 255, uint8 or floating point.
         """
-        return (pixels.astype(np.float32) - self.offset) * self.factor
+        shape = (*(1,) * (pixels.ndim - 1), -1)  # equal ranks: no implicit promotion
+        offset, factor = self.offset.reshape(shape), self.factor.reshape(shape)
+        return (pixels.astype(np.float32) - offset) * factor

@@ -5,9 +5,12 @@ import os
 import shutil
 import tempfile
 
-# Before jax is imported: the number of devices is fixed when its backend starts.
+from tests.flags import xla_flags
+
+# Before jax is imported: the number of devices is fixed when its backend starts. Flags given from
+# outside stay, such as --xla_cpu_max_isa=AVX2.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = xla_flags(devices=8)
 # Many tests, and the scripts that they start, run the same small program; compiling it once a
 # session keeps them short.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="repvgg_jax_xla_")

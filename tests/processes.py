@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from tests.flags import xla_flags
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMEOUT = 300  # seconds; these machines are busy
 
@@ -98,7 +100,7 @@ def started(
     """
     port, commands = free_port(), []
     for i in range(count):
-        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        environment = {"XLA_FLAGS": xla_flags(devices)}
         given = ["--workdir=run", *arguments, *(own or {}).get(i, ())]
         if launcher == "slurm":
             environment |= {

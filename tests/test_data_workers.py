@@ -15,6 +15,7 @@ import pytest
 
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import load
+from tests.flags import xla_flags
 from tests.pictures import images, settings, write_tree
 from tests.processes import RECIPE
 from tests.test_cli import ROOT, wait_for
@@ -95,7 +96,7 @@ class TestARun:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *self.ARGUMENTS],
             cwd=place,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from repvgg_jax.data.augment import picture
+from tests.flags import xla_flags
 from tests.pictures import images, write_tars
 from tests.processes import RECIPE
 from tests.test_cli import SHORT, run
@@ -48,7 +49,7 @@ def shell(command: str, cwd: pathlib.Path) -> str:
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()},
         text=True,
         capture_output=True,
         timeout=300,

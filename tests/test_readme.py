@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from repvgg_jax import VARIANTS, cost
+from tests.flags import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -67,7 +68,11 @@ def place(tmp_path_factory):
 def shell(command: str, cwd: pathlib.Path, timeout: int = 300) -> str:
     """Runs a command of the README with this environment's python."""
     bin_ = pathlib.Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "XLA_FLAGS": ""}
+    environment = {
+        **os.environ,
+        "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}",
+        "XLA_FLAGS": xla_flags(),
+    }
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=cwd,

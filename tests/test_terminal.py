@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 
+from tests.flags import xla_flags
 from tests.processes import RECIPE, ROOT, TIMEOUT
 
 COLUMNS = 160
@@ -39,7 +40,7 @@ def test_the_live_line(tmp_path):
     # Test runners say in these how wide their own terminal is.
     unset = {"NO_COLOR", "COLUMNS", "LINES"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    environment |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()}
     text = shown(
         [
             sys.executable,

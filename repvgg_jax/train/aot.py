@@ -1,8 +1,8 @@
-"""The train step of a run, compiled ahead of time for TPUs that are not there.
+"""Ahead-of-time compilation of the train step for TPUs that are not attached.
 
-libtpu holds the compiler and needs no TPU. It serves one program at a time and takes its
-process along where it fails, so every program is compiled in a process of its own:
-`python -m repvgg_jax.train.aot`, the job as JSON on its standard input.
+libtpu contains the compiler and needs no TPU. It serves one program at a time and aborts its
+process on failure, so each program is compiled in a process of its own:
+`python -m repvgg_jax.train.aot`, with the job as JSON on standard input.
 """
 
 import collections
@@ -26,9 +26,9 @@ from ml_collections import ConfigDict
 
 from repvgg_jax.data.arrays import ArraySource
 from repvgg_jax.data.dataset import Dataset, load
-from repvgg_jax.train import config as configs
-from repvgg_jax.train.compiling import try_options
-from repvgg_jax.train.run import Run
+from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.settings import Settings
+from repvgg_jax.train.validate import check_batches, check_compiler_options
 
 _PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
@@ -36,7 +36,7 @@ _CUBES = (
     "16x16x16",
 )  # fmt: skip
 
-_BUILT_IN = ("digits", "fake")  # sources that are there wherever the package is
+_BUILT_IN = ("digits", "fake")  # sources that come with the package
 
 _COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -45,12 +45,12 @@ _COLLECTIVE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A generation of TPUs, as Google's documentation of each has it.
+    """A generation of TPUs, from Google's documentation.
 
     Attributes:
-      hbm: memory of a chip, GiB.
-      topologies: of the slices that can be had.
-      options: what libtpu needs to know beside the topology.
+      hbm: memory per chip, GiB.
+      topologies: of the slices that exist.
+      options: further arguments of libtpu.
     """
 
     hbm: int
@@ -69,21 +69,21 @@ CHIPS: Mapping[str, Chip] = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiler says of a train step; all counts are of one device and step.
+    """What the compiler reports of a train step; all counts are per device and step.
 
     Attributes:
-      title: what was compiled for what, in a line.
-      batch: what falls to a device, in a line.
-      devices: how many there are.
-      parameters: of the network.
+      title: what was compiled for what, in one line.
+      batch: the share of a device, in one line.
+      devices: number of devices.
+      parameters: number of parameters.
       arguments: bytes of the state and the batch.
-      temporaries: bytes of what lives within the step.
-      peak: bytes at the fullest moment.
-      hbm: bytes of memory that a device has.
+      temporaries: bytes that live within the step.
+      peak: largest number of bytes in use.
+      hbm: bytes of memory per device.
       flops: floating-point operations.
       accessed: bytes read and written, as the compiler counts them.
-      collectives: how many of each kind.
-      trace_seconds: until there was a program to compile.
+      collectives: number of each kind.
+      trace_seconds: tracing and lowering.
       compile_seconds: compiling.
     """
 
@@ -102,7 +102,7 @@ class Program:
     compile_seconds: float
 
     def __str__(self) -> str:
-        """A table for a person."""
+        """A table."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.collectives.items()))
         lines = {
             "memory, peak": f"{_mib(self.peak)} of {self.hbm / 2**30:.0f} GiB "
@@ -116,17 +116,17 @@ class Program:
             f"after {self.trace_seconds:.1f} s of tracing",
         }
         table = "\n".join(f"{name:<18}{value}" for name, value in lines.items())
-        return f"{self.title}\n{self.batch}\nof one device and step:\n{table}"
+        return f"{self.title}\n{self.batch}\nper device and step:\n{table}"
 
 
-def compile_ahead(config: ConfigDict, topology: str, *, timeout: float) -> Program:
+def compile_ahead(config: ConfigDict | Settings, topology: str, *, timeout: float) -> Program:
     """Compiles the train step that a configuration describes for a TPU slice.
 
     No data are read: except for the built-in sources, images are taken to be ImageNet's.
 
     Args:
-      config: complete; `config.train.batch_size` is of all devices together.
-      topology: GENERATION:SHAPE, say `v5e:16x16`.
+      config: complete; `config.train.batch_size` counts all devices together.
+      topology: GENERATION:SHAPE, e.g. `v5e:16x16`.
       timeout: seconds after which to give up.
 
     Raises:
@@ -145,10 +145,10 @@ def compile_ahead(config: ConfigDict, topology: str, *, timeout: float) -> Progr
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no machine whose metadata could be asked for
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    job = json.dumps({"config": configs.plain(config), "topology": topology})
+    job = json.dumps({"config": Settings.from_config(config).as_json(), "topology": topology})
     try:
         done = subprocess.run(
             [sys.executable, "-m", __name__],
@@ -161,8 +161,8 @@ def compile_ahead(config: ConfigDict, topology: str, *, timeout: float) -> Progr
         )
     except subprocess.TimeoutExpired as error:
         raise TimeoutError(
-            f"compiling for {topology} was not done after {timeout:.0f} s; --compile_timeout waits "
-            "longer"
+            f"compiling for {topology} was not finished after {timeout:.0f} s; raise "
+            "--compile_timeout"
         ) from error
     if done.returncode:
         raise OSError(
@@ -185,19 +185,18 @@ def chip_of(topology: str) -> Chip:
         examples = ", ".join(f"{name}:{chip.topologies[-1]}" for name, chip in CHIPS.items())
         raise ValueError(
             f"there is no TPU topology {topology!r}; write GENERATION:SHAPE with one of "
-            f"{', '.join(CHIPS)}, say {examples}"
+            f"{', '.join(CHIPS)}, e.g. {examples}"
         )
     chip = CHIPS[generation]
     if shape not in chip.topologies:
         raise ValueError(
-            f"there is no TPU topology {topology!r}; of {generation} there are: "
-            f"{', '.join(chip.topologies)}"
+            f"there is no TPU topology {topology!r}; {generation} has: {', '.join(chip.topologies)}"
         )
     return chip
 
 
 def chips_in(topology: str) -> int:
-    """How many chips a topology has, each of them one device.
+    """The number of chips of a topology, each of them one device.
 
     Raises:
       ValueError: there is no such topology.
@@ -206,7 +205,7 @@ def chips_in(topology: str) -> int:
     return math.prod(int(size) for size in topology.partition(":")[2].split("x"))
 
 
-def _compile(config: ConfigDict, topology: str) -> Program:
+def _compile(settings: Settings, topology: str) -> Program:
     """Compiles in this process."""
     from jax.experimental import topologies
 
@@ -217,9 +216,9 @@ def _compile(config: ConfigDict, topology: str) -> Program:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     devices: list[Any] = found.devices
     processes = len({device.process_index for device in devices})
-    configs.check(config, devices=len(devices), processes=processes)
-    run = Run.from_config(config, dataset=_dataset(config), devices=devices)
-    try_options(config.train.compiler_options, run.mesh)
+    check_batches(settings, devices=len(devices), processes=processes)
+    run = Experiment.from_config(settings, dataset=_dataset(settings), devices=devices)
+    check_compiler_options(settings, run.mesh)
 
     began = time.perf_counter()
     lowered = run.lower_step()
@@ -229,18 +228,18 @@ def _compile(config: ConfigDict, topology: str) -> Program:
 
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis()
-    batch = config.train.batch_size
-    group = configs.bn_group_size(config) or batch
+    batch = settings.train.batch_size
     height, width, channels = run.dataset.image_shape
     return Program(
         title=(
-            f"RepVGG {run.model.variant.name} ({config.model.dtype}) on {topology}: "
+            f"RepVGG {run.model.variant.name} ({settings.model.dtype}) on {topology}: "
             f"{len(devices)} devices in {processes} process{'es' if processes > 1 else ''}, "
             f"images of {height}x{width}x{channels} in {len(run.dataset.classes)} classes"
         ),
         batch=(
-            f"global batch {batch} = {batch // processes} a process = "
-            f"{batch // len(devices)} a device; batch normalisation over {group}"
+            f"global batch {batch} = {batch // processes}/process = "
+            f"{batch // len(devices)}/device; batch normalization over "
+            f"{settings.statistics_group} images"
         ),
         devices=len(devices),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state().params)),
@@ -256,11 +255,11 @@ def _compile(config: ConfigDict, topology: str) -> Program:
     )
 
 
-def _dataset(config: ConfigDict) -> Dataset:
-    """The configuration's data set, or one of ImageNet's shapes and of nothing else."""
-    if config.data.source in _BUILT_IN:
-        return load(config.data)
-    size, eval_size = config.data.train_size or 224, config.data.eval_size
+def _dataset(settings: Settings) -> Dataset:
+    """The data set, or a blank one with the shapes of ImageNet."""
+    if settings.data.source in _BUILT_IN:
+        return load(settings.data)
+    size, eval_size = settings.data.train_size or 224, settings.data.eval_size
     shape, eval_shape = (size, size, 3), (eval_size or size, eval_size or size, 3)
 
     def blank(count: int) -> ArraySource:
@@ -270,7 +269,7 @@ def _dataset(config: ConfigDict) -> Dataset:
 
     classes = tuple(f"class {i}" for i in range(1000))
     train, evaluation = blank(1_281_167), blank(50_000)
-    return Dataset(config.data.source, train, evaluation, shape, eval_shape, classes)
+    return Dataset(settings.data.source, train, evaluation, shape, eval_shape, classes)
 
 
 def _reason(status: int, output: str) -> str:
@@ -287,7 +286,7 @@ def _mib(count: int) -> str:
 def _main() -> None:
     job = json.load(sys.stdin)
     try:
-        answer = dataclasses.asdict(_compile(configs.from_plain(job["config"]), job["topology"]))
+        answer = dataclasses.asdict(_compile(Settings.from_mapping(job["config"]), job["topology"]))
     except ValueError as error:
         answer = {"error": str(error)}
     except jax.errors.JaxRuntimeError as error:
@@ -296,7 +295,7 @@ def _main() -> None:
         line = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
         answer = {
             "error": f"the step does not fit {job['topology']}: {line[:300]}; a smaller "
-            "config.train.batch_size, config.model.remat=True or more chips make it smaller"
+            "config.train.batch_size, config.model.remat=True or more chips reduce its memory"
         }
     print(json.dumps(answer))
 

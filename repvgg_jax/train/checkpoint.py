@@ -1,66 +1,59 @@
-"""Checkpoints: Orbax, and what it leaves out.
+"""Checkpoints: Orbax, hardened.
 
-Orbax restores flipped bytes without a word, does not step back from a checkpoint that it
-cannot read, and does not try again when a disk is full for a moment. Here every array has a
-checksum, the newest *sound* checkpoint is used, those that are not are named, and a save that
-fails is tried again.
+Orbax restores flipped bytes silently, does not fall back from a checkpoint that it cannot read,
+and does not retry if a disk is full for a moment. Here every array has a checksum, the newest
+*valid* checkpoint is restored, corrupt ones are logged, and a failed save is retried.
 """
 
+import contextlib
 import functools
+import inspect
 import logging
 import pathlib
 import shutil
+import sys
 import time
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from repvgg_jax.cluster import consensus as distributed
 from repvgg_jax.cluster.save_barrier import Attempts
-from repvgg_jax.train import leftovers
-from repvgg_jax.train.checksum import checksums
-from repvgg_jax.train.manifest import Manifest, machine
+from repvgg_jax.text import first_few
+from repvgg_jax.train.manifest import Manifest, checksums, topology
 from repvgg_jax.train.state import TrainState
 
-RETRIES = 3  # of a save that failed, before the run stops
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+RETRIES = 3  # of a failed save, before the run stops
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for the last one.
+    """The checkpoints of one run; a context manager that waits for the last save.
 
-    The newest `keep` stay, and the one with the best accuracy of those that were evaluated.
+    The newest `keep` are kept, and the one with the best validation accuracy. Corrupt checkpoints
+    and failed saves are logged as warnings, by process 0.
 
     Attributes:
-      say: told, in a line, of every checkpoint that is not sound and every failed save.
-      saved_on: how many devices and processes saved what `restore` returned, in words, where
-        these were others than now.
+      saved_on: devices and processes that saved what `restore` returned, e.g. `8 cpu devices in
+        1 process`, if they differ from this run's; else None.
     """
 
-    def __init__(
-        self,
-        path: pathlib.Path,
-        *,
-        keep: int = 3,
-        say: Callable[[str], None] = logging.warning,
-        pause: float = 2.5,
-    ):
+    def __init__(self, path: pathlib.Path, *, keep: int = 3, pause: float = 2.5):
         """Opens a directory of checkpoints.
 
         Args:
-          path: the directory; made when the first one is saved.
+          path: the directory; created by the first save.
           keep: how many of the newest to keep.
-          say: the attribute.
-          pause: seconds before the first retry of a save; those after it wait twice and three
+          pause: seconds before the first retry of a save; the next ones wait twice and three
             times as long.
         """
-        self.say = say
         self._pause = pause
-        # Orbax reports its progress, and failures that are raised anyway, on this logger.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        leftovers.hush()
+        _quiet_orbax()
         self._path = path
         self._accuracies = {
             step: manifest.accuracy
@@ -69,20 +62,20 @@ class Checkpoints:
         }
         self._keep, self._attempts = keep, Attempts()
         self._pending: int | None = None  # the step that is being saved in the background
-        self._unsound: list[int] = []
+        self._corrupt: list[int] = []
         self.saved_on: str | None = None
         self._manager = self._open()
 
     def save(self, state: TrainState, *, accuracy: float | None = None, wait: bool = False) -> None:
-        """Saves in the background; what is there stays until the new one is whole.
+        """Saves in the background; what is on disk stays until the new checkpoint is complete.
 
-        A save that fails in any process is tried again by all of them, three times. One that
-        failed in the background is: its state is gone, so this newer one is the retry.
+        If a save fails in any process, all processes retry it, three times. A failure in the
+        background shows at the next save, which is its first retry: the old state is gone.
 
         Args:
           state: to save.
-          accuracy: of its evaluation, if it was evaluated.
-          wait: until it is on disk. Otherwise a failure shows at the next save.
+          accuracy: validation accuracy, if the state was evaluated.
+          wait: return only when it is on disk.
 
         Raises:
           OSError: it failed, and so did all retries.
@@ -96,63 +89,85 @@ class Checkpoints:
         while (reason := self._try(state, accuracy, wait=wait or failures > 0)) is not None:
             failures += 1
             self._prepare_retry(step, step, failures, reason)
-        # Nobody would see in time that a retry in the background failed, too.
+        # A retry is never in the background, where its failure would show too late.
         self._pending = None if wait or failures else step
 
     def restore(self, like: TrainState, *, step: int | None = None) -> TrainState | None:
-        """The newest sound checkpoint, or None where there is none at all.
+        """Restores the newest valid checkpoint; None if there are no checkpoints.
 
         Args:
           like: a state of the same structure, concrete or of `jax.ShapeDtypeStruct`s with
             shardings.
-          step: that of this step, instead of the newest.
+          step: of the checkpoint; None for the newest.
 
         Raises:
-          ValueError: there are checkpoints, but not one is sound, or none of that step, or the
-            newest sound one is that of another network or optimiser.
+          ValueError: all checkpoints are corrupt, there is none of that step, or the newest valid
+            one is of another network or optimizer.
         """
-        steps = self._on_disk()
-        if step is not None and step not in steps:
-            raise ValueError(
-                f"{self._path} holds no checkpoint of step {step}; there are those of "
-                f"{', '.join(map(str, sorted(steps))) or 'none'}"
-            )
-        candidates = steps if step is None else [step]
-        for candidate in candidates:
-            state, reason = self._restore_step(candidate, like)
-            if state is not None:
-                return state
-            self._unsound.append(candidate)
-            self.say(
-                f"checkpoint {self._path / str(candidate)} is not sound and is passed over: "
-                f"{reason}"
-            )
-        if candidates:
-            raise ValueError(
-                f"none of the {len(candidates)} checkpoints in {self._path} is sound "
-                f"(steps {', '.join(map(str, sorted(candidates)))})"
-            )
-        return None
 
-    def set_aside_unsound(self) -> None:
-        """Moves what `restore` passed over to `unsound/`, so that its steps can be saved anew."""
-        for step in self._unsound if jax.process_index() == 0 else ():
+        def read(candidate: int, _: Manifest) -> TrainState:
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            return self._manager.restore(candidate, args=arguments)["state"]
+
+        found = self._newest_valid(read, step, like)
+        if found is None:
+            return None
+        _, manifest, state = found
+        self.saved_on = None if manifest.saved_on == topology() else manifest.saved_on
+        return state
+
+    def restore_variables(self, step: int | None = None) -> tuple[int, dict[str, Any]]:
+        """Restores the network's variables only; needs no model, optimizer or data.
+
+        The moving averages, if the run kept them, else the trained variables. Only these arrays
+        are read, and only their checksums are verified.
+
+        Args:
+          step: of the checkpoint; None for the newest valid one.
+
+        Returns:
+          The step and `{"params": …, "batch_stats": …}` of NumPy arrays, in every process.
+
+        Raises:
+          ValueError: there are no checkpoints, all are corrupt, or there is none of that step.
+        """
+        # A manager accepts one kind of arguments per item, so this needs its own.
+        with contextlib.closing(self._open()) as manager:
+
+            def read(candidate: int, manifest: Manifest) -> dict[str, Any]:
+                item = manifest.abstract_variables()
+                arguments = ocp.args.PyTreeRestore(
+                    item,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                    partial_restore=True,
+                )
+                return manager.restore(candidate, args=ocp.args.Composite(state=arguments))["state"]
+
+            found = self._newest_valid(read, step)
+        if found is None:
+            raise ValueError(f"{self._path} holds no checkpoint yet; train there first")
+        newest, _, variables = found
+        return newest, variables.get("ema", variables)
+
+    def set_aside_corrupt(self) -> None:
+        """Moves what `restore` skipped to `unsound/`, so that its steps can be saved again."""
+        for step in self._corrupt if jax.process_index() == 0 else ():
             aside = self._path.with_name("unsound") / str(step)
             aside.parent.mkdir(exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             (self._path / str(step)).replace(aside)
-        distributed.all_say(True)  # nobody looks before process 0 is done
-        if self._unsound:
-            self._unsound.clear()
+        distributed.all_say(True)  # wait for process 0
+        if self._corrupt:
+            self._corrupt.clear()
             self._manager.close()
             self._manager = self._open()
 
     def newest(self) -> int | None:
-        """The step of the newest checkpoint, sound or not."""
+        """The step of the newest checkpoint, valid or not."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """The step of the checkpoint with the best accuracy, or None where none was evaluated."""
+        """The step of the checkpoint with the best accuracy; None if none was evaluated."""
         return self._best_of(self._manager.all_steps())
 
     def close(self) -> None:
@@ -181,33 +196,33 @@ class Checkpoints:
         except OSError as late:
             if error is None:
                 raise
-            self.say(str(late))  # what ends the run is the other one
+            _warn(str(late))  # the other error is the one that ends the run
 
     def _open(self) -> ocp.CheckpointManager:
-        policies, together = ocp.checkpoint_managers, jax.process_count() > 1
+        policies, several = ocp.checkpoint_managers, jax.process_count() > 1
         return ocp.CheckpointManager(
             self._path.absolute(),
             options=ocp.CheckpointManagerOptions(
-                # Not Orbax's own policy for the best, whose files of metrics it reads before
-                # anyone can say which of them is damaged; nor does it read what is left of those.
+                # Not Orbax's own best-checkpoint policy: it reads metrics files that may be
+                # damaged before anyone can say which.
                 preservation_policy=policies.AnyPreservationPolicy(
                     [policies.LatestN(self._keep), _Best(self._best_of)]
                 ),
                 lightweight_initialize=True,
                 create=False,
                 async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._attempts.meet),
-                # Without the processes they would meet in collectives, in which those that come
-                # hang where one does not.
+                # With the processes named, Orbax synchronizes in the coordination service and
+                # not by collectives, which hang if one process fails.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
-                    active_processes=set(range(jax.process_count())) if together else None,
-                    barrier_sync_key_prefix="repvgg_jax" if together else None,
+                    active_processes=set(range(jax.process_count())) if several else None,
+                    barrier_sync_key_prefix="repvgg_jax" if several else None,
                 ),
             ),
             item_names=("state", "manifest"),
         )
 
     def _failure(self, action: Callable[[], Any]) -> str | None:
-        """Does it, and says why it failed, in this process or another; None if it did not."""
+        """Runs `action`; returns why it failed in this process or another, or None."""
         reason = None
         try:
             action()
@@ -216,7 +231,7 @@ class Checkpoints:
         return self._attempts.verdict(reason)
 
     def _try(self, state: TrainState, accuracy: float | None, *, wait: bool) -> str | None:
-        """Begins to save, or saves; returns why that failed, if it did."""
+        """Starts a save, or saves; returns why that failed, or None."""
 
         def save() -> None:
             self._manager.save(
@@ -234,7 +249,7 @@ class Checkpoints:
         return self._failure(make_directory) or self._failure(save)
 
     def _prepare_retry(self, failed: int | None, step: int, failures: int, reason: str) -> None:
-        """Cleans up after a failed save at one step and waits; raises where it was the last."""
+        """Cleans up after a failed save and pauses; raises OSError after the last retry."""
         self._clear_unfinished()
         if failures > RETRIES:
             newest = self._manager.latest_step()
@@ -243,23 +258,23 @@ class Checkpoints:
                 f"is {'none' if newest is None else f'that of step {newest}'}: {reason}"
             )
         instead = "" if failed == step else f" with step {step}"
-        self.say(f"saving at step {failed} failed, trying again{instead}: {reason}")
+        _warn(f"saving at step {failed} failed, trying again{instead}: {reason}")
         time.sleep(self._pause * failures)
 
     def _clear_unfinished(self) -> None:
-        """Gives back the space of a save that failed."""
-        for _ in range(20 if distributed.is_first() else 0):  # other writers may still be at it
+        """Frees the space of a failed save."""
+        for _ in range(20 if distributed.is_first() else 0):  # its writers may still be running
             found = list(self._path.glob("*.orbax-checkpoint-tmp*"))
             if not found:
                 break
             for unfinished in found:
                 shutil.rmtree(unfinished, ignore_errors=True)
             time.sleep(0.05)
-        self._attempts.verdict(None)  # nobody looks before process 0 is done
+        self._attempts.verdict(None)  # wait for process 0
         self._manager.reload()
 
     def _on_disk(self) -> list[int]:
-        """Steps of all checkpoints, newest first; Orbax passes over unfinished ones in silence."""
+        """Steps of all checkpoints, newest first, including those that Orbax does not list."""
         found = self._path.iterdir() if self._path.is_dir() else ()
         return sorted((int(entry.name) for entry in found if entry.name.isdigit()), reverse=True)
 
@@ -272,44 +287,62 @@ class Checkpoints:
         return max(known)[1] if known else None
 
     def _manifest(self, step: int) -> tuple[Manifest | None, str]:
-        """What that checkpoint says of itself, or None and why not."""
+        """The manifest of that checkpoint, or None and the reason."""
         try:
             return Manifest.read(self._path / str(step)), ""
         except (OSError, ValueError) as error:
             return None, f"its manifest cannot be read: {_first_line(error)}"
 
-    def _restore_step(self, step: int, like: TrainState) -> tuple[TrainState | None, str]:
-        """That checkpoint, or None and why; the same in all processes."""
-        manifest, reason = self._manifest(step)
-        if not distributed.all_say(manifest is not None):
-            return None, reason or "another process could not read its manifest"
-        assert manifest is not None
-        if difference := manifest.difference(like):
+    def _newest_valid(
+        self, read: Callable[[int, Manifest], _T], step: int | None, like: Any = None
+    ) -> tuple[int, Manifest, _T] | None:
+        """Step, manifest and arrays of the newest checkpoint that is valid in all processes."""
+        steps = self._on_disk()
+        if step is not None and step not in steps:
+            found = first_few(sorted(steps), 10) or "none"
             raise ValueError(
-                f"checkpoint {self._path / str(step)} is of another network or optimiser: "
-                f"{difference}"
+                f"{self._path} has no checkpoint of step {step}; there are those of {found}"
             )
-        restored, reason = None, "another process could not read it"
+        candidates = steps if step is None else [step]
+        for candidate in candidates:
+            manifest, reason = self._manifest(candidate)
+            if distributed.all_say(manifest is not None):
+                assert manifest is not None
+                if like is not None and (difference := manifest.difference(like)):
+                    raise ValueError(
+                        f"checkpoint {self._path / str(candidate)} is of another network or "
+                        f"optimizer: {difference}"
+                    )
+                tree, reason = self._read_verified(read, candidate, manifest)
+                if tree is not None:
+                    return candidate, manifest, tree
+            reason = reason or "another process could not read its manifest"
+            self._corrupt.append(candidate)
+            _warn(f"checkpoint {self._path / str(candidate)} is corrupt and is skipped: {reason}")
+        if candidates:
+            raise ValueError(
+                f"all {len(candidates)} checkpoints in {self._path} are corrupt "
+                f"(steps {first_few(sorted(candidates), 10)})"
+            )
+        return None
+
+    def _read_verified(
+        self, read: Callable[[int, Manifest], _T], step: int, manifest: Manifest
+    ) -> tuple[_T | None, str]:
+        """Reads arrays and verifies their checksums; None and the reason if either fails."""
+        tree, reason = None, "another process could not read it"
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
-            )["state"]
+            tree = read(step, manifest)
         except Exception as error:  # Orbax raises whatever its readers raise
             reason = f"it cannot be read: {_first_line(error)}"
-        if not distributed.all_say(restored is not None):
+        if not distributed.all_say(tree is not None):
             return None, reason
-        assert restored is not None
-        found, stored = checksums(restored), manifest.checksums
-        damaged = [name for name in found if found[name] != stored.get(name)]
+        sums = checksums(tree)
+        damaged = [name for name in sums if sums[name] != manifest.checksums.get(name)]
         reason = "another process read damaged arrays"
-        if found.keys() != stored.keys():
-            reason = f"{len(stored)} arrays were saved, {len(found)} were read"
-        elif damaged:
-            reason = f"{len(damaged)} of {len(found)} arrays are damaged, the first: {damaged[0]}"
-        if not distributed.all_say(found == stored):
-            return None, reason
-        self.saved_on = None if manifest.saved_on == machine() else manifest.saved_on
-        return restored, ""
+        if damaged:
+            reason = f"{len(damaged)} of {len(sums)} arrays are damaged, e.g. {damaged[0]}"
+        return (tree if distributed.all_say(not damaged) else None), reason
 
 
 class _Best:
@@ -324,6 +357,45 @@ class _Best:
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
+def _warn(message: str) -> None:
+    """Logs what all processes agree on, once."""
+    if jax.process_index() == 0:
+        _log.warning("%s", message)
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+def _quiet_orbax() -> None:
+    """Suppresses what Orbax reports about failures that are raised anyway.
+
+    After a failed save Orbax abandons its work on other arrays. Each piece prints a traceback
+    when it ends, some hundred lines around the one line that says what happened.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(_not_abandoned)  # adding it twice is harmless
+    # Errors of abandoned coroutines are raised while they are garbage-collected, where only this
+    # hook sees them.
+    if not isinstance(sys.unraisablehook, _UnraisableFilter):
+        sys.unraisablehook = _UnraisableFilter(sys.unraisablehook)
+
+
+def _not_abandoned(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
+
+
+class _UnraisableFilter:
+    """A `sys.unraisablehook` that drops errors of Orbax's abandoned coroutines."""
+
+    def __init__(self, hook: Any):
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        error, source = unraisable.exc_value, unraisable.object
+        orbax = inspect.iscoroutine(source) and "orbax" in source.cr_code.co_filename
+        if not orbax and not (
+            isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        ):
+            self._hook(unraisable)

@@ -1,11 +1,8 @@
-"""The loop: restore or start, then step, report, evaluate and save until the end.
-
-It reads from top to bottom in the order in which things happen.
-"""
+"""The train loop: restore or start, then step, evaluate and save until the end."""
 
 import contextlib
 import dataclasses
-import functools
+import logging
 import pathlib
 import signal
 import time
@@ -13,21 +10,23 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from repvgg_jax.cluster import consensus as distributed
+from repvgg_jax.cluster import consensus
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.reparam import fuse_params
-from repvgg_jax.train import config as configs
 from repvgg_jax.train.checkpoint import Checkpoints
-from repvgg_jax.train.compiling import try_options
-from repvgg_jax.train.evaluation import Evaluation, counted, row
-from repvgg_jax.train.meter import Meter
+from repvgg_jax.train.evaluate import Evaluator, counted, metrics_row
+from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.metrics import MetricsWriter, StepMetrics
 from repvgg_jax.train.profile import Profile
-from repvgg_jax.train.report import Report
-from repvgg_jax.train.run import Run
+from repvgg_jax.train.restore import starting_state
+from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.signals import StopRequest
-from repvgg_jax.train.start import starting_state
 from repvgg_jax.train.state import TrainState
-from repvgg_jax.train.workdir import Workdir
+from repvgg_jax.train.step import Batch, Sums
+from repvgg_jax.train.validate import check_batches, check_compiler_options
+from repvgg_jax.train.workdir import RunMetadata, Workdir
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Outcome:
     """How a call of `train` ended.
 
     Attributes:
-      step: steps taken, in this call and before.
-      accuracy: of the training form on the held-out images, a fraction; None if stopped.
+      step: steps taken, including those before this call.
+      accuracy: of the training form on the validation images, a fraction; None if stopped.
       accuracy_fused: of the fused form.
       stopped_by: the signal that stopped the run before its end, or None.
     """
@@ -48,188 +47,220 @@ class Outcome:
 
 
 def train(
-    config: ConfigDict, path: str | pathlib.Path, *, profile_steps: range = range(0)
+    config: ConfigDict | Settings,
+    path: str | pathlib.Path,
+    *,
+    init_from: str | None = None,
+    profile_steps: range = range(0),
 ) -> Outcome:
-    """Trains what `config` describes in the directory `path`, or continues there.
+    """Trains what `config` describes in the directory `path`, or resumes there.
 
-    A run that was interrupted at any step and continues ends with the same bits, in
-    parameters, statistics and optimiser state, as one that never was.
+    A run that was interrupted at any step and resumed ends bitwise identical, in parameters,
+    statistics and optimizer state, to one that never was.
 
     Args:
       config: from `default_config`, as a recipe changes it.
-      path: the run's directory; see `Workdir` for what it will hold.
+      path: the run directory; see `repvgg_jax.train.workdir`.
+      init_from: replaces `config.init_from`.
       profile_steps: steps to write a trace of, for TensorBoard or Perfetto.
 
     Raises:
       ValueError: a setting that cannot work, or a directory of another configuration or in
         use by another run.
-      FloatingPointError: the loss or a gradient is not finite any more.
+      FloatingPointError: the loss or a gradient is not finite.
       OSError: the directory cannot be written.
     """
-    distributed.require_same(configs.plain(config))
-    configs.check(config, devices=jax.device_count(), processes=jax.process_count())
-    distributed.announce(
-        batch_size=config.train.batch_size,
-        group_size=configs.bn_group_size(config) or config.train.batch_size,
-    )
+    settings = Settings.from_config(config)
+    if init_from is not None:
+        settings = dataclasses.replace(settings, init_from=init_from)
+    consensus.require_same(settings.as_json())
+    check_batches(settings, devices=jax.device_count(), processes=jax.process_count())
+    consensus.announce(batch_size=settings.train.batch_size, group_size=settings.statistics_group)
     workdir = Workdir(pathlib.Path(path))
 
     with contextlib.ExitStack() as stack:
-        # First, so that a signal while the run starts waits for the first question.
-        stop = stack.enter_context(StopRequest(distributed.agree_to_stop))
-        run = Run.from_config(config)
-        try_options(config.train.compiler_options, run.mesh)
+        # First, so that a signal during start-up waits for the first poll.
+        stop = stack.enter_context(StopRequest(consensus.agree_to_stop))
+        experiment = Experiment.from_config(settings)
+        check_compiler_options(settings, experiment.mesh)
         if jax.process_index() == 0:
-            say = functools.partial(print, flush=True)  # there is no report yet
-            stack.enter_context(workdir.claimed(config, say=say))
-        distributed.meet("claimed")
-        warnings: list[str] = []
-        checkpoints = stack.enter_context(
-            Checkpoints(workdir.checkpoints, keep=config.checkpoint.keep, say=warnings.append)
-        )
-        restored = checkpoints.restore(run.abstract_state())
-        checkpoints.set_aside_unsound()
-        state, beginning = starting_state(run) if restored is None else (restored, None)
-        report = Report(
-            workdir,
-            title=f"RepVGG {run.model.variant.name} on {run.dataset.name}",
-            config=configs.plain(config),
-            start_step=int(state.step),
-            total_steps=run.total_steps,
-        )
-        stack.callback(report.close)
-        checkpoints.say = report.say
-        run.dataset.undecodable.say = report.say_for_itself
-        for warning in warnings:
-            report.say(warning)
-        report.say(f"{run.describe()} -> {workdir.path}")
-        if beginning is not None:
-            report.say(beginning)
-        if restored is not None:
-            report.say(f"continuing from step {int(state.step)} of {run.total_steps}")
-            if checkpoints.saved_on is not None:
-                report.say(
-                    f"it was saved by {checkpoints.saved_on}: from here on numbers agree with that "
-                    "run's to rounding, not to the bit"
-                )
+            stack.enter_context(workdir.claimed(settings))
+            workdir.write_metadata(_metadata(experiment))
+        consensus.meet("claimed")
+        logger.info("%s workdir=%s", experiment.describe(), workdir.path)
 
-        evaluate = Evaluation(run)
-        if int(state.step) < run.total_steps:
-            profile = stack.enter_context(Profile(workdir.profile, profile_steps, report.say))
-            state = _train_steps(run, state, checkpoints, report, evaluate, stop, profile)
-        if stop.signal is not None:
-            return Outcome(int(state.step), stopped_by=stop.signal)
-        return _finish(run, state, checkpoints, report, evaluate, workdir, stop)
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir.checkpoints, keep=settings.checkpoint.keep)
+        )
+        state = _restore_or_start(experiment, checkpoints)
+        writer = stack.enter_context(MetricsWriter(workdir, experiment, start_step=int(state.step)))
+        evaluator = Evaluator(experiment)
+        if int(state.step) < experiment.total_steps:
+            profile = stack.enter_context(Profile(workdir.profile, profile_steps))
+            state = _train_steps(experiment, state, checkpoints, writer, evaluator, stop, profile)
+        if stop.signal is None:
+            return _finish(experiment, state, checkpoints, writer, evaluator, stop, workdir)
+        return Outcome(int(state.step), stopped_by=stop.signal)
 
 
 def _train_steps(
-    run: Run,
+    experiment: Experiment,
     state: TrainState,
     checkpoints: Checkpoints,
-    report: Report,
-    evaluate: Evaluation,
+    writer: MetricsWriter,
+    evaluator: Evaluator,
     stop: StopRequest,
     profile: Profile,
 ) -> TrainState:
-    config, start_step = run.config, int(state.step)
-
-    def every(epochs: int, step: int) -> bool:
-        return step == run.total_steps or step % (epochs * run.steps_per_epoch) == 0
-
-    def test(step: int) -> float | None:
-        means = evaluate(run.model, state.result, stop)
-        if means is None:
-            return None  # stopped; the run that continues will do it
-        report.record({"step": step, **row("eval", means)})
-        report.draw()
-        return float(means["accuracy"])
-
-    # Unlike a jitted function, a compiled one cannot compile again.
-    @functools.cache
-    def compiled(size: int) -> jax.stages.Compiled:
-        began = time.monotonic()
-        program = run.lower_step(size).compile()
-        pixels = f" for images of {size}x{size}" if config.data.sizes else ""
-        report.say(f"compiled{pixels} in {time.monotonic() - began:.1f} s")
-        distributed.meet(f"compiled {size}")
-        return program
-
-    def stopped_before_the_first_step() -> bool:
-        if stop.poll() and stop.signal is not None:
-            report.say(
-                f"{stop.signal.name} at step {start_step}: nothing new to save; the same command "
-                "continues from here"
-            )
-        return bool(stop)
-
-    if stopped_before_the_first_step():
+    settings, start_step = experiment.settings, int(state.step)
+    step_fn = CompiledStep(experiment)
+    if _stopped_before(start_step, stop):
         return state
-    compiled(run.size_at(start_step // run.steps_per_epoch))
-    untested = start_step and every(config.eval.every_epochs, start_step)
-    if untested and not distributed.first_says(report.tested(start_step)):
-        test(start_step)  # the run was stopped before it could
-    if stopped_before_the_first_step():
+    step_fn.compile(experiment.size_at(start_step // experiment.steps_per_epoch))
+    if _evaluation_is_missing(experiment, writer, start_step):
+        _evaluate(experiment, state, evaluator, writer, stop)
+    if _stopped_before(start_step, stop):
         return state
+
     batches = train_batches(
-        run.dataset,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
+        experiment.dataset,
+        batch_size=settings.train.batch_size,
+        seed=settings.seed,
         start_step=start_step,
-        sharding=run.over_batch,
-        size_at=run.size_at if config.data.sizes else None,
+        sharding=experiment.over_batch,
+        size_at=experiment.size_at if settings.data.sizes else None,
     )
-    meter = Meter(run, report, checkpoints)
-    for step in range(start_step + 1, run.total_steps + 1):
+    metrics = StepMetrics(experiment, writer, checkpoints)
+    for step in range(start_step + 1, experiment.total_steps + 1):
         profile.before(step)
-        batch = meter.wait_for(batches)
-        state, metrics = compiled(batch["image"].shape[1])(state, batch)
-        profile.after(step, metrics)
-        # The device is busy with this step now, so the numbers of the one before cost nothing.
-        meter.take(step, metrics)
+        with metrics.waiting_for_data():
+            batch = next(batches)
+        state, of_step = step_fn(state, batch)
+        profile.after(step, of_step)
+        metrics.push(step, of_step)  # reads those of the step before: the device never waits
 
-        test_now = not stop.poll() and every(config.eval.every_epochs, step)
-        save_now = every(config.checkpoint.every_epochs, step)
-        if test_now or save_now or stop:
-            meter.flush()  # raises before a state that is not finite could be saved
-        # A row is on disk before the checkpoint that would keep it from being written again.
-        accuracy = test(step) if test_now else None
-        if save_now or stop:
-            checkpoints.save(state, accuracy=accuracy, wait=bool(stop) or step == run.total_steps)
+        evaluate = not stop.poll() and experiment.is_due(settings.eval.every_epochs, step)
+        save = experiment.is_due(settings.checkpoint.every_epochs, step) or bool(stop)
+        if evaluate or save:
+            metrics.flush()  # raises before a state that is not finite is saved
+        # A row is on disk before the checkpoint after which it would not be written again.
+        accuracy = _evaluate(experiment, state, evaluator, writer, stop) if evaluate else None
+        if save or stop:
+            wait = bool(stop) or step == experiment.total_steps
+            checkpoints.save(state, accuracy=accuracy, wait=wait)
         if stop.signal is not None:
-            report.say(
-                f"{stop.signal.name} at step {step}: saved; the same command continues from here"
-            )
+            logger.info("%s at step %d: saved; rerun to resume", stop.signal.name, step)
             break
-        if test_now or save_now:
-            meter.restart()
+        if evaluate or save:
+            metrics.restart()
     return state
 
 
+class CompiledStep:
+    """The train step, compiled once per image size.
+
+    Compiled ahead of time, as a jitted function might compile a second time for other layouts.
+    """
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+        self._compiled: dict[int, jax.stages.Compiled] = {}
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        """Takes a step; consumes `state`."""
+        return self.compile(batch["image"].shape[1])(state, batch)
+
+    def compile(self, size: int) -> jax.stages.Compiled:
+        """The step for images of this height and width."""
+        if size not in self._compiled:
+            began = time.monotonic()
+            self._compiled[size] = self._experiment.lower_step(size).compile()
+            logger.info("compiled for %dx%d in %.1f s", size, size, time.monotonic() - began)
+            consensus.meet(f"compiled {size}")
+        return self._compiled[size]
+
+
+def _metadata(experiment: Experiment) -> RunMetadata:
+    return RunMetadata(
+        classes=experiment.dataset.classes,
+        image_shape=experiment.dataset.image_shape,
+        eval_shape=experiment.dataset.eval_shape,
+        normalize=experiment.normalize,
+    )
+
+
+def _restore_or_start(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
+    restored = checkpoints.restore(experiment.abstract_state())
+    checkpoints.set_aside_corrupt()
+    if restored is None:
+        return starting_state(experiment)
+    logger.info("resuming from step %d of %d", int(restored.step), experiment.total_steps)
+    if checkpoints.saved_on is not None:
+        logger.info(
+            "the checkpoint was saved by %s: from here on the results equal that run's up to "
+            "rounding, but are not bitwise identical",
+            checkpoints.saved_on,
+        )
+    return restored
+
+
+def _stopped_before(start_step: int, stop: StopRequest) -> bool:
+    """Whether a stop was requested before the first step."""
+    if stop.poll() and stop.signal is not None:
+        logger.info(
+            "%s at step %d: nothing new to save; rerun to resume", stop.signal.name, start_step
+        )
+    return bool(stop)
+
+
+def _evaluation_is_missing(experiment: Experiment, writer: MetricsWriter, step: int) -> bool:
+    """Whether the run was stopped before the evaluation that is due at this step."""
+    due = step > 0 and experiment.is_due(experiment.settings.eval.every_epochs, step)
+    return due and not consensus.first_says(writer.evaluated(step))
+
+
+def _evaluate(
+    experiment: Experiment,
+    state: TrainState,
+    evaluator: Evaluator,
+    writer: MetricsWriter,
+    stop: StopRequest,
+) -> float | None:
+    """The accuracy; None if a stop was requested, the evaluation is then left to the next run."""
+    means = evaluator(experiment.model, state.result, stop)
+    if means is None:
+        return None
+    writer.write({"step": int(state.step), **metrics_row("eval", means)})
+    writer.draw()
+    return float(means["accuracy"])
+
+
 def _finish(
-    run: Run,
+    experiment: Experiment,
     state: TrainState,
     checkpoints: Checkpoints,
-    report: Report,
-    evaluate: Evaluation,
-    workdir: Workdir,
+    writer: MetricsWriter,
+    evaluator: Evaluator,
     stop: StopRequest,
+    workdir: Workdir,
 ) -> Outcome:
-    step, fused_model = int(state.step), run.model.clone(deploy=True)
-    trained = evaluate(run.model, state.result, stop)
-    deployed = evaluate(fused_model, fuse_params(state.result), stop)
-    if trained is None or deployed is None:
+    step = int(state.step)
+    trained = evaluator(experiment.model, state.result, stop)
+    fused_model, fused_params = experiment.model.clone(deploy=True), fuse_params(state.result)
+    fused = evaluator(fused_model, fused_params, stop)
+    if trained is None or fused is None:
         return Outcome(step, stopped_by=stop.signal)
-    final = {**row("final", trained), **row("final", deployed, "_fused")}
-    report.record({"step": step, **final})
-    report.draw()
-    report.say(
-        f"held-out accuracy: {final['final/accuracy']:.2%} as trained, "
-        f"{final['final/accuracy_fused']:.2%} fused "
-        f"({counted(trained, len(run.dataset.evaluation))})"
+    final = {**metrics_row("final", trained), **metrics_row("final", fused, "_fused")}
+    writer.write({"step": step, **final})
+    writer.draw()
+    accuracy, accuracy_fused = final["final/accuracy"], final["final/accuracy_fused"]
+    images = counted(trained, len(experiment.dataset.evaluation))
+    logger.info(
+        f"validation accuracy: {accuracy:.2%} as trained, {accuracy_fused:.2%} fused ({images})"
     )
     best = checkpoints.best()
     if best not in (None, step):
-        report.say(f"the best of the checkpoints that were evaluated is that of step {best}")
-    report.say(f"report: {workdir.page}")
-    report.say(f"next: python convert.py --workdir {workdir.path} --output deploy")
-    return Outcome(step, final["final/accuracy"], final["final/accuracy_fused"])
+        logger.info("the best evaluated checkpoint is that of step %d", best)
+    logger.info("report: %s", workdir.report)
+    logger.info("next: python convert.py --workdir %s --output deploy", workdir.path)
+    return Outcome(step, accuracy, accuracy_fused)

@@ -1,25 +1,26 @@
 """A trace of a few steps, for TensorBoard or Perfetto."""
 
+import logging
 import pathlib
 import types
-from collections.abc import Callable
 from typing import Any, Self
 
 import jax
+
+logger = logging.getLogger(__name__)
 
 
 class Profile:
     """Traces the steps of a range; a context manager that ends a trace that is still open."""
 
-    def __init__(self, path: pathlib.Path, steps: range, say: Callable[[str], None]):
+    def __init__(self, path: pathlib.Path, steps: range):
         """Prepares a trace.
 
         Args:
           path: the directory that it is written to.
-          steps: which ones; may be empty.
-          say: told where the trace is.
+          steps: the steps to trace; may be empty.
         """
-        self._path, self._steps, self._say = path, steps, say
+        self._path, self._steps = path, steps
         self._running = False
 
     def before(self, step: int) -> None:
@@ -29,7 +30,7 @@ class Profile:
             self._running = True
 
     def after(self, step: int, result: Any) -> None:
-        """To be called after every step with what it computes."""
+        """To be called after every step with its result."""
         if self._running and step + 1 not in self._steps:
             jax.block_until_ready(result)
             self._stop()
@@ -37,7 +38,7 @@ class Profile:
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self._running, self._steps = False, range(0)
-        self._say(f"trace: {self._path}")
+        logger.info("trace: %s", self._path)
 
     def __enter__(self) -> Self:
         return self
@@ -63,6 +64,6 @@ def parse_steps(text: str) -> range:
     first, colon, end = text.partition(":")
     if not (colon and first.isdecimal() and end.isdecimal() and 0 < int(first) < int(end)):
         raise ValueError(
-            f"--profile_steps={text} is not FIRST:END, steps from 1 on; 10:20 traces 10 to 19"
+            f"--profile_steps={text} is not FIRST:END with 0 < FIRST < END; 10:20 traces 10 to 19"
         )
     return range(int(first), int(end))

@@ -1,150 +1,202 @@
-"""What a person sees of a run: lines, `metrics.jsonl`, TensorBoard, the curves and the page."""
+"""The rows of a run as a picture and as one page that can be mailed and read offline."""
 
-import json
-import math
-import time
-from collections.abc import Mapping
+import base64
+import html
+import pathlib
+import platform
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import rich.console
-import rich.live
-from tensorboardX import SummaryWriter
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from repvgg_jax.train import curves, page
-from repvgg_jax.train.workdir import Workdir, write_atomically
+from repvgg_jax.files import replacing, write_text
+from repvgg_jax.text import versions
+from repvgg_jax.train.workdir import Workdir
 
-Row = Mapping[str, float]
+Row = Mapping[str, Any]
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_TRAIN, _EVAL, _GRID = "#9db4c8", "#1f4e79", "#e6e6e6"
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto;
+       padding: 0 1rem }
+h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .15rem 1.2rem .15rem 0; text-align: left; border-bottom: 1px solid #e6e6e6 }
+img { max-width: 100% }
+.quiet { color: #666 } code { font-size: .9em }
+"""
 
 
-class Report:
-    """Reports of one run; silent on every process but the first, unless asked not to be.
+def write(workdir: Workdir, *, title: str, rows: Sequence[Row], config: Mapping[str, Any]) -> None:
+    """Writes `curves.png` and `report.html`.
 
-    In a terminal the line of the running step rewrites itself; elsewhere there is a plain line
-    for every row of `metrics.jsonl`.
+    Args:
+      workdir: the run directory.
+      title: of the run.
+      rows: of `metrics.jsonl`.
+      config: the content of `config.json`.
     """
-
-    def __init__(
-        self,
-        workdir: Workdir,
-        *,
-        title: str,
-        config: Mapping[str, Any],
-        start_step: int,
-        total_steps: int,
-    ):
-        """Opens the files, and takes back what was reported after `start_step`.
-
-        A run that continues repeats the steps after its checkpoint; keeping their old rows
-        would count them twice.
-        """
-        self._active = jax.process_index() == 0
-        self._workdir, self._title, self._config = workdir, title, config
-        self._total_steps = total_steps
-        self._clock: tuple[int, float] | None = None
-        self._console = rich.console.Console(highlight=False, soft_wrap=True)
-        self._live: rich.live.Live | None = None
-        self._rows = _rows_until(start_step, workdir)
-        if not self._active:
-            return
-        text = "".join(json.dumps(row) + "\n" for row in self._rows)
-        write_atomically(workdir.metrics, text)
-        self._board = SummaryWriter(
-            str(workdir.tensorboard), purge_step=start_step + 1 if start_step else None
-        )
-        if self._console.is_terminal:
-            self._live = rich.live.Live(console=self._console, transient=True)
-            self._live.start()
-
-    def say(self, text: str) -> None:
-        """Prints a line."""
-        if self._active:
-            self._console.print(text, markup=False)
-
-    def say_for_itself(self, text: str) -> None:
-        """Prints a line on any process; those after the first say which they are."""
-        if self._active:
-            self.say(text)
-        else:
-            self._console.print(f"process {jax.process_index()}: {text}", markup=False)
-
-    def step(self, step: int, row: Row) -> None:
-        """Shows the state of the running step, in a terminal only; call it for every step."""
-        if self._clock is None:
-            self._clock = step, time.monotonic()
-        if self._live is not None:
-            self._live.update(self._line(step, row))
-
-    def record(self, row: Row) -> None:
-        """Adds a row; it needs `step`. Numbers that are not finite are written as null."""
-        if not self._active:
-            return
-        self._rows.append(row)
-        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-        with self._workdir.metrics.open("a") as file:
-            file.write(json.dumps(finite) + "\n")
-        for name, value in row.items():
-            if "/" in name:
-                self._board.add_scalar(name, value, int(row["step"]))
-        if "train/loss" in row and self._live is None:
-            self.say(self._line(int(row["step"]), row))
-        if "eval/accuracy" in row:
-            self.say(
-                f"step {int(row['step'])}: held-out accuracy {row['eval/accuracy']:.2%}, "
-                f"loss {row['eval/loss']:.4f}"
-            )
-
-    def tested(self, step: int) -> bool:
-        """Whether there is a row of an evaluation at that step."""
-        return any(row["step"] == step and "eval/loss" in row for row in self._rows)
-
-    def draw(self) -> None:
-        """Draws the curves, and writes the page, of all rows so far."""
-        if self._active:
-            curves.draw(self._rows, self._workdir.curves, self._title)
-            page.write(self._workdir, self._title, self._rows, self._config)
-
-    def close(self) -> None:
-        """Ends the live line and closes the files."""
-        if self._live is not None:
-            self._live.stop()
-        if self._active:
-            self._board.close()
-
-    def _line(self, step: int, row: Row) -> str:
-        first, began = self._clock or (step, time.monotonic())
-        left = (time.monotonic() - began) / max(1, step - first) * (self._total_steps - step)
-        # The end of a line is what a narrow terminal cuts off, so the least urgent comes last.
-        return (
-            f"step {step}/{self._total_steps}, {_duration(left)} left  "
-            f"loss {row['train/loss']:.4f}  accuracy {row['train/accuracy']:.2%}  "
-            f"{row['images_per_second_per_device']:,.0f} images/s a device  "
-            f"data-wait {row['data_wait']:.0%}"
-        )
+    draw_curves(rows, workdir.curves, title)
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="quiet">{html.escape(_state(rows))}</p>',
+        *_forms(rows),
+        *_curves(workdir),
+        *_evaluations(rows),
+        *_speed(rows),
+        "<h2>Configuration</h2>",
+        _table(["setting", "value"], [(k, v) for k, v in _flat(config)]),
+        "<h2>Environment</h2>",
+        _table(["what", "version"], _environment()),
+    ]
+    text = "\n".join(parts)
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style></head>\n"
+        f"<body>\n{text}\n</body>\n</html>\n"
+    )
+    write_text(workdir.report, page)
 
 
-def _rows_until(step: int, workdir: Workdir) -> list[Row]:
-    if not workdir.metrics.exists():
+def _state(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "nothing reported yet"
+    ended = "finished" if "final/accuracy" in rows[-1] else "running or interrupted"
+    return f"{ended} at step {rows[-1]['step']:,}"
+
+
+def _forms(rows: Sequence[Row]) -> list[str]:
+    final = next((row for row in reversed(rows) if "final/accuracy" in row), None)
+    if final is None:
         return []
-    rows = []
-    for line in workdir.metrics.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break  # the process died while it wrote this line
-        if row["step"] <= step and "final/accuracy" not in row:
-            rows.append(row)
-    return rows
+    names = [
+        name.removeprefix("final/")
+        for name in final
+        if name.startswith("final/") and not name.endswith("_fused")
+    ]
+    body = [
+        (name, _number(final[f"final/{name}"]), _number(final[f"final/{name}_fused"]))
+        for name in names
+    ]
+    return [
+        "<h2>The network as trained, and fused</h2>",
+        _table(["validation images", "three branches", "fused"], body),
+    ]
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+def _curves(workdir: Workdir) -> list[str]:
+    if not workdir.curves.exists():
+        return []
+    data = base64.b64encode(workdir.curves.read_bytes()).decode()
+    return ["<h2>Curves</h2>", f'<img alt="loss and accuracy" src="data:image/png;base64,{data}">']
 
 
-def as_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Device scalars as numbers, in one transfer."""
-    return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+def _evaluations(rows: Sequence[Row]) -> list[str]:
+    found = [row for row in rows if "eval/accuracy" in row]
+    if not found:
+        return []
+    names = [name for name in found[0] if name.startswith("eval/")]
+    return [
+        "<h2>Evaluations</h2>",
+        _table(
+            ["step", *(name.removeprefix("eval/") for name in names)],
+            [(f"{row['step']:,}", *(_number(row[name]) for name in names)) for row in found],
+        ),
+    ]
+
+
+def _speed(rows: Sequence[Row]) -> list[str]:
+    found = [row for row in rows if "images_per_second_per_device" in row]
+    if not found:
+        return []
+    speeds = sorted(row["images_per_second_per_device"] for row in found)
+    waits = sorted(row["data_wait"] for row in found)
+    body = [
+        (name, *(form(values[index]) for index in (len(values) // 2, 0, -1)))
+        for name, values, form in (
+            ("images/s/device", speeds, lambda v: f"{v:,.1f}"),
+            ("waiting for data", waits, lambda v: f"{v:.1%}"),
+        )
+    ]
+    return ["<h2>Speed</h2>", _table(["over the rows", "median", "least", "most"], body)]
+
+
+def _environment() -> list[tuple[str, str]]:
+    devices = jax.devices()
+    found = [
+        ("devices", f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"),
+        ("processes", str(jax.process_count())),
+        ("system", platform.platform()),
+        ("python", platform.python_version()),
+    ]
+    found += versions(*_PACKAGES).items()
+    return found
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
+    lines = []
+    for key, value in settings.items():
+        name = f"{path}.{key}" if path else key
+        lines += _flat(value, name) if isinstance(value, Mapping) else [(name, repr(value))]
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        texts = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
+        return f"<tr>{texts}</tr>"
+
+    lines = [row(head, "th"), *(row(cells, "td") for cells in body)]
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], path: pathlib.Path, title: str) -> None:
+    """Draws the rows of `metrics.jsonl`, as PNG."""
+    figure = Figure(figsize=(9, 3.6), dpi=130, layout="constrained")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    loss, accuracy = figure.subplots(1, 2)
+    for axes, name, label in ((loss, "loss", "loss"), (accuracy, "accuracy", "accuracy")):
+        for part, color, legend in (("train", _TRAIN, "training"), ("eval", _EVAL, "validation")):
+            points = [(r["step"], r[f"{part}/{name}"]) for r in rows if f"{part}/{name}" in r]
+            if points:
+                marker = "o" if len(points) < 40 else None
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=color,
+                    label=legend,
+                    linewidth=1.8,
+                    marker=marker,
+                    markersize=3,
+                )
+        axes.set_xlabel("step")
+        axes.set_title(label, fontsize=10, loc="left", color="#444444")
+        axes.grid(color=_GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    loss.set_ylim(bottom=0)
+    accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+    final = [row for row in rows if "final/accuracy" in row]
+    if final:
+        value = final[-1]["final/accuracy"]
+        accuracy.annotate(
+            f"{value:.2%}",
+            (final[-1]["step"], value),
+            xytext=(-4, -14),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+            color=_EVAL,
+        )
+    if accuracy.get_legend_handles_labels()[0]:
+        accuracy.legend(loc="lower right", frameon=False, fontsize=9, bbox_to_anchor=(1, 0.08))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,4 +1,4 @@
-"""Where the arrays of a run lie: on one axis of devices, copied to all or a share on each."""
+"""How the arrays of a run are sharded: on one axis of devices, replicated or split."""
 
 import dataclasses
 import math
@@ -10,35 +10,35 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from repvgg_jax.train.state import TrainState
 
-# What every device needs whole for its own images; the step counter is one number.
+# Every device needs all of these for its own images.
 _REPLICATED = ("step", "params", "batch_stats")
 
-# Numbers below which an array is not worth splitting: gathering it costs more than keeping it.
+# Elements below which splitting an array costs more communication than it saves memory.
 _SMALL = 1024
 
 
 def data_mesh(devices: Sequence[jax.Device]) -> Mesh:
     """All devices on one axis, `data`.
 
-    Those of a process lie side by side, so that it reads consecutive images.
+    Devices of a process are neighbors, so that it reads consecutive images.
     """
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
-    # Explicit axes, today's default, break gathers on a sharded batch.
+    # Explicit axes, the default, break gathers on a sharded batch.
     return Mesh(np.array(ordered), ("data",), axis_types=(AxisType.Auto,))
 
 
 def state_sharding(state: TrainState, mesh: Mesh, *, shard_optimizer: bool) -> TrainState:
-    """Where every leaf of a state lies.
+    """The sharding of every leaf of a state.
 
-    Parameters and statistics are copied to every device. With `shard_optimizer` everything else
-    (momentum, moments, averages of the parameters) is split over the devices: each updates
-    its share and the compiler gathers the new parameters, which is stage 1 of ZeRO
-    (Rajbhandari et al., 2020). The arithmetic is the same.
+    Parameters and statistics are replicated. With `shard_optimizer` everything else (momentum,
+    moments, averages of the parameters) is split over the devices: each updates its shard and
+    the compiler gathers the new parameters, which is ZeRO stage 1 (Rajbhandari et al., 2020).
+    The arithmetic is the same.
 
     Args:
       state: arrays or shapes.
       mesh: with the axis `data`.
-      shard_optimizer: whether to split what can be split.
+      shard_optimizer: split all but parameters and statistics.
     """
 
     def sharding(leaf: jax.ShapeDtypeStruct, split: bool) -> NamedSharding:
@@ -58,9 +58,9 @@ def state_sharding(state: TrainState, mesh: Mesh, *, shard_optimizer: bool) -> T
 
 
 def split_largest(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Splits the largest axis that the devices divide.
+    """Splits the largest axis that the number of devices divides.
 
-    A small array, and one without such an axis, stays whole.
+    Small arrays, and those without such an axis, are replicated.
     """
     if math.prod(shape) < _SMALL:
         return PartitionSpec()

@@ -15,10 +15,10 @@ class TrainState(struct.PyTreeNode):
     Attributes:
       step: steps taken, int32.
       params: parameters, float32.
-      batch_stats: running statistics of batch normalisation, float32.
-      opt_state: the optimiser's.
+      batch_stats: running statistics of batch normalization, float32.
+      opt_state: the optimizer's.
       ema: exponential moving averages of `params` and `batch_stats`, under these names; empty
-        where there are none.
+        if there are none.
     """
 
     step: jax.Array
@@ -29,12 +29,12 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `model.apply` takes, as it is trained."""
+        """The variables of the network that is trained."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
     def result(self) -> dict[str, Any]:
-        """The network that training is for: the averaged one where there is one."""
+        """The variables to evaluate and convert: the averages, if there are any."""
         return self.ema or self.variables
 
 
@@ -50,8 +50,8 @@ def initial_state(
 
     Args:
       model: the network in training form.
-      optimizer: whose state to begin with.
-      key: of the initial weights.
+      optimizer: the gradient transformation.
+      key: PRNG key of the initial weights.
       image_shape: (height, width, channels) of one image.
       average: whether to keep moving averages.
     """
@@ -62,13 +62,13 @@ def initial_state(
 def state_from(
     variables: Any, optimizer: optax.GradientTransformation, *, average: bool
 ) -> TrainState:
-    """The state before the first step of training that begins with these variables."""
+    """The state before the first step, starting from these variables."""
     variables = {name: variables[name] for name in ("params", "batch_stats")}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
         opt_state=optimizer.init(variables["params"]),
-        # Copies: the step may overwrite the buffers of the one and still read the other.
+        # Copies: the step may overwrite the buffers of one while it still reads the other.
         ema=jax.tree.map(jnp.copy, variables) if average else {},
     )

@@ -1,4 +1,4 @@
-"""One step of training and of evaluation, as pure functions."""
+"""The task, and one step of training and of evaluation, as pure functions."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,12 +9,82 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from repvgg_jax.data.augment import Augmentation, Mixing, Normalise
+from repvgg_jax.data.augment import Augmentation, Mixing
+from repvgg_jax.normalize import Normalize
 from repvgg_jax.reparam import equivalent_l2
 from repvgg_jax.train.state import TrainState
-from repvgg_jax.train.task import Classification, Sums
 
 Batch = Mapping[str, Any]
+Sums = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Classification with one label per image.
+
+    Attributes:
+      num_classes: number of classes.
+      label_smoothing: share of the target that goes to all classes evenly.
+      auxiliary_weight: weight of each auxiliary head's loss.
+    """
+
+    num_classes: int
+    label_smoothing: float = 0.0
+    auxiliary_weight: float = 0.0
+
+    def targets(self, labels: jax.Array) -> jax.Array:
+        """Smoothed one-hot targets (images, classes) of labels (images,)."""
+        one_hot = jax.nn.one_hot(labels, self.num_classes)
+        return optax.smooth_labels(one_hot, self.label_smoothing)
+
+    def loss(
+        self, logits: jax.Array, auxiliary: Mapping[str, jax.Array], targets: jax.Array
+    ) -> tuple[jax.Array, Sums]:
+        """The loss to minimize, and the batch's metrics.
+
+        An image counts as correct if the class with the largest target has the largest logit.
+
+        Args:
+          logits: (images, classes).
+          auxiliary: logits of the auxiliary heads, by name; may be empty.
+          targets: probabilities (images, classes).
+        """
+        main = optax.softmax_cross_entropy(logits, targets).mean()
+        heads = [optax.softmax_cross_entropy(head, targets).mean() for head in auxiliary.values()]
+        loss = main + self.auxiliary_weight * sum(heads, start=jnp.zeros_like(main))
+        return loss, {"loss": loss, "accuracy": _in_top(1, logits, targets.argmax(-1)).mean()}
+
+    def evaluate(self, logits: jax.Array, batch: Mapping[str, Any]) -> Sums:
+        """Sums over the images of a batch that its `mask` keeps.
+
+        `loss` is without smoothing, so that it is comparable between recipes. `accuracy` and
+        `top5` (if there are more than five classes) count the images whose label is among the
+        one and five largest logits; `class_count` and `class_accuracy` (classes,) are the number
+        of images and of correct ones per label.
+        """
+        mask, labels = batch["mask"].astype(jnp.float32), batch["label"]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        right = _in_top(1, logits, labels) * mask
+        by_label = jax.nn.one_hot(labels, self.num_classes) * mask[:, None]
+        sums = {
+            "count": mask.sum(),
+            "loss": (loss * mask).sum(),
+            "accuracy": right.sum(),
+            "class_count": by_label.sum(axis=0),
+            "class_accuracy": (by_label * right[:, None]).sum(axis=0),
+        }
+        if self.num_classes > 5:
+            sums["top5"] = (_in_top(5, logits, labels) * mask).sum()
+        return sums
+
+
+def _in_top(k: int, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """1 if the label's logit is among the k largest, else 0; the first of equal ones wins."""
+    classes = jnp.arange(logits.shape[-1])[None]
+    of_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    ahead = (logits > of_label) | ((logits == of_label) & (classes < labels[:, None]))
+    # NaN compares false with everything, so it has to be excluded by hand.
+    return ((ahead.sum(-1) < k) & ~jnp.isnan(logits).any(-1)).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +100,17 @@ class TrainStep:
     Attributes:
       model: the network in training form.
       task: loss and metrics.
-      optimizer: from a gradient to an update.
-      augment: pixels to what the network takes, augmented.
-      mixing: of images and targets, or None.
+      optimizer: the gradient transformation.
+      augment: pixels to the network's input, augmented.
+      mixing: mixup and cutmix, or None.
       seed: of the augmentation.
       equivalent_l2: weight decay of the equivalent kernel (`repvgg_jax.reparam.equivalent_l2`).
-      ema_decay: a step, of the moving averages in the state, if it has any.
-      pieces: how many pieces of the batch go through the network one after the other.
-      group_size: images of a group that pieces do not split.
-      over_pieces: where (pieces, images of a piece, …) lie; None leaves it to the compiler.
-      unrolled: compile every piece apart. Loops are slow on CPUs; elsewhere they save memory.
+      ema_decay: decay per step of the moving averages, if the state has any.
+      microbatches: number of microbatches whose gradients are accumulated.
+      group_size: images of a group that microbatches must not split.
+      microbatch_sharding: of (microbatches, images, …); None leaves it to the compiler.
+      unrolled: unroll the loop over microbatches. Loops are slow on CPUs; elsewhere they save
+        memory.
     """
 
     model: nn.Module
@@ -50,13 +121,13 @@ class TrainStep:
     seed: int
     equivalent_l2: float = 0.0
     ema_decay: float = 0.0
-    pieces: int = 1
+    microbatches: int = 1
     group_size: int = 1
-    over_pieces: jax.sharding.Sharding | None = None
+    microbatch_sharding: jax.sharding.Sharding | None = None
     unrolled: bool = False
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        """Takes one step on `batch`, images (n, height, width, channels) uint8, labels (n,)."""
+        """Takes one step on `batch`: uint8 images (n, height, width, channels) and labels (n,)."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         images = self.augment(key, batch["image"])
         targets = self.task.targets(batch["label"])
@@ -90,14 +161,14 @@ class TrainStep:
     def _gradients(
         self, state: TrainState, images: jax.Array, targets: jax.Array
     ) -> tuple[Any, Any, Sums]:
-        """Means over the pieces of the gradient, the new running statistics and the metrics.
+        """Means over microbatches of the gradient, the new running statistics and the metrics.
 
-        Every piece starts from the same running statistics, and their update is linear in the
-        statistics of the groups of images, so the mean over pieces is what the whole batch at
-        once would give.
+        Every microbatch starts from the same running statistics, and their update is linear in
+        the statistics of the groups of images, so the mean over microbatches is what the whole
+        batch at once would give.
         """
 
-        def of_piece(images: jax.Array, targets: jax.Array) -> tuple[Any, Any, Sums]:
+        def of_microbatch(images: jax.Array, targets: jax.Array) -> tuple[Any, Any, Sums]:
             def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
                 logits, updated = self.model.apply(
                     {"params": params, "batch_stats": state.batch_stats},
@@ -111,36 +182,38 @@ class TrainStep:
             gradients, (batch_stats, metrics) = jax.grad(loss_of, has_aux=True)(state.params)
             return gradients, batch_stats, metrics
 
-        if self.pieces == 1:
-            return of_piece(images, targets)
+        if self.microbatches == 1:
+            return of_microbatch(images, targets)
 
-        def add(total: Any, piece: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, of_piece(*piece)), None
+        def add(total: Any, microbatch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of_microbatch(*microbatch)), None
 
-        pieces = (self._split(images), self._split(targets))
+        split = (self._split(images), self._split(targets))
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(of_piece, *(piece[0] for piece in pieces)),
+            jax.eval_shape(of_microbatch, *(values[0] for values in split)),
         )
-        total, _ = jax.lax.scan(add, zeros, pieces, unroll=self.pieces if self.unrolled else 1)
-        return jax.tree.map(lambda leaf: leaf / self.pieces, total)
+        unroll = self.microbatches if self.unrolled else 1
+        total, _ = jax.lax.scan(add, zeros, split, unroll=unroll)
+        return jax.tree.map(lambda leaf: leaf / self.microbatches, total)
 
     def _split(self, values: jax.Array) -> jax.Array:
-        """(n, …) as (pieces, n / pieces, …), whole groups each.
+        """(n, …) as (microbatches, n / microbatches, …), without splitting a group.
 
-        Neighbouring groups go to different pieces, so that a device that holds neighbouring
-        images has some of every piece. Where it holds fewer groups than there are pieces,
-        `over_pieces` moves images, or every piece would be the work of some devices alone.
+        Neighboring groups go to different microbatches, so that a device that holds neighboring
+        images has some of every microbatch. If it holds fewer groups than there are microbatches,
+        `microbatch_sharding` moves images; otherwise each microbatch would occupy only some of
+        the devices.
         """
         shape = values.shape[1:]
-        groups = values.reshape(-1, self.pieces, self.group_size, *shape)
-        pieces = groups.swapaxes(0, 1).reshape(self.pieces, -1, *shape)
-        if self.over_pieces is None:
-            return pieces
-        return jax.lax.with_sharding_constraint(pieces, self.over_pieces)
+        groups = values.reshape(-1, self.microbatches, self.group_size, *shape)
+        split = groups.swapaxes(0, 1).reshape(self.microbatches, -1, *shape)
+        if self.microbatch_sharding is None:
+            return split
+        return jax.lax.with_sharding_constraint(split, self.microbatch_sharding)
 
     def _averaged(self, state: TrainState, variables: Any) -> Any:
-        """The moving averages after this step; young ones forget faster."""
+        """The moving averages after this step; the decay warms up."""
         if not state.ema:
             return state.ema
         decay = jnp.minimum(self.ema_decay, (1 + state.step) / (10 + state.step))
@@ -154,15 +227,15 @@ class EvalStep:
     Attributes:
       model: the network, in the form of the variables.
       task: which sums.
-      normalise: pixels to what the network takes.
+      normalize: pixels to the network's input.
     """
 
     model: nn.Module
     task: Classification
-    normalise: Normalise
+    normalize: Normalize
 
     def __call__(self, variables: Any, batch: Batch) -> Sums:
         """Sums over the images that `batch["mask"]` keeps."""
-        logits = self.model.apply(variables, self.normalise(batch["image"]))
+        logits = self.model.apply(variables, self.normalize(batch["image"]))
         assert isinstance(logits, jax.Array)
         return self.task.evaluate(logits, batch)

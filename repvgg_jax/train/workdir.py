@@ -1,138 +1,190 @@
-"""A run's directory: its configuration, and the paths of what else is in it.
+"""A run directory.
 
-config.json        the configuration, as the run began
-checkpoints/       one directory a checkpoint, named by its step
-unsound/           those that were found damaged, if there ever were any
-metrics.jsonl      one JSON object a report
+config.json        the configuration
+metadata.json      classes, image shapes and normalization: what using the weights takes
+checkpoints/       one directory per checkpoint, named by its step
+unsound/           checkpoints that were found corrupt, if there ever were any
+metrics.jsonl      one JSON object per row
 tensorboard/       the same for TensorBoard
 curves.png         the same as a picture
 report.html        the same as a page, with the configuration and the machine
 profile/           a trace, if one was asked for
-owner.json         whose it is, while a run is at work
+owner.json         which process holds the directory, while a run is at work
 """
 
 import contextlib
 import dataclasses
 import json
-import os
+import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any, Self
 
-from ml_collections import ConfigDict
+from repvgg_jax.cluster import lock
+from repvgg_jax.files import write_text
+from repvgg_jax.normalize import Normalize
+from repvgg_jax.text import differences, first_few
+from repvgg_jax.train.settings import Settings
 
-from repvgg_jax.cluster import lock as owner
-from repvgg_jax.text import differences
-from repvgg_jax.train.config import from_plain, plain
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunMetadata:
+    """What using a run's weights takes beside its configuration, without its data.
+
+    Attributes:
+      classes: class names, by label.
+      image_shape: (height, width, channels) of training images.
+      eval_shape: likewise of validation images.
+      normalize: pixels to the network's input.
+    """
+
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    eval_shape: tuple[int, int, int]
+    normalize: Normalize
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of `metadata.json`."""
+        return {
+            "classes": list(self.classes),
+            "image_shape": list(self.image_shape),
+            "eval_shape": list(self.eval_shape),
+            "mean": list(self.normalize.mean),
+            "std": list(self.normalize.std),
+        }
+
+    @classmethod
+    def from_json(cls, content: Any) -> Self:
+        """The inverse of `as_json`; raises ValueError for anything else."""
+        try:
+            height, width, channels = content["image_shape"]
+            eval_height, eval_width, eval_channels = content["eval_shape"]
+            return cls(
+                classes=tuple(map(str, content["classes"])),
+                image_shape=(height, width, channels),
+                eval_shape=(eval_height, eval_width, eval_channels),
+                normalize=Normalize(content["mean"], content["std"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the metadata of a run: {error!r}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """Paths in a run's directory, and the rule that it belongs to one configuration."""
+    """The paths in a run directory, and the rule that it belongs to one configuration."""
 
     path: pathlib.Path
 
     @property
     def config(self) -> pathlib.Path:
-        """The configuration, as the run began."""
+        """See the module."""
         return self.path / "config.json"
 
     @property
+    def metadata(self) -> pathlib.Path:
+        """See the module."""
+        return self.path / "metadata.json"
+
+    @property
     def checkpoints(self) -> pathlib.Path:
-        """Checkpoints, by step."""
+        """See the module."""
         return self.path / "checkpoints"
 
     @property
     def metrics(self) -> pathlib.Path:
-        """One JSON object a report."""
+        """See the module."""
         return self.path / "metrics.jsonl"
 
     @property
     def tensorboard(self) -> pathlib.Path:
-        """TensorBoard's event files."""
+        """See the module."""
         return self.path / "tensorboard"
 
     @property
     def curves(self) -> pathlib.Path:
-        """A picture of the metrics."""
+        """See the module."""
         return self.path / "curves.png"
 
     @property
-    def page(self) -> pathlib.Path:
-        """All of a run on one page."""
+    def report(self) -> pathlib.Path:
+        """See the module."""
         return self.path / "report.html"
 
     @property
     def profile(self) -> pathlib.Path:
-        """Traces of the steps that were profiled."""
+        """See the module."""
         return self.path / "profile"
 
     @contextlib.contextmanager
-    def claimed(self, config: ConfigDict, *, say: Callable[[str], None] = print) -> Iterator[None]:
-        """A context in which the directory is this configuration's and nobody else's.
-
-        Args:
-          config: of the run.
-          say: told, in a line, of an owner that may still be at work.
+    def claimed(self, settings: Settings) -> Iterator[None]:
+        """A context in which the directory belongs to this process and these settings.
 
         Raises:
-          ValueError: it is another configuration's, holds other things, or is in use.
+          ValueError: it belongs to another configuration, holds other files, or is in use.
           OSError: it cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with owner.owned(self.path, say):
-            self.claim(config)
+        with lock.owned(self.path, logger.warning):
+            self.claim(settings)
             yield
 
-    def claim(self, config: ConfigDict) -> None:
-        """Makes the directory this configuration's, or finds that it is already.
+    def claim(self, settings: Settings) -> None:
+        """Writes the configuration, or checks that it is the one that is there.
 
         Raises:
-          ValueError: it is another configuration's, or holds other things.
+          ValueError: the directory belongs to another configuration, or holds other files.
           OSError: it cannot be written.
         """
         if self.config.exists():
-            changed = differences(plain(self.read_config()), plain(config))
+            changed = differences(self.read_settings().as_json(), settings.as_json())
             if changed:
                 raise ValueError(
                     f"{self.path} holds a run with another configuration: {'; '.join(changed)}. "
-                    "Give another --workdir, or the configuration that the run began with"
+                    "Give another --workdir, or the configuration that the run started with"
                 )
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        if others := sorted(e.name for e in self.path.iterdir() if e.name != owner.FILE):
+        if others := sorted(e.name for e in self.path.iterdir() if e.name != lock.FILE):
             raise ValueError(
-                f"{self.path} is no run's directory (it has no config.json) but holds "
-                f"{', '.join(others[:5])}{', …' if len(others) > 5 else ''}; give another --workdir"
+                f"{self.path} is not a run directory (no config.json); it contains "
+                f"{first_few(others)}; give another --workdir"
             )
-        write_atomically(self.config, json.dumps(plain(config), indent=2) + "\n")
+        write_text(self.config, json.dumps(settings.as_json(), indent=2) + "\n")
 
-    def read_config(self) -> ConfigDict:
-        """The configuration, as the run began.
+    def write_metadata(self, metadata: RunMetadata) -> None:
+        """Writes `metadata.json`, if it is not there yet."""
+        if not self.metadata.exists():
+            write_text(self.metadata, json.dumps(metadata.as_json(), indent=2) + "\n")
+
+    def read_settings(self) -> Settings:
+        """The settings that the run started with.
 
         Raises:
-          ValueError: there is none, or it cannot be read.
+          ValueError: there are none, or they cannot be read.
         """
         if not self.path.is_dir():
             raise ValueError(f"{self.path} does not exist; give the --workdir of a training run")
         if not self.config.exists():
             raise ValueError(
-                f"{self.path} is no run's directory: it has no config.json; "
+                f"{self.path} is not a run directory (no config.json); "
                 "give the --workdir of a training run"
             )
         try:
-            return from_plain(json.loads(self.config.read_text()))
+            return Settings.from_mapping(json.loads(self.config.read_text()))
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.config} cannot be read: {error}") from error
 
+    def read_metadata(self) -> RunMetadata | None:
+        """`metadata.json`; None if a version that did not write it made the run.
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is, whatever happens, either the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        Raises:
+          ValueError: it cannot be read.
+        """
+        if not self.metadata.exists():
+            return None
+        try:
+            return RunMetadata.from_json(json.loads(self.metadata.read_text()))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.metadata} cannot be read: {error}") from error

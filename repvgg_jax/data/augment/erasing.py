@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from repvgg_jax.data.augment.keys import image_keys
 
-MODES = ("pixel", "colour", "zero")
+MODES = ("pixel", "color", "zero")
 ATTEMPTS = 10
 
 
@@ -43,7 +43,7 @@ class Erasing:
         rectangle = self.rectangle(size, place, image.shape[0], image.shape[1])
         if self.mode == "pixel":
             fill = jax.random.normal(filling, image.shape)
-        elif self.mode == "colour":
+        elif self.mode == "color":
             fill = jnp.broadcast_to(
                 jax.random.normal(filling, (1, 1, image.shape[-1])), image.shape
             )

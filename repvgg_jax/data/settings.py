@@ -1,0 +1,170 @@
+"""Settings of the data and of augmentation: `config.data` and `config.augment`."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from repvgg_jax.settings import Section, setting
+
+POLICIES = ("none", "autoaugment", "randaugment", "raug15")
+RESAMPLINGS = ("bilinear", "bicubic", "random")
+ERASE_MODES = ("pixel", "color", "zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings(Section, path="config.data"):
+    """Images: where they come from, which part is shown, at which size; see docs/data.md."""
+
+    source: str = setting(
+        "digits", "digits, fake, tfds:NAME, folder:DIRECTORY or records:DIRECTORY"
+    )
+    directory: str = setting("", "where TFDS prepared tfds:NAME; empty: its own default")
+    train_split: str = setting("train", "split of tfds:NAME to train on")
+    eval_split: str = setting("validation", "split of tfds:NAME to evaluate on")
+    num_classes: int = setting(0, "number of classes to expect; 0: any", least=0)
+    train_size: int = setting(
+        0, "height and width, pixels; 0: as they are, for digits and fake only", least=0
+    )
+    sizes: tuple[tuple[int, int], ...] = setting(
+        (), "pairs (epoch, train size) from which it changes: ((0, 128), (60, 224))"
+    )
+    eval_size: int = setting(0, "height and width in evaluation, pixels; 0: train_size", least=0)
+    eval_crop: float = setting(
+        0.875, "share of the resized image's short side that evaluation sees", above=0, most=1
+    )
+    crop_scale: tuple[float, float] = setting(
+        (0.08, 1.0), "share of the image's area in a random training crop, smallest and largest"
+    )
+    crop_ratio: tuple[float, float] = setting(
+        (3 / 4, 4 / 3), "width over height of a random training crop, smallest and largest"
+    )
+    workers: int = setting(0, "reading processes per process of the run; 0: threads", least=0)
+    threads: int = setting(1, "reading threads in each of them", least=1)
+    max_bad: int = setting(0, "undecodable images allowed; one more stops the run", least=0)
+    mean: tuple[float, ...] = setting(
+        (0.485, 0.456, 0.406), "mean per channel of pixels on the scale 0 … 1"
+    )
+    std: tuple[float, ...] = setting(
+        (0.229, 0.224, 0.225), "standard deviation per channel of pixels on the scale 0 … 1"
+    )
+
+    def check(self) -> None:
+        """Checks crops, standard deviations and sizes by epoch."""
+        if any(value <= 0 for value in self.std):
+            raise ValueError(f"config.data.std={self.std} must be above 0")
+        for name, most in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
+            values = getattr(self, name)
+            if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
+                raise ValueError(
+                    f"config.data.{name}={values} must be two numbers, the smaller first, above 0"
+                    + (f" and at most {most:g}" if most == 1 else "")
+                )
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        example = "e.g. ((0, 128), (60, 192), (90, 224))"
+        if not all(_is_pair(change) for change in self.sizes):
+            raise ValueError(
+                f"config.data.sizes={self.sizes} must hold pairs of an epoch and a size above 0 "
+                f"in pixels, {example}"
+            )
+        if not self.sizes:
+            return
+        if self.sizes[0][0] != 0 or any(a[0] >= b[0] for a, b in itertools.pairwise(self.sizes)):
+            raise ValueError(
+                f"config.data.sizes={self.sizes} must start with epoch 0, with increasing epochs, "
+                f"{example}"
+            )
+        if self.train_size < 1:
+            raise ValueError(
+                f"config.data.sizes={self.sizes} needs config.data.train_size above 0, which "
+                f"evaluation follows, e.g. {self.sizes[-1][1]}"
+            )
+
+
+def _is_pair(change: Any) -> bool:
+    return (
+        isinstance(change, tuple)
+        and len(change) == 2
+        and all(type(number) is int for number in change)
+        and change[1] > 0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugmentSettings(Section, path="config.augment.randaugment"):
+    """RandAugment; the defaults are timm's rand-m9-mstd0.5-inc1."""
+
+    ops: int = setting(2, "operations per image", least=1, most=16)
+    magnitude: float = setting(9.0, "mean level, 0 … 10", least=0, most=10)
+    deviation: float = setting(0.5, "standard deviation of the level", least=0)
+    increasing: bool = setting(True, "a higher level always changes more")
+    probability: float = setting(0.5, "of each operation", least=0, most=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class JitterSettings(Section, path="config.augment.jitter"):
+    """Color jitter; factors are drawn from 1 ± the setting."""
+
+    brightness: float = setting(0.0, "largest change of the factor", least=0)
+    contrast: float = setting(0.0, "largest change of the factor", least=0)
+    saturation: float = setting(0.0, "largest change of the factor", least=0)
+    hue: float = setting(0.0, "largest change, share of the color circle", least=0, most=0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class AffineSettings(Section, path="config.augment.affine"):
+    """Random affine transformations of small images; amounts are drawn from 0 ± the setting."""
+
+    rotation: float = setting(0.0, "degrees")
+    scale: float = setting(0.0, "relative change of height and of width")
+    shear: float = setting(0.0, "columns per row")
+    shift: float = setting(0.0, "share of the image's size")
+
+
+def _parse_erase_mode(name: str, value: Any) -> Any:
+    return "color" if value == "colour" else value  # its spelling before this version
+
+
+@dataclasses.dataclass(frozen=True)
+class EraseSettings(Section, path="config.augment.erase"):
+    """Random erasing, one rectangle per image."""
+
+    probability: float = setting(0.0, "that an image loses a rectangle", least=0, most=1)
+    mode: str = setting(
+        "pixel",
+        "what replaces it: normal noise per pixel, one random color, or zero, the mean color",
+        choices=ERASE_MODES,
+        parse=_parse_erase_mode,
+    )
+    least_area: float = setting(0.02, "smallest area, share of the image", least=0, most=1)
+    most_area: float = setting(1 / 3, "largest area, share of the image", least=0, most=1)
+    least_aspect: float = setting(
+        0.3, "smallest height over width; the largest is its inverse", above=0, most=1
+    )
+
+    def check(self) -> None:
+        """Checks the two areas against each other."""
+        if self.least_area > self.most_area:
+            raise ValueError(
+                f"config.augment.erase.least_area={self.least_area} must be at most "
+                f"config.augment.erase.most_area={self.most_area}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentSettings(Section, path="config.augment"):
+    """Augmentation on the device; see docs/augmentation.md."""
+
+    flip: float = setting(0.0, "probability of a mirror image", least=0, most=1)
+    policy: str = setting("none", "of operations per image", choices=POLICIES)
+    resampling: str = setting("bilinear", "of autoaugment and randaugment", choices=RESAMPLINGS)
+    randaugment: RandAugmentSettings = RandAugmentSettings()
+    jitter: JitterSettings = JitterSettings()
+    affine: AffineSettings = AffineSettings()
+    erase: EraseSettings = EraseSettings()
+    mixup: float = setting(0.0, "alpha; 0: off. With cutmix, a coin decides per group", least=0)
+    cutmix: float = setting(0.0, "alpha; 0: off", least=0)
+    mix_group: int = setting(
+        0, "images that are mixed among themselves; 0: the whole batch", least=0
+    )

@@ -1,0 +1,103 @@
+"""The command `train.py`, and `repvgg-train` of an installed package."""
+
+import pathlib
+import signal
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from repvgg_jax import cli
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe; --config.section.name=value overrides a setting."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; default: runs/RECIPE.")
+DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    None,
+    "HOST:PORT,PROCESSES,PROCESS of a run of several processes: address of process 0, number of "
+    "processes, index of this one. Detected on TPU pods, SLURM and Kubernetes, and for mpirun and "
+    "torchrun on one machine.",
+)
+DISTRIBUTED_TIMEOUT = flags.DEFINE_integer(
+    "distributed_timeout", 300, "Seconds to wait for all processes.", lower_bound=1
+)
+INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "A run directory, a weights file, a hub name or a directory that convert.py wrote: what "
+    "training starts from (as --config.init_from), or what --eval_only evaluates.",
+)
+EVAL_ONLY = flags.DEFINE_bool(
+    "eval_only",
+    False,
+    "Evaluate the run in --workdir, or what --init_from names, in both forms; no training.",
+)
+BY_CLASS = flags.DEFINE_bool(
+    "by_class", False, "With --eval_only: also the accuracy of each class."
+)
+STEP = flags.DEFINE_integer(
+    "step", None, "With --eval_only: step of the checkpoint; default: the newest.", lower_bound=1
+)
+PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", "", "FIRST:END, steps to write a trace of; 10:20 traces 10 to 19."
+)
+COMPILE_ONLY = flags.DEFINE_string(
+    "compile_only",
+    None,
+    "Compile the train step for a TPU topology, e.g. v5e:16x16, print what it takes, and stop. "
+    "Needs neither a TPU nor data.",
+)
+COMPILE_TIMEOUT = flags.DEFINE_integer(
+    "compile_timeout", 1800, "Seconds after which --compile_only gives up.", lower_bound=1
+)
+
+
+def main(_: Sequence[str]) -> int:
+    """Trains, or evaluates; returns the exit status."""
+    from repvgg_jax.cluster.consensus import is_first
+    from repvgg_jax.cluster.initialize import joined
+    from repvgg_jax.train.evaluate import evaluate_only
+    from repvgg_jax.train.loop import train
+    from repvgg_jax.train.profile import parse_steps
+
+    recipe = _recipe()
+    if COMPILE_ONLY.value is not None:
+        from repvgg_jax.train.aot import compile_ahead
+
+        print(compile_ahead(CONFIG.value, COMPILE_ONLY.value, timeout=COMPILE_TIMEOUT.value))
+        return 0
+    workdir, init_from = WORKDIR.value or pathlib.Path("runs", recipe.stem), INIT_FROM.value
+    with joined(DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain):
+        if EVAL_ONLY.value:
+            result = evaluate_only(CONFIG.value, workdir, init_from=init_from, step=STEP.value)
+            if is_first():
+                print("\n".join(result.lines(by_class=BY_CLASS.value)))
+            return 0
+        steps = parse_steps(PROFILE_STEPS.value)
+        outcome = train(CONFIG.value, workdir, init_from=init_from, profile_steps=steps)
+    # A preempted run did what it was asked to; after Ctrl-C, shells expect 128 + its number.
+    return 128 + signal.SIGINT if outcome.stopped_by == signal.SIGINT else 0
+
+
+def _recipe() -> pathlib.Path:
+    """The file that `--config` names."""
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not name:
+        raise ValueError("give --config, the path of a recipe, e.g. --config=configs/digits.py")
+    recipe = pathlib.Path(name)
+    if not recipe.is_file():
+        folder = recipe.parent if recipe.parent.is_dir() else pathlib.Path("configs")
+        found = ", ".join(sorted(path.name for path in folder.glob("*.py"))) or "none"
+        raise ValueError(f"--config={recipe}: no such file; recipes in {folder}: {found}")
+    return recipe
+
+
+def run(recipe: pathlib.Path | None = None) -> None:
+    """Runs the command and exits.
+
+    Args:
+      recipe: default of `--config`.
+    """
+    cli.run(main, defaults={} if recipe is None else {"config": str(recipe)})

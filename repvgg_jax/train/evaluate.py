@@ -1,0 +1,216 @@
+"""Loss and accuracy over all validation images, during a run or without training."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from repvgg_jax.cluster import consensus
+from repvgg_jax.data.batches import eval_batches
+from repvgg_jax.model import RepVGG
+from repvgg_jax.reparam import fuse_params
+from repvgg_jax.text import differences
+from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.restore import load_run, run_directory, starting_weights
+from repvgg_jax.train.settings import Settings
+from repvgg_jax.train.signals import StopRequest
+from repvgg_jax.train.step import EvalStep
+from repvgg_jax.train.validate import check_batches
+from repvgg_jax.train.workdir import Workdir
+
+Means = dict[str, np.ndarray]
+
+# Settings that the evaluated network depends on; the others may differ from the run's.
+_OF_THE_NETWORK = ("config.model.variant", "config.ema")
+
+
+class Evaluator:
+    """Evaluates networks on the validation images of an experiment; compiles each form once."""
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+        self._steps: dict[RepVGG, jax.stages.Compiled] = {}
+
+    def __call__(
+        self, model: RepVGG, variables: Any, stop: StopRequest | None = None
+    ) -> Means | None:
+        """Means over the images: `loss`, `accuracy`, `top5`, and `class_accuracy` by label.
+
+        `images` is the number of images counted: all that could be decoded.
+
+        Args:
+          model: in either form.
+          variables: in the same form.
+          stop: polled before every batch.
+
+        Returns:
+          None if `stop` was requested. `class_accuracy` is NaN for a class without images.
+        """
+        batches = eval_batches(
+            self._experiment.dataset,
+            batch_size=self._experiment.settings.eval.batch_size,
+            sharding=self._experiment.over_batch,
+        )
+        parts = []
+        for batch in batches:
+            if stop is not None and stop.poll():
+                return None
+            parts.append(self._compiled(model, variables, batch)(variables, batch))
+        sums = jax.device_get(jax.tree.map(lambda *values: sum(values), *parts))
+        count, class_count = sums.pop("count"), sums.pop("class_count")
+        class_correct = sums.pop("class_accuracy")
+        with np.errstate(invalid="ignore"):
+            means = {name: np.asarray(value / count) for name, value in sums.items()}
+            means["class_accuracy"] = class_correct / class_count
+        return {**means, "images": np.asarray(count, np.int64)}
+
+    def _compiled(self, model: RepVGG, variables: Any, batch: Any) -> jax.stages.Compiled:
+        if model not in self._steps:
+            step = EvalStep(model, self._experiment.task, self._experiment.normalize)
+            self._steps[model] = jax.jit(step).lower(variables, batch).compile()
+            consensus.meet(f"compiled evaluation {len(self._steps)}")
+        return self._steps[model]
+
+
+def scalars(means: Means) -> list[str]:
+    """Names of the means that are one number for all images."""
+    return [name for name, value in means.items() if np.ndim(value) == 0 and name != "images"]
+
+
+def metrics_row(prefix: str, means: Means, suffix: str = "") -> dict[str, float]:
+    """The means as a row of the metrics: `{"eval/accuracy": 0.7, …}`."""
+    return {f"{prefix}/{name}{suffix}": float(means[name]) for name in scalars(means)}
+
+
+def counted(means: Means, total: int) -> str:
+    """The number of images that were counted, in words.
+
+    Args:
+      means: as `Evaluator` returns them.
+      total: number of images, including those that cannot be decoded.
+    """
+    images = int(means["images"])
+    return f"{images:,} images" if images == total else f"{images:,} of {total:,} images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The result of evaluating both forms of a network.
+
+    Attributes:
+      source: what was evaluated.
+      total: number of validation images; `trained["images"]` of them were counted.
+      classes: class names, by label.
+      trained: means of the training form, as `Evaluator` returns them.
+      fused: means of the fused form.
+    """
+
+    source: str
+    total: int
+    classes: tuple[str, ...]
+    trained: Means
+    fused: Means
+
+    def lines(self, *, by_class: bool = False) -> list[str]:
+        """A table.
+
+        Args:
+          by_class: also the accuracy of each class.
+        """
+        lines = [
+            f"{self.source}: {counted(self.trained, self.total)}",
+            f"{'':24}{'as trained':>12}{'fused':>12}",
+        ]
+        lines += [
+            f"{name:24}{self.trained[name]:12.4f}{self.fused[name]:12.4f}"
+            for name in scalars(self.trained)
+        ]
+        if by_class:
+            trained, fused = self.trained["class_accuracy"], self.fused["class_accuracy"]
+            lines += [
+                f"{name[:23]:24}{trained[label]:12.4f}{fused[label]:12.4f}"
+                for label, name in enumerate(self.classes)
+            ]
+        return lines
+
+
+def evaluate_only(
+    config: ConfigDict | Settings,
+    path: str | pathlib.Path,
+    *,
+    init_from: str | None = None,
+    step: int | None = None,
+) -> Evaluation:
+    """Evaluates a network on the validation images of `config`, in both forms.
+
+    Args:
+      config: names the network and the data. Its own `init_from` is ignored: a run is not what
+        it started from.
+      path: a run directory; ignored if `init_from` is given.
+      init_from: another run directory, a deploy directory, a weights file or a hub name.
+      step: of the run's checkpoint; default: the newest.
+
+    Raises:
+      ValueError: nothing to evaluate there, or another network or head.
+    """
+    settings = dataclasses.replace(Settings.from_config(config), init_from=init_from or "")
+    consensus.require_same(settings.as_json())
+    check_batches(settings, devices=jax.device_count(), processes=jax.process_count())
+    workdir = run_directory(init_from) if init_from else Workdir(pathlib.Path(path))
+    if workdir is None and step is not None:
+        raise ValueError(f"--step={step} needs a run, and {init_from} is not a run directory")
+    if workdir is not None:
+        _check_same_network(settings, workdir)  # before any data are read
+    consensus.announce(batch_size=settings.eval.batch_size)
+    experiment = Experiment.from_config(settings)
+    if workdir is None:
+        variables, source = _from_weights(experiment)
+    else:
+        variables, source = _from_run(experiment, workdir, step)
+    variables = jax.device_put(variables, experiment.replicated)
+    evaluator = Evaluator(experiment)
+    trained = evaluator(experiment.model, variables)
+    fused = evaluator(experiment.model.clone(deploy=True), fuse_params(variables))
+    assert trained is not None
+    assert fused is not None
+    dataset = experiment.dataset
+    return Evaluation(source, len(dataset.evaluation), dataset.classes, trained, fused)
+
+
+def _check_same_network(settings: Settings, workdir: Workdir) -> None:
+    stored = workdir.read_settings()
+    changed = [
+        line
+        for line in differences(stored.as_json(), settings.as_json())
+        if line.startswith(_OF_THE_NETWORK)
+    ]
+    if changed:
+        raise ValueError(
+            f"{workdir.path} holds a run of another network: {'; '.join(changed)}; give the "
+            "--config that the run started with"
+        )
+
+
+def _from_run(experiment: Experiment, workdir: Workdir, step: int | None) -> tuple[Any, str]:
+    run, classes = load_run(workdir, step=step), experiment.dataset.classes
+    if len(run.classes) != len(classes):
+        raise ValueError(
+            f"{run} has a head for {len(run.classes)} classes, but {experiment.dataset.name} has "
+            f"{len(classes)}; evaluate it on data with its own classes, or fine-tune it first"
+        )
+    return run.variables, str(run)
+
+
+def _from_weights(experiment: Experiment) -> tuple[Any, str]:
+    source = experiment.settings.init_from
+    merged = starting_weights(experiment, source)
+    if missing := [name for name in merged.replaced if not name.startswith("aux_")]:
+        raise ValueError(
+            f"{source} has no {', '.join(missing)} for the {len(experiment.dataset.classes)} "
+            f"classes of {experiment.dataset.name}; evaluate it on data with its own classes, or "
+            "fine-tune it first"
+        )
+    return merged.variables, merged.source

@@ -1,0 +1,251 @@
+"""An experiment: the settings as resolved objects on this machine."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from repvgg_jax.data.augment import (
+    Augmentation,
+    Mixing,
+    Normalise,
+    make_augmentation,
+    make_mixing,
+)
+from repvgg_jax.data.dataset import Dataset, load
+from repvgg_jax.data.sizes import TrainSizes
+from repvgg_jax.model import RepVGG, create_model
+from repvgg_jax.normalize import Normalize
+from repvgg_jax.train.optimizer import make_optimizer
+from repvgg_jax.train.settings import Settings
+from repvgg_jax.train.sharding import data_mesh, state_sharding
+from repvgg_jax.train.state import TrainState, initial_state
+from repvgg_jax.train.step import Classification, TrainStep
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def build_model(settings: Settings, num_classes: int) -> RepVGG:
+    """The network in training form."""
+    return create_model(
+        settings.model.variant,
+        num_classes=num_classes,
+        bn_group_size=settings.bn.group_size,
+        train_form=settings.model.train_form,  # type: ignore[arg-type]
+        remat=settings.model.remat,
+        dtype=_DTYPES[settings.model.dtype],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a run consists of; nothing here depends on its directory.
+
+    Attributes:
+      settings: what everything is made from.
+      dataset: training and validation images.
+      model: the network in training form.
+      task: loss and metrics.
+      optimizer: the gradient transformation.
+      normalize: pixels to the network's input.
+      augment: pixels to the network's input, augmented.
+      mixing: mixup and cutmix, or None.
+      mesh: all devices, on one axis `data`.
+      steps_per_epoch: whole batches in the training images.
+      total_steps: length of the run.
+    """
+
+    settings: Settings
+    dataset: Dataset
+    model: RepVGG
+    task: Classification
+    optimizer: optax.GradientTransformation
+    normalize: Normalize
+    augment: Augmentation
+    mixing: Mixing | None
+    mesh: Mesh
+    steps_per_epoch: int
+    total_steps: int
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ConfigDict | Settings,
+        *,
+        dataset: Dataset | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Experiment":
+        """Loads the data and builds everything else.
+
+        Args:
+          config: a complete configuration, or settings.
+          dataset: replaces the one that `config.data.source` names.
+          devices: default: all devices of all processes.
+
+        Raises:
+          ValueError: the first setting that cannot work, and what would.
+        """
+        settings = Settings.from_config(config)
+        dataset = load(settings.data) if dataset is None else dataset
+        mean, std = settings.data.mean, settings.data.std
+        channels = dataset.image_shape[-1]
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise ValueError(
+                    f"config.data.{name}={values} has {len(values)} values, but images of "
+                    f"{dataset.name} have {channels} channels"
+                )
+        batch_size = settings.train.batch_size
+        if batch_size > len(dataset.train):
+            raise ValueError(
+                f"config.train.batch_size={batch_size} is more than the {len(dataset.train):,} "
+                f"training images of {dataset.name}"
+            )
+        steps_per_epoch = len(dataset.train) // batch_size
+        total_steps = settings.train.epochs * steps_per_epoch
+        return cls(
+            settings=settings,
+            dataset=dataset,
+            model=build_model(settings, len(dataset.classes)),
+            task=Classification(
+                num_classes=len(dataset.classes),
+                label_smoothing=settings.train.label_smoothing,
+                auxiliary_weight=settings.train.auxiliary_weight,
+            ),
+            optimizer=make_optimizer(
+                settings.optimizer,
+                batch_size=batch_size,
+                steps_per_epoch=steps_per_epoch,
+                total_steps=total_steps,
+            ),
+            normalize=Normalize(mean, std),
+            augment=make_augmentation(settings.augment, Normalise(mean, std)),
+            mixing=make_mixing(settings.augment),
+            mesh=data_mesh(jax.devices() if devices is None else devices),
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+        )
+
+    @property
+    def train_step(self) -> TrainStep:
+        """One step, as a pure function of state and batch."""
+        settings = self.settings.optimizer
+        return TrainStep(
+            model=self.model,
+            task=self.task,
+            optimizer=self.optimizer,
+            augment=self.augment,
+            mixing=self.mixing,
+            seed=self.settings.seed,
+            equivalent_l2=settings.weight_decay if settings.equivalent_l2 else 0.0,
+            ema_decay=self.settings.ema.decay,
+            microbatches=self.settings.train.accumulate,
+            group_size=self.settings.bn.group_size or 1,
+            unrolled=self.mesh.devices.flat[0].platform == "cpu",
+        )
+
+    def lower_step(self, size: int | None = None) -> jax.stages.Lowered:
+        """The train step for the devices of the mesh, ready to be compiled.
+
+        Compiled, it takes a state, which it consumes, and a batch, and returns the next state
+        and the metrics.
+
+        Args:
+          size: height and width of the images; default: that of the data set.
+        """
+        # Every device has its share of every microbatch, if need be of groups that others share.
+        microbatch_sharding = NamedSharding(self.mesh, PartitionSpec(None, "data"))
+        jitted = jax.jit(
+            dataclasses.replace(self.train_step, microbatch_sharding=microbatch_sharding),
+            out_shardings=(self.state_sharding(), self.replicated),
+            donate_argnums=0,
+            compiler_options=self.settings.train.xla_options,
+        )
+        return jitted.lower(self.abstract_state(), self.abstract_batch(size))
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, on all devices, with random weights."""
+        # It runs once: on CPUs optimizing it costs seconds, and it takes milliseconds.
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 0} if on_cpu else None
+        jitted = jax.jit(self._init, out_shardings=self.state_sharding(), compiler_options=options)
+        return jitted(jax.random.key(self.settings.seed))
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self._init, jax.random.key(0)),
+            self.state_sharding(),
+        )
+
+    def abstract_batch(self, size: int | None = None) -> dict[str, Any]:
+        """Shapes, dtypes and shardings of a training batch; `size` as in `lower_step`."""
+        batch = self.settings.train.batch_size
+        height, width, channels = self.dataset.image_shape
+        shape = (batch, size or height, size or width, channels)
+        return {
+            "image": jax.ShapeDtypeStruct(shape, "uint8", sharding=self.over_batch),
+            "label": jax.ShapeDtypeStruct((batch,), "int32", sharding=self.over_batch),
+        }
+
+    def state_sharding(self) -> TrainState:
+        """The sharding of every leaf of the state, as `config.train.shard_optimizer` says."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        return state_sharding(
+            shapes, self.mesh, shard_optimizer=self.settings.train.shard_optimizer
+        )
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """Every device holds a copy."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def over_batch(self) -> NamedSharding:
+        """Every device holds a share of the images."""
+        return NamedSharding(self.mesh, PartitionSpec("data"))
+
+    def _init(self, key: jax.Array) -> TrainState:
+        return initial_state(
+            self.model,
+            self.optimizer,
+            key,
+            self.dataset.image_shape,
+            average=self.settings.ema.decay > 0,
+        )
+
+    @property
+    def size_at(self) -> TrainSizes:
+        """Height and width of the training images in an epoch, counted from 0."""
+        return TrainSizes(self.settings.data.sizes, otherwise=self.dataset.image_shape[0])
+
+    def is_due(self, every_epochs: int, step: int) -> bool:
+        """Whether something that happens every so many epochs, and at the end, is due."""
+        return step == self.total_steps or step % (every_epochs * self.steps_per_epoch) == 0
+
+    def describe(self) -> str:
+        """The run as one line of key=value."""
+        settings, devices = self.settings, self.mesh.devices
+        batch, processes = settings.train.batch_size, jax.process_count()
+        fields = {
+            "model": self.model.variant.name,
+            "dtype": settings.model.dtype,
+            "devices": f"{devices.size}x{devices.flat[0].platform}",
+            "processes": processes if processes > 1 else None,
+            "data": self.dataset.name,
+            "image": "x".join(map(str, self.dataset.image_shape)),
+            "train": len(self.dataset.train),
+            "eval": len(self.dataset.evaluation),
+            "epochs": settings.train.epochs,
+            "steps_per_epoch": self.steps_per_epoch,
+            "batch": f"{batch} ({batch // devices.size}/device)",
+            "microbatches": settings.train.accumulate if settings.train.accumulate > 1 else None,
+            "bn_group": settings.statistics_group,
+        }
+        return " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)

@@ -1,0 +1,237 @@
+"""Metrics of a run: means over steps, rows in `metrics.jsonl` and TensorBoard, and the log."""
+
+import contextlib
+import json
+import logging
+import math
+import time
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import jax
+import rich.console
+import rich.live
+from tensorboardX import SummaryWriter
+
+from repvgg_jax.files import write_text
+from repvgg_jax.text import tree_path
+from repvgg_jax.train import report
+from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.workdir import Workdir
+
+Row = Mapping[str, float]
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Writes the rows of a run, on process 0 only; a context manager that closes the files.
+
+    In a terminal the line of the running step is updated in place; elsewhere every row of
+    training metrics is logged.
+    """
+
+    def __init__(self, workdir: Workdir, experiment: Experiment, *, start_step: int):
+        """Opens the files, and removes rows after `start_step`.
+
+        A resumed run repeats the steps after its checkpoint; keeping their old rows would count
+        them twice.
+        """
+        self._active = jax.process_index() == 0
+        self._workdir, self._experiment = workdir, experiment
+        self._first: tuple[int, float] | None = None  # step and time, for the time left
+        self._live: rich.live.Live | None = None
+        self._rows = _rows_until(start_step, workdir)
+        if not self._active:
+            return
+        write_text(workdir.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
+        self._board = SummaryWriter(
+            str(workdir.tensorboard), purge_step=start_step + 1 if start_step else None
+        )
+        console = rich.console.Console(highlight=False, soft_wrap=True)
+        if console.is_terminal:
+            # It also redirects standard output, so that logged lines appear above the live one.
+            self._live = rich.live.Live(console=console, transient=True)
+            self._live.start()
+
+    def show(self, step: int, row: Row) -> None:
+        """Shows the running step, in a terminal only; to be called for every step."""
+        if self._first is None:
+            self._first = step, time.monotonic()
+        if self._live is not None:
+            self._live.update(self._line(step, row))
+
+    def write(self, row: Row) -> None:
+        """Adds a row, which needs `step`. Numbers that are not finite are written as null."""
+        if not self._active:
+            return
+        self._rows.append(row)
+        finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        with self._workdir.metrics.open("a") as file:
+            file.write(json.dumps(finite) + "\n")
+        for name, value in row.items():
+            if "/" in name:
+                self._board.add_scalar(name, value, int(row["step"]))
+        if "train/loss" in row and self._live is None:
+            logger.info("%s", self._line(int(row["step"]), row))
+        if "eval/accuracy" in row:
+            logger.info(
+                "step %d: validation accuracy %.2f%%, loss %.4f",
+                row["step"],
+                100 * row["eval/accuracy"],
+                row["eval/loss"],
+            )
+
+    def evaluated(self, step: int) -> bool:
+        """Whether there is a row of an evaluation at that step."""
+        return any(row["step"] == step and "eval/loss" in row for row in self._rows)
+
+    def draw(self) -> None:
+        """Writes `curves.png` and `report.html` of all rows so far."""
+        if self._active:
+            report.write(
+                self._workdir,
+                title=f"RepVGG {self._experiment.model.variant.name} on "
+                f"{self._experiment.dataset.name}",
+                rows=self._rows,
+                config=self._experiment.settings.as_json(),
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        if self._active:
+            self._board.close()
+
+    def _line(self, step: int, row: Row) -> str:
+        first, began = self._first or (step, time.monotonic())
+        total = self._experiment.total_steps
+        left = (time.monotonic() - began) / max(1, step - first) * (total - step)
+        # A narrow terminal cuts off the end of the line, so the least urgent comes last.
+        return (
+            f"step {step}/{total}, {_duration(left)} left  "
+            f"loss {row['train/loss']:.4f}  accuracy {row['train/accuracy']:.2%}  "
+            f"{row['images_per_second_per_device']:,.0f} images/s/device  "
+            f"data-wait {row['data_wait']:.0%}"
+        )
+
+
+class StepMetrics:
+    """Means of the train step's metrics since the last row.
+
+    Metrics are read one step late, while the device is busy with the next step, so the device
+    never waits for the host.
+    """
+
+    def __init__(self, experiment: Experiment, writer: MetricsWriter, checkpoints: Checkpoints):
+        self._experiment, self._writer, self._checkpoints = experiment, writer, checkpoints
+        self._pending: tuple[int, Any] | None = None
+        self._row: dict[str, float] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a row, and the clock; the time since the last one was not spent on training."""
+        self._count, self._waited, self._sums = 0, 0.0, dict[str, float]()
+        self._began = time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """A context whose duration counts as waiting for data."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    def push(self, step: int, metrics: Any) -> None:
+        """Keeps the metrics of a step that is still running, and reads those of the one before.
+
+        Raises:
+          FloatingPointError: the loss or a gradient of the step before is not finite; its row
+            is written first.
+        """
+        self._read()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Reads what is pending and ends the row; raises as `push`."""
+        self._read()
+        self._write()
+
+    def _read(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        bad_leaf = int(values.pop("first_bad_gradient"))
+        self._count += 1
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        seconds = time.monotonic() - self._began
+        settings = self._experiment.settings
+        images = self._count * settings.train.batch_size
+        self._row = {
+            "step": step,
+            "epoch": step / self._experiment.steps_per_epoch,
+            **{f"train/{name}": total / self._count for name, total in self._sums.items()},
+            "images_per_second_per_device": images / seconds / jax.device_count(),
+            "data_wait": self._waited / seconds,
+        }
+        self._writer.show(step, self._row)
+        if bad_leaf >= 0 or not math.isfinite(values["loss"]):
+            self._write()
+            raise FloatingPointError(self._diagnosis(step, values["loss"], bad_leaf))
+        if step % settings.report.every_steps == 0:
+            self._write()
+            self.restart()
+
+    def _write(self) -> None:
+        if self._count:
+            self._writer.write(self._row)
+
+    def _diagnosis(self, step: int, loss: float, bad_leaf: int) -> str:
+        optimizer = self._experiment.settings.optimizer
+        what = f"the loss is {loss}"
+        if math.isfinite(loss):
+            leaves, _ = jax.tree_util.tree_flatten_with_path(
+                self._experiment.abstract_state().params
+            )
+            name = tree_path(leaves[bad_leaf][0])
+            what = f"the gradient of {name} is not finite (the loss is {loss:g})"
+        saved = self._checkpoints.newest()
+        return (
+            f"step {step}: {what}; the last good checkpoint is "
+            f"{'none' if saved is None else f'that of step {saved}'}; a smaller "
+            f"config.optimizer.learning_rate (now {optimizer.learning_rate:g}) or a longer "
+            f"config.optimizer.warmup_epochs (now {optimizer.warmup_epochs:g}) usually helps"
+        )
+
+
+def _rows_until(step: int, workdir: Workdir) -> list[Row]:
+    if not workdir.metrics.exists():
+        return []
+    rows = []
+    for line in workdir.metrics.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break  # the process died while it wrote this line
+        if row["step"] <= step and "final/accuracy" not in row:
+            rows.append(row)
+    return rows
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -1,0 +1,237 @@
+"""Every setting of a run, with its default, its meaning and its limits.
+
+`Settings.from_config` turns the `ConfigDict` that recipes and the command line fill into frozen
+dataclasses, checked once. Rooms receive their own section. The settings of the data and of
+augmentation are in `repvgg_jax.data.settings`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from repvgg_jax.data.settings import AugmentSettings, DataSettings
+from repvgg_jax.settings import Section, as_json, as_tuples, setting
+from repvgg_jax.text import did_you_mean, first_few
+from repvgg_jax.variants import VARIANTS, Variant, get_variant
+
+FEWER_COPIES = "xla_tpu_msa_inefficient_use_to_copy_ratio=3"
+"""On TPUs, copies into fast memory only where they save traffic; see `docs/covariance.md`."""
+
+_SEEDS = 2**32  # Grain takes no others, and jax would truncate them
+
+
+def _parse_variant(name: str, value: Any) -> Variant:
+    if isinstance(value, Variant):
+        return value
+    if isinstance(value, str):
+        return get_variant(value)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}={value!r} must be the name of a variant or its fields")
+    fields = [field.name for field in dataclasses.fields(Variant)]
+    if unknown := [key for key in value if key not in fields]:
+        raise ValueError(
+            f"unknown setting {first_few(f'{name}.{key}' for key in unknown)}; "
+            f"{did_you_mean(unknown[0], fields)}{name} has: {', '.join(fields)}"
+        )
+    try:
+        return Variant(**as_tuples(value))
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _plain_variant(variant: Variant) -> str | dict[str, Any]:
+    if VARIANTS.get(variant.name) == variant:
+        return variant.name
+    return dataclasses.asdict(variant)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(Section, path="config.model"):
+    """The network."""
+
+    variant: Variant = setting(  # noqa: RUF009
+        VARIANTS["A0"],
+        "an official name or the fields of a Variant",
+        parse=_parse_variant,
+        plain=_plain_variant,
+    )
+    dtype: str = setting("float32", "of the convolutions", choices=("float32", "bfloat16"))
+    train_form: str = setting(
+        "branches",
+        "training pass of a block (docs/covariance.md)",
+        choices=("branches", "covariance"),
+    )
+    remat: bool = setting(False, "recompute activations in the backward pass: less memory")
+
+
+def _parse_group_size(name: str, value: Any) -> int | None:
+    if value == "global":
+        return None
+    if type(value) is not int or value < 1:
+        raise ValueError(
+            f'{name}={value!r}; give a number of images, or "global" for the whole batch'
+        )
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSettings(Section, path="config.bn"):
+    """Batch normalization."""
+
+    group_size: int | None = setting(
+        None,
+        'images that share batch statistics, on any number of devices (the paper: 32), or "global"'
+        " for the whole batch",
+        parse=_parse_group_size,
+        plain=lambda size: "global" if size is None else size,
+        any_type=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings(Section, path="config.train"):
+    """The batch, the length and the loss."""
+
+    batch_size: int = setting(256, "images per step, of all devices together")
+    epochs: int = setting(120, "length of the run", least=1)
+    accumulate: int = setting(1, "microbatches per step", least=1)
+    label_smoothing: float = setting(
+        0.0, "share of the target that goes to all classes evenly", least=0, below=1
+    )
+    shard_optimizer: bool = setting(False, "shard momentum and EMA over the devices (ZeRO stage 1)")
+    auxiliary_weight: float = setting(0.1, "of each auxiliary head's loss (plus-L2pse)", least=0)
+    compiler_options: tuple[str, ...] = setting(
+        (), 'XLA options of the step, ("NAME=VALUE", …); docs/covariance.md has one for TPUs'
+    )
+
+    def check(self) -> None:
+        """Checks the form of the compiler options."""
+        if not all(isinstance(text, str) and "=" in text for text in self.compiler_options):
+            raise ValueError(
+                f"config.train.compiler_options={self.compiler_options!r} must hold strings "
+                f"NAME=VALUE, e.g. ({FEWER_COPIES!r},)"
+            )
+
+    @property
+    def xla_options(self) -> dict[str, str]:
+        """`compiler_options` as `jax.jit` takes them."""
+        return dict(text.split("=", maxsplit=1) for text in self.compiler_options)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings(Section, path="config.optimizer"):
+    """The optimizer and its learning rate."""
+
+    name: str = setting("sgd", "the optimizer", choices=("sgd", "adamw"))
+    learning_rate: float = setting(
+        0.1, "peak, per 256 images; scales linearly with the batch", least=0
+    )
+    schedule: str = setting(
+        "cosine",
+        "after warm-up; cosine and linear end at 0",
+        choices=("cosine", "linear", "step", "constant"),
+    )
+    step_epochs: float = setting(30.0, "step: epochs between two reductions", least=1e-3)
+    step_factor: float = setting(0.1, "step: factor of a reduction", above=0)
+    warmup_epochs: float = setting(0.0, "length of the linear warm-up from 0", least=0)
+    momentum: float = setting(0.9, "sgd", least=0, below=1)
+    nesterov: bool = setting(False, "sgd")
+    b1: float = setting(0.9, "adamw", least=0, below=1)
+    b2: float = setting(0.999, "adamw", least=0, below=1)
+    epsilon: float = setting(1e-8, "adamw", above=0)
+    weight_decay: float = setting(1e-4, "of kernels and of the identity branch's scale", least=0)
+    equivalent_l2: bool = setting(False, "decay the equivalent kernel, not its two branches")
+    clip_norm: float = setting(0.0, "largest norm of the gradient; 0: any", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmaSettings(Section, path="config.ema"):
+    """The exponential moving average that is evaluated and converted."""
+
+    decay: float = setting(0.0, "per step; 0: no average", least=0, below=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings(Section, path="config.eval"):
+    """Evaluation."""
+
+    batch_size: int = setting(256, "images, of all devices together")
+    every_epochs: int = setting(1, "epochs between two evaluations", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings(Section, path="config.checkpoint"):
+    """Checkpoints."""
+
+    every_epochs: int = setting(1, "epochs between two checkpoints", least=1)
+    keep: int = setting(3, "newest checkpoints to keep; that of the best evaluation stays", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportSettings(Section, path="config.report"):
+    """Reports."""
+
+    every_steps: int = setting(50, "steps between two rows", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Section, path="config"):
+    """All settings of a run."""
+
+    seed: int = setting(
+        0, "of initial weights, data order and augmentation", least=0, most=_SEEDS - 1
+    )
+    init_from: str = setting(
+        "",
+        "weights to start from: a run's workdir, a weights file, a hub name or a deploy directory",
+    )
+    model: ModelSettings = ModelSettings()
+    bn: NormSettings = NormSettings()
+    data: DataSettings = DataSettings()  # noqa: RUF009
+    augment: AugmentSettings = AugmentSettings()  # noqa: RUF009
+    train: TrainSettings = TrainSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    ema: EmaSettings = EmaSettings()
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    report: ReportSettings = ReportSettings()
+
+    @classmethod
+    def from_config(cls, config: "ConfigDict | Settings") -> "Settings":
+        """The settings that a configuration holds; settings that it lacks take their defaults.
+
+        Args:
+          config: from `default_config`, as a recipe and the command line change it. Settings
+            are returned as they are.
+
+        Raises:
+          ValueError: the first setting that is unknown or cannot work, and what would.
+        """
+        if isinstance(config, Settings):
+            return config
+        return cls.from_mapping(config.to_dict())
+
+    def check(self) -> None:
+        """Checks how sections relate to each other."""
+        if self.optimizer.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"config.optimizer.warmup_epochs={self.optimizer.warmup_epochs} must be less than "
+                f"config.train.epochs={self.train.epochs}"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of `config.json`, which `from_mapping` takes back."""
+        return as_json(self.plain())
+
+    @property
+    def statistics_group(self) -> int:
+        """Images that share batch statistics, as a number: `bn.group_size` or the batch size."""
+        return self.bn.group_size or self.train.batch_size
+
+    @property
+    def mix_group(self) -> int:
+        """Images that are mixed among themselves; 0 if all of a batch or none are."""
+        augment = self.augment
+        return augment.mix_group if augment.mixup or augment.cutmix else 0
