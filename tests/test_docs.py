@@ -1,7 +1,7 @@
-"""The commands of docs/ do what the pages say; their Python is tested beside its room.
+"""The pages of docs/: their commands and Python run, and the flags and settings they name exist.
 
-What runs on this machine runs, on data and a network small enough for a test. What needs others,
-in launch.md and scaling.md, is read as train.py would read it there.
+Commands that need other machines, in launch.md and scaling.md, are parsed as train.py would parse
+them there. The Python of deploy.md is run by tests/test_export.py and tests/test_convert.py.
 """
 
 import json
@@ -24,8 +24,12 @@ from tests.test_cli import SHORT, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 RUN_HERE = ["augmentation.md", "data.md", "deploy.md"]
-READ_HERE = {"launch.md": 6, "scaling.md": 1}  # and how many commands of train.py there are
+READ_HERE = ["launch.md", "scaling.md"]
+PYTHON_HERE = ["covariance.md", "reparameterization.md"]
+PYTHON_ELSEWHERE = ["deploy.md"]
+FOREIGN_FLAGS = {"fp16", "gpu-bind", "ntasks-per-node", "signal"}  # of trtexec and SLURM
 
 
 def text(page: str) -> str:
@@ -37,8 +41,12 @@ def commands(page: str) -> list[str]:
     return "".join(blocks).splitlines()
 
 
+def python(page: str) -> str:
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", text(page), re.M | re.S))
+
+
 def scripts(page: str) -> list[str]:
-    """What follows `python`, wherever a page tells to run something of ours."""
+    """Scripts and modules of this repository that a page runs."""
     return re.findall(r"\bpython,? +(-m \S+|[\w/]+\.py)", text(page))
 
 
@@ -59,25 +67,54 @@ def shell(command: str, cwd: pathlib.Path) -> str:
     return done.stdout
 
 
-def test_no_command_is_forgotten():
-    """Pages whose commands a test below runs or reads; others name benchmarks at most."""
-    pages = sorted(page.name for page in DOCS.glob("*.md"))
-    assert [page for page in pages if commands(page)] == sorted([*RUN_HERE, "scaling.md"])
-    for page in pages:
-        told = [script for script in scripts(page) if not script.startswith("benchmarks/")]
-        if page in RUN_HERE:
-            assert len(told) == len(commands(page))
-        elif page in READ_HERE:
-            assert told == ["train.py"] * READ_HERE[page]
-        else:
-            # How results.md got its table: test_digits.py trains with that command.
-            assert told == (["train.py"] if page == "results.md" else [])
+def test_every_page_with_code_is_tested():
+    pages = [page.name for page in DOCS.glob("*.md")]
+    assert {page for page in pages if commands(page)} <= {*RUN_HERE, *READ_HERE}
+    assert {page for page in pages if python(page)} == {*PYTHON_HERE, *PYTHON_ELSEWHERE}
 
 
-def test_benchmarks_that_pages_name_exist():
-    named = {s for p in DOCS.glob("*.md") for s in scripts(p.name) if s.startswith("benchmarks/")}
+@pytest.mark.core
+@pytest.mark.parametrize("page", PYTHON_HERE)
+def test_python_runs(page):
+    """Top to bottom, in one namespace; `config` is what a recipe has."""
+    from repvgg_jax.train.config import default_config
+
+    exec(compile(python(page), page, "exec"), {"__name__": page, "config": default_config()})
+
+
+def test_scripts_exist():
+    named = {script for page in DOCS.glob("*.md") for script in scripts(page.name)}
     assert named
-    assert [script for script in named if not (ROOT / script).is_file()] == []
+    for script in named:
+        module = script.removeprefix("-m ").replace(".", "/")
+        path = f"{module}/__main__.py" if script.startswith("-m ") else script
+        assert (ROOT / path).is_file(), script
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_and_settings_exist(page):
+    """Those in code: `--init_from`, `config.data.workers`, `--config.train.epochs=3`."""
+    from repvgg_jax.train.config import default_config
+
+    sources = [*(ROOT / "repvgg_jax").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    defined = {"config"}
+    for source in (*sources, ROOT / "train.py", ROOT / "convert.py"):
+        defined |= set(
+            re.findall(r'(?:DEFINE_\w+|add_argument)\(\s*"(?:--)?([\w-]+)"', source.read_text())
+        )
+    code = re.findall(r"^```(?:bash|console)\n(.*?)^```|`([^`\n]+)`", page.read_text(), re.M | re.S)
+    config = default_config()
+    for span in "\n".join("".join(groups) for groups in code).splitlines():
+        ours = span.startswith("--") or re.match(r"python (train|convert|-m repvgg_jax)", span)
+        for flag in re.findall(r"(?<!\S)--([\w-]+)", span) if ours else ():
+            assert flag in defined | FOREIGN_FLAGS, f"--{flag} in {page.name}"
+        for setting in re.findall(r"\bconfig\.([a-z]\w*(?:\.\w+)*)", span):
+            if setting in ("json", "py"):
+                continue
+            node = config
+            for name in setting.split("."):
+                assert name in node, f"config.{setting} in {page.name}"
+                node = node[name]
 
 
 @pytest.mark.slow
@@ -96,7 +133,7 @@ def test_every_command_of_data(tmp_path):
     assert "the others take about" in out
     out = shell(train, tmp_path)
     assert f"records:{tmp_path}/imagenet, 16 images of 32x32x3" in out
-    assert "step 4: held-out accuracy" in out
+    assert "step 4: validation accuracy" in out
     assert "every image can be decoded" in shell(verify, tmp_path)
     shell(smaller, tmp_path)
     manifest = json.loads((tmp_path / "imagenet256" / "manifest.json").read_text())
@@ -141,23 +178,25 @@ def test_a_place_that_is_none_is_one_line(tmp_path):
 
 READER = """
 import json, sys
-import train
 from absl import flags
 from ml_collections import config_flags
-from repvgg_jax.train import config as configs
+from repvgg_jax.train import command
+from repvgg_jax.train.settings import Settings
+from repvgg_jax.train.validate import check_batches
 
 found = []
 for arguments, devices, processes in json.load(sys.stdin):
     sys.argv = ["train.py", *arguments]
     values = flags.FlagValues()  # each starts anew
     config_flags.DEFINE_config_file("config", flag_values=values)
-    for flag in flags.FLAGS.get_flags_for_module(train):
+    for flag in flags.FLAGS.get_flags_for_module(command):
         if flag.name != "config":
             values[flag.name] = flag
     rest = values(sys.argv)
     assert rest == ["train.py"], rest
-    configs.check(values.config, devices=devices, processes=processes)
-    found.append([values.config.train.batch_size, configs.bn_group_size(values.config)])
+    settings = Settings.from_config(values.config)
+    check_batches(settings, devices=devices, processes=processes)
+    found.append([settings.train.batch_size, settings.bn.group_size])
 print(json.dumps(found))
 """
 
@@ -176,19 +215,19 @@ def calls(section: str) -> list[list[str]]:
 def test_every_command_of_launching_and_scaling():
     """Flags are known, the recipe loads, and the batch is the one that the page promises."""
     slice_of_256, asked, promised = (256, 64), [], []
-    for page, count in READ_HERE.items():
+    for page in READ_HERE:
         found = 0
         for section in sections(page):
             told = re.search(
-                r"process \d+ of (\d+), \d+ of (\d+) devices; global batch (\d+) .* over (\d+)",
+                r"\d+ of (\d+) devices, (\d+) processes; global batch (\d+) .* over (\d+)",
                 section,
             )
-            devices, processes = (int(told[2]), int(told[1])) if told else slice_of_256
+            devices, processes = (int(told[1]), int(told[2])) if told else slice_of_256
             for arguments in calls(section):
                 found += 1
                 asked.append([arguments, devices, processes])
                 promised.append([int(told[3]), int(told[4])] if told else [8192, 32])
-        assert found == count
+        assert found == scripts(page).count("train.py")
     done = subprocess.run(
         [sys.executable, "-c", READER],
         input=json.dumps(asked),
