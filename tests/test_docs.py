@@ -82,6 +82,22 @@ def test_python_runs(page):
     exec(compile(python(page), page, "exec"), {"__name__": page, "config": default_config()})
 
 
+def test_rooms_exist():
+    """Every file and directory of the architecture page, and every package on that page."""
+    (tree,) = re.findall(r"^## Rooms\n\n```text\n(.*?)^```", text("architecture.md"), re.M | re.S)
+    parents, found = {0: ROOT}, set()
+    for line in tree.splitlines():
+        names, _, _ = line.lstrip().partition("   ")
+        indent = len(line) - len(line.lstrip())
+        for name in re.findall(r"[\w/]+(?:\.py|/)", names):
+            path = parents[indent] / name
+            assert path.exists(), f"{path.relative_to(ROOT)} in architecture.md"
+            found.add(path)
+            parents[indent + 2] = path
+    packages = {path.parent for path in (ROOT / "repvgg_jax").rglob("__init__.py")}
+    assert packages <= found
+
+
 def test_scripts_exist():
     named = {script for page in DOCS.glob("*.md") for script in scripts(page.name)}
     assert named
