@@ -269,5 +269,5 @@ def test_every_command_of_deploying(tmp_path):
         assert status == 0, out
         assert "UNPROVEN" not in out
         output = tmp_path / arguments[arguments.index("--output") + 1]
-        artefacts = json.loads((output / "proof.json").read_text())["artefacts"]
-        assert [artefact["status"] for artefact in artefacts] == ["proven"] * len(artefacts)
+        artifacts = json.loads((output / "proof.json").read_text())["artefacts"]
+        assert [artifact["status"] for artifact in artifacts] == ["proven"] * len(artifacts)
