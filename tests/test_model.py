@@ -11,6 +11,8 @@ import pytest
 from repvgg_jax import VARIANTS, RepVGGBlock, Variant, cost, create_model, fuse_params
 from tests.trees import TINY, TINY_AUXILIARY, paths, random_images, random_variables
 
+pytestmark = pytest.mark.core
+
 # Two trees name by name, to read; all the official ones as SHA-256 of the same lines.
 PINNED = json.loads(pathlib.Path(__file__).with_name("tree_names.json").read_text())
 NAMES, DIGESTS = PINNED["names"], PINNED["sha256"]
@@ -98,9 +100,12 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_everything_else_in_float32():
 
 
 def test_remat_changes_memory_not_values():
-    images = random_images((4, 32, 32, 3))
-    plain, remat = (create_model(TINY, num_classes=5, remat=remat) for remat in (False, True))
-    variables = random_variables(plain)
+    """In float64, where two programs for the same function differ by nearly nothing."""
+    images = random_images((4, 32, 32, 3), dtype=np.float64)
+    wide = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    plain, remat = (
+        create_model(TINY, num_classes=5, remat=remat, **wide) for remat in (False, True)
+    )
 
     def loss(model, params):
         logits, updated = model.apply(
@@ -108,13 +113,15 @@ def test_remat_changes_memory_not_values():
         )
         return jnp.square(logits).sum(), updated
 
-    results = [
-        jax.jit(jax.value_and_grad(lambda p, m=model: loss(m, p), has_aux=True))(
-            variables["params"]
-        )
-        for model in (plain, remat)
-    ]
-    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-5)
+    with jax.enable_x64(True):
+        variables = random_variables(plain)
+        results = [
+            jax.jit(jax.value_and_grad(lambda p, m=model: loss(m, p), has_aux=True))(
+                variables["params"]
+            )
+            for model in (plain, remat)
+        ]
+    chex.assert_trees_all_close(*results, rtol=1e-10, atol=1e-10)
 
 
 def test_evaluation_is_the_default_and_leaves_statistics_alone():
@@ -194,7 +201,7 @@ class TestBadInput:
             create_model(TINY, num_classes=5).apply(variables, self.images.transpose(0, 3, 1, 2))
 
     def test_raw_pixels(self, variables):
-        with pytest.raises(ValueError, match="images are uint8; expected normalised"):
+        with pytest.raises(ValueError, match="images are uint8; expected normalized"):
             create_model(TINY, num_classes=5).apply(variables, self.images.astype(np.uint8))
 
     def test_training_variables_for_a_deploy_model(self, variables):

@@ -296,9 +296,8 @@ def test_a_loaded_checkpoint_runs_and_fuses(state, rng):
     model = rv.create_model(TINY, num_classes=CLASSES)
     logits = jax.jit(model.apply)(loaded.variables, images)
     fused = rv.fuse_params(loaded.variables)
-    np.testing.assert_allclose(
-        jax.jit(model.clone(deploy=True).apply)(fused, images), logits, rtol=1e-4, atol=1e-5
-    )
+    found = jax.jit(model.clone(deploy=True).apply)(fused, images)
+    assert np.abs(found - logits).max() <= 1e-5 * np.abs(logits).max()
     again = rv.load_weights(rv.to_state_dict(fused, variant=TINY), variant=TINY)
     assert again.deploy
     assert_identical(again.variables, fused)

@@ -49,7 +49,8 @@ class Format:
       layout: axes of the normalized images that an artifact takes.
       marker: a file that every artifact contains, if artifacts are directories.
       also: further default filenames, each with the module that it needs to be written.
-      extra: the extra of this package that installs writer and runtimes, if one is needed.
+      extra: the extra of this package that installs writer and runtimes; None if convert.py
+        itself needs them.
     """
 
     name: str
@@ -77,7 +78,7 @@ class Format:
     @property
     def remedy(self) -> str:
         """The command that installs what it needs."""
-        return f'pip install "repvgg-jax[{self.extra}]"' if self.extra else "pip install repvgg-jax"
+        return f'pip install "repvgg-jax[{self.extra or "export"}]"'
 
     def input_layout(self, network: Network) -> str:
         """Axes of an artifact's input; uint8 images are NHWC, as decoders return them."""
