@@ -183,10 +183,11 @@ def test_every_command_of_launching_and_scaling():
         found = 0
         for section in sections(page):
             told = re.search(
-                r"process \d+ of (\d+), \d+ of (\d+) devices; global batch (\d+) .* over (\d+)",
+                r"process \d+: \d+ of (\d+) devices, (\d+) processes; global batch (\d+) "
+                r".* over (\d+)",
                 section,
             )
-            devices, processes = (int(told[2]), int(told[1])) if told else slice_of_256
+            devices, processes = (int(told[1]), int(told[2])) if told else slice_of_256
             for arguments in calls(section):
                 found += 1
                 asked.append([arguments, devices, processes])

@@ -86,10 +86,10 @@ def main(_: Sequence[str]) -> int:
 
 def _recipe() -> pathlib.Path:
     """The file that `--config` names."""
-    name = config_flags.get_config_filename(flags.FLAGS["config"])
-    if not name:
+    flag = flags.FLAGS["config"]
+    if not flag.present:
         raise ValueError("give --config, the path of a recipe, e.g. --config=configs/digits.py")
-    recipe = pathlib.Path(name)
+    recipe = pathlib.Path(config_flags.get_config_filename(flag))
     if not recipe.is_file():
         folder = pathlib.Path(sys.argv[0]).resolve().parent / "configs"
         found = sorted(path.stem for path in folder.glob("*.py"))
