@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from repvgg_jax import Variant, load_weights
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.manifest import Manifest, checksums
 from repvgg_jax.train.state import TrainState
@@ -328,6 +329,18 @@ class TestRestoringVariables:
             step, _ = checkpoints.restore_variables()
         assert step == 11
         assert re.search(r"/22 is corrupt.*1 of \d+ arrays.*params/head/kernel", caplog.text)
+
+
+def test_checkpoints_of_the_first_version(tmp_path):
+    """Commit 0164ae8 wrote this run, and its variables to a file."""
+    old = pathlib.Path(__file__).parent / "data" / "v0.1-0164ae8"
+    shutil.copytree(old / "run" / "checkpoints", tmp_path / "checkpoints")
+    variant = Variant(**json.loads((old / "deploy" / "metadata.json").read_text())["variant"])
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        step, variables = checkpoints.restore_variables()
+    assert step == 66
+    like = load_weights(old / "train.safetensors", variant=variant).variables
+    chex.assert_trees_all_equal(variables, like)
 
 
 class TestChecksums:

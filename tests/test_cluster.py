@@ -288,7 +288,8 @@ class TestWatchdog:
             number = rng.choices(range(3), speeds)[0]
             if rng.random() < 0.2:
                 watchdogs[number].check()
-            elif number not in stopped and not (number in waiting and waiting[number].is_alive()):
+            # In this order: a thread that is not alive has said whether it stopped.
+            elif not (number in waiting and waiting[number].is_alive()) and number not in stopped:
                 waiting[number] = threading.Thread(target=poll, args=(number,), daemon=True)
                 waiting[number].start()
                 waiting[number].join(0.001)  # longer if it is to wait for a decision

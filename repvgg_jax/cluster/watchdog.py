@@ -9,7 +9,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+
+from repvgg_jax.cluster.kv_store import Folder
 
 TIMEOUT = 60.0  # seconds without a heartbeat after which a process counts as lost
 INTERVAL = 0.5  # seconds between two heartbeats; more with many processes
@@ -17,24 +18,12 @@ INTERVAL = 0.5  # seconds between two heartbeats; more with many processes
 _FINISHED = "done"
 
 
-class Store(Protocol):
-    """A table of strings that all processes of a run share, e.g. `kv_store.Folder`."""
-
-    def put(self, key: str, value: str) -> None:
-        """Writes an entry; replaces it if it exists."""
-        ...
-
-    def entries(self) -> Mapping[str, str]:
-        """All entries."""
-        ...
-
-
 class Watchdog:
     """Watches the other processes of a run for one of them."""
 
     def __init__(
         self,
-        store: Store,
+        store: Folder,
         *,
         process_id: int,
         num_processes: int,
@@ -46,7 +35,7 @@ class Watchdog:
         """Prepares the watchdog; `start` starts its thread.
 
         Args:
-          store: shared by the processes.
+          store: shared by the processes; its `put` and `entries` are used.
           process_id: of this process.
           num_processes: of the run.
           on_loss: called in the watchdog's thread with what happened to another process.

@@ -1,5 +1,7 @@
 """States of a small network with random values in every leaf."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -11,6 +13,7 @@ from repvgg_jax.train.state import TrainState, initial_state
 SMALL = Variant("small", (1, 1), (8, 16), 8, strides=(1, 2), stem_stride=1)
 
 
+@functools.cache
 def make_state(
     step: int, *, num_classes: int = 10, clip: bool = False, average: bool = False
 ) -> TrainState:
