@@ -17,8 +17,9 @@ from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.settings import DataSettings
 from tests.flags import xla_flags
-from tests.helpers.pictures import OVER_BATCH, images, write_tree
+from tests.helpers.pictures import images, write_tree
 from tests.helpers.processes import RECIPE, ROOT
+from tests.helpers.sharding import OVER_BATCH
 
 FILES = images(train=24, val=8)
 
