@@ -143,8 +143,9 @@ class ReparamBlock(nn.Module):
                 x, zero = self._evaluate(child, x, zero, train)
             return x, zero
         if isinstance(term, Sum):
-            (y, response), *others = [self._evaluate(t, x, zero, train) for t in term.terms]
-            for other, other_response in others:
+            y, response = self._evaluate(term.terms[0], x, zero, train)
+            for child in term.terms[1:]:
+                other, other_response = self._evaluate(child, x, zero, train)
                 y += other
                 response = _sum(response, other_response)
             return y, response

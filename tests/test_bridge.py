@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import repvgg_jax as rv
-from tests.weights_samples import CLASSES, random_variables
+from tests.helpers.weights_samples import CLASSES, random_variables
 
 TINY = rv.Variant("tiny", (2,), (8,), stem_channels=4)
 
@@ -16,6 +16,13 @@ TINY = rv.Variant("tiny", (2,), (8,), stem_channels=4)
 @pytest.fixture
 def batch(rng):
     return rng.normal(size=(4, 16, 16, 3)).astype(np.float32), rng.integers(0, CLASSES, 4)
+
+
+@pytest.fixture
+def float64():
+    """Two programs for the same step differ by rounding; in float64 by nearly nothing."""
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture
@@ -47,9 +54,11 @@ def test_variables_are_found_by_kind_and_name(variables):
     assert len(jax.tree.leaves(nnx.state(module, nnx.BatchStat))) == stats
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_training_step_is_linens(variables, batch):
-    images, labels = batch
-    model = rv.create_model(TINY, num_classes=CLASSES)
+    images, labels = batch[0].astype(np.float64), batch[1]
+    variables = jax.tree.map(np.float64, variables)
+    model = rv.create_model(TINY, num_classes=CLASSES, dtype=jnp.float64, param_dtype=jnp.float64)
     module = rv.to_nnx(model, variables)
     optimizer = nnx.Optimizer(module, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
 
@@ -76,15 +85,15 @@ def test_a_training_step_is_linens(variables, batch):
         return value, jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), stats_after
 
     value, params, stats = linen_step(variables["params"], variables["batch_stats"])
-    np.testing.assert_allclose(step(module, optimizer, images, labels), value, rtol=1e-6)
+    np.testing.assert_allclose(step(module, optimizer, images, labels), value, rtol=1e-10)
     for block in ("stem", "stage1_block1"):
         kernel = getattr(module, block)["conv3x3"]["kernel"]
         np.testing.assert_allclose(
-            kernel[...], params[block]["conv3x3"]["kernel"], rtol=1e-4, atol=1e-6
+            kernel[...], params[block]["conv3x3"]["kernel"], rtol=1e-10, atol=1e-10
         )
         mean = getattr(module, block)["bn3x3"]["mean"]
         assert isinstance(mean, nnx.BatchStat)
-        np.testing.assert_allclose(mean[...], stats[block]["bn3x3"]["mean"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(mean[...], stats[block]["bn3x3"]["mean"], rtol=1e-10, atol=1e-10)
     assert not np.array_equal(
         module.stem["bn3x3"]["mean"][...],
         jnp.asarray(variables["batch_stats"]["stem"]["bn3x3"]["mean"]),

@@ -98,9 +98,12 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_everything_else_in_float32():
 
 
 def test_remat_changes_memory_not_values():
-    images = random_images((4, 32, 32, 3))
-    plain, remat = (create_model(TINY, num_classes=5, remat=remat) for remat in (False, True))
-    variables = random_variables(plain)
+    """In float64, where two programs for the same function differ by nearly nothing."""
+    images = random_images((4, 32, 32, 3), dtype=np.float64)
+    wide = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    plain, remat = (
+        create_model(TINY, num_classes=5, remat=remat, **wide) for remat in (False, True)
+    )
 
     def loss(model, params):
         logits, updated = model.apply(
@@ -108,13 +111,15 @@ def test_remat_changes_memory_not_values():
         )
         return jnp.square(logits).sum(), updated
 
-    results = [
-        jax.jit(jax.value_and_grad(lambda p, m=model: loss(m, p), has_aux=True))(
-            variables["params"]
-        )
-        for model in (plain, remat)
-    ]
-    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-5)
+    with jax.enable_x64(True):
+        variables = random_variables(plain)
+        results = [
+            jax.jit(jax.value_and_grad(lambda p, m=model: loss(m, p), has_aux=True))(
+                variables["params"]
+            )
+            for model in (plain, remat)
+        ]
+    chex.assert_trees_all_close(*results, rtol=1e-10, atol=1e-10)
 
 
 def test_evaluation_is_the_default_and_leaves_statistics_alone():

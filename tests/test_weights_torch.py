@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 import repvgg_jax as rv
-from tests.weights_samples import assert_identical, random_variables
+from tests.helpers.weights_samples import assert_identical, random_variables
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
 
-from tests import torch_reference  # noqa: E402 (needs torch)
+from tests.helpers import torch_reference  # noqa: E402 (needs torch)
+
+pytestmark = pytest.mark.core
 
 CLASSES = 5
 SE = rv.Variant("se", (2, 2), (8, 16), stem_channels=8, groups=2, se=rv.SqueezeExcite(4))
@@ -34,10 +36,10 @@ def network(dialect, *, deploy=False):
             gate_last=True,
             deploy=deploy,
             taps=None if deploy else PLUS_TAPS,
-        ).randomise()
+        ).randomize()
     return SE, torch_reference.RepVGG(
         (2, 2), (8, 16), dialect=dialect, groups=2, reduction=4, deploy=deploy
-    ).randomise()
+    ).randomize()
 
 
 @pytest.fixture(params=torch_reference.DIALECTS)
@@ -68,7 +70,7 @@ def test_every_family_loads_as_pytorch_loads_it(dialect, deploy, zipped, tmp_pat
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("deploy", [False, True], ids=["train", "deploy"])
 def test_what_we_write_pytorch_loads_strictly(dialect, deploy, suffix, tmp_path):
     variant, reference = network(dialect, deploy=deploy)
@@ -139,19 +141,19 @@ def test_files_without_checksums_load(tmp_path):
     )
 
 
-def test_a_whole_module_is_refused_by_its_class(tmp_path):
+def test_a_pickled_module_is_refused(tmp_path):
     path = tmp_path / "module.pth"
     torch.save(torch.nn.Linear(2, 2), path)
-    with pytest.raises(ValueError, match=r"its pickle asks for torch\.nn\.modules\.linear\.Linear"):
+    with pytest.raises(ValueError, match=r"torch\.nn\.modules\.linear\.Linear"):
         rv.load_weights(path)
 
 
-def test_a_torchscript_archive_is_named(tmp_path):
+def test_a_torchscript_archive_is_refused(tmp_path):
     from zipfile import ZipFile
 
     path = tmp_path / "script.pt"
     with ZipFile(path, "w") as archive:  # torch.jit.save is deprecated, its container is not new
         archive.writestr("script/data.pkl", b"\x80\x02}.")
         archive.writestr("script/constants.pkl", b"\x80\x02).")
-    with pytest.raises(ValueError, match="a TorchScript archive; save the model's state_dict"):
+    with pytest.raises(ValueError, match=r"TorchScript.*state_dict"):
         rv.load_weights(path)

@@ -83,12 +83,17 @@ def parallel(maps: Sequence[Affine]) -> Affine:
     Raises:
       ValueError: the maps have different channels or groups.
     """
+    return _summed(maps, copy=True)
+
+
+def _summed(maps: Sequence[Affine], *, copy: bool) -> Affine:
+    """`parallel`; without `copy` a NumPy kernel among `maps` becomes the result."""
     if len({m.kernel.shape[-2:] for m in maps}) > 1:
         shapes = ", ".join(str(m.kernel.shape) for m in maps)
         raise ValueError(f"maps of different channels or groups cannot be added: kernels {shapes}")
     height, width = (max(m.kernel.shape[axis] for m in maps) for axis in (-4, -3))
     largest = max(maps, key=lambda m: (m.kernel.shape[-4:-2] == (height, width), m.kernel.ndim))
-    kernel = largest.kernel.astype(_wide_dtype(largest.kernel))  # a copy of NumPy's
+    kernel = largest.kernel.astype(_wide_dtype(largest.kernel), copy=copy)
     if kernel.shape[-4:-2] != (height, width):  # e.g. of a 1x3 and a 3x1 kernel
         shape = (*kernel.shape[:-4], height, width, *kernel.shape[-2:])
         kernel = _add_at_center(_namespace(kernel).zeros(shape, kernel.dtype), kernel)
@@ -158,6 +163,7 @@ class _Partial(NamedTuple):
     bias: Array | None
     in_per_group: int
     in_channels: int
+    is_input: bool = False  # whether the kernel is an array of the caller
 
     def materialize(self, params: Params) -> Affine:
         """With the identity's kernel and a bias of zero where there are none."""
@@ -174,7 +180,8 @@ class _Partial(NamedTuple):
         """Behind a multiplication and an addition per channel, (…, channels)."""
         kernel = self.materialize(params).kernel
         bias = shift if self.bias is None else self.bias * factor + (0 if shift is None else shift)
-        return self._replace(kernel=kernel * factor[..., None, None, None, :], bias=bias)
+        kernel = kernel * factor[..., None, None, None, :]
+        return self._replace(kernel=kernel, bias=bias, is_input=False)
 
 
 def _follow(term: Linear, x: _Partial, params: Params, stats: Params, epsilon: float) -> _Partial:
@@ -184,8 +191,9 @@ def _follow(term: Linear, x: _Partial, params: Params, stats: Params, epsilon: f
             x = _follow(child, x, params, stats, epsilon)
         return x
     if isinstance(term, Sum):
-        ends = [_follow(c, x, params, stats, epsilon).materialize(params) for c in term.terms]
-        kernel, bias = parallel(ends)
+        ends = [_follow(child, x, params, stats, epsilon) for child in term.terms]
+        copy = any(end.kernel is None or end.is_input for end in ends)
+        kernel, bias = _summed([end.materialize(params) for end in ends], copy=copy)
         return x._replace(kernel=kernel, bias=bias)
     if isinstance(term, Norm):
         scale, bias = (widened(params[term.name][leaf]) for leaf in ("scale", "bias"))
@@ -200,7 +208,7 @@ def _follow(term: Linear, x: _Partial, params: Params, stats: Params, epsilon: f
     if isinstance(term, Conv):
         kernel = _dilated(params[term.name]["kernel"], term.dilation)
         bias = widened(params[term.name]["bias"]) if term.bias else None
-        own = x._replace(kernel=kernel, bias=bias)
+        own = x._replace(kernel=kernel, bias=bias, is_input=True)
         if x.kernel is None and x.bias is None:
             return own
         kernel, bias = compose(x.materialize(params), own.materialize(params))
@@ -258,7 +266,8 @@ def _wide_dtype(array: Array) -> Any:
 
 def widened(array: Array) -> Array:
     """In float64 for NumPy arrays, else in at least float32."""
-    return array.astype(_wide_dtype(array))
+    dtype = _wide_dtype(array)
+    return array if array.dtype == dtype else array.astype(dtype)
 
 
 def _namespace(*arrays: Array) -> Any:

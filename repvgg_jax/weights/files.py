@@ -1,4 +1,4 @@
-"""Checkpoint files, told apart by what is in them: safetensors, `.npz`, `.pth`."""
+"""Checkpoint files, detected by their contents: safetensors, `.npz`, `.pth`."""
 
 import functools
 import math
@@ -10,22 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from repvgg_jax.weights import pth
+from repvgg_jax.text import first_few, one_line
+from repvgg_jax.weights import torch_pickle
 from repvgg_jax.weights.tensor import Tensor
-from repvgg_jax.weights.wording import brief, some
 
-_MAX_DEFLATE = 1032  # no deflated byte stands for more bytes than this
+_MAX_DEFLATE = 1032  # the largest ratio that DEFLATE can reach
 
 
 def read(path: str | os.PathLike) -> Any:
-    """A file's contents, with a `Tensor` for every array; nothing large is read yet.
+    """The contents of a file with a `Tensor` for every array; no array is read yet.
 
     Returns:
-      A mapping from keys to `Tensor`, or for `.pth` files whatever was saved.
+      A mapping from keys to `Tensor`; for `.pth` files whatever was saved.
 
     Raises:
-      ValueError: no such file, no format that is known, damaged, or a pickle that asks for
-        anything but tensors. The one line names the file.
+      ValueError: no such file, unknown format, damaged, or a pickle that needs anything but
+        tensors. The message is one line and starts with the path.
     """
     path = pathlib.Path(path)
     try:
@@ -33,14 +33,14 @@ def read(path: str | os.PathLike) -> Any:
     except Exception as error:
         # Whatever a hostile or damaged file makes the parsers below raise, it means one thing.
         reason = error.strerror if isinstance(error, OSError) else None
-        text = brief(reason or error, 400) or type(error).__name__
+        text = one_line(reason or error, 400) or type(error).__name__
         raise ValueError(f"{path}: {text}") from error
 
 
 def _reader(path: pathlib.Path) -> Callable[[pathlib.Path], Any]:
     """The reader for a file's format."""
     if not path.exists():
-        raise ValueError("there is no such file")
+        raise ValueError("no such file")
     if path.is_dir():
         raise ValueError("a directory; give one .safetensors, .npz or .pth file")
     size = path.stat().st_size
@@ -52,29 +52,29 @@ def _reader(path: pathlib.Path) -> Callable[[pathlib.Path], Any]:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         if any(name.endswith("/data.pkl") for name in names):
-            return pth.read_zip
+            return torch_pickle.read_zip
         if names and all(name.endswith(".npy") for name in names):
             return _read_npz
-        raise ValueError(f"a zip archive but no checkpoint: it holds {some(names)}")
+        raise ValueError(f"a zip archive but not a checkpoint; it contains {first_few(names)}")
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return _read_safetensors
     if head[0] == 0x80 and len(head) > 2:
-        return pth.read_legacy
-    for signature, what in _NO_CHECKPOINTS:
+        return torch_pickle.read_legacy
+    for signature, what in _NOT_CHECKPOINTS:
         if head.lstrip()[: len(signature)].lower() == signature:
-            raise ValueError(f"{what}, no checkpoint")
+            raise ValueError(f"{what}, not a checkpoint")
     raise ValueError(
-        "neither safetensors nor .npz nor .pth by its first bytes "
-        f"({head[:8].hex(' ')}); is it damaged or cut off?"
+        f"not a safetensors, .npz or .pth file: the first bytes are {head[:8].hex(' ')}; "
+        "it may be damaged or truncated"
     )
 
 
-_NO_CHECKPOINTS = (
-    (b"<!doctype", "a web page (did a download ask for a confirmation?)"),
-    (b"<html", "a web page (did a download ask for a confirmation?)"),
-    (b"version https://git-lfs", "a Git LFS pointer (git lfs pull fetches the file itself)"),
+_NOT_CHECKPOINTS = (
+    (b"<!doctype", "a web page (does the download need a confirmation?)"),
+    (b"<html", "a web page (does the download need a confirmation?)"),
+    (b"version https://git-lfs", "a Git LFS pointer (run git lfs pull)"),
     (b"\x89hdf", "an HDF5 file"),
-    (b"\x1f\x8b", "a gzip archive (unpack it first)"),
+    (b"\x1f\x8b", "a gzip archive (decompress it first)"),
     (b"\x93numpy", "a single .npy array"),
 )
 
@@ -82,14 +82,14 @@ _NO_CHECKPOINTS = (
 def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     import safetensors
 
-    # The library checks its header against the length of the file.
+    # The library checks the header against the length of the file.
     file = safetensors.safe_open(os.fspath(path), framework="np")
     found = {}
-    for key in file.keys():  # noqa: SIM118 (no mapping)
-        piece = file.get_slice(key)
-        name = _SAFETENSORS.get(piece.get_dtype(), piece.get_dtype())
+    for key in file.keys():  # noqa: SIM118 (not a mapping)
+        array = file.get_slice(key)
+        dtype = _SAFETENSORS.get(array.get_dtype(), array.get_dtype())
         read_it = functools.partial(file.get_tensor, key)
-        found[key] = Tensor(tuple(piece.get_shape()), name, read_it)
+        found[key] = Tensor(tuple(array.get_shape()), dtype, read_it)
     return found
 
 
@@ -117,9 +117,9 @@ def _read_npz(path: pathlib.Path) -> dict[str, Tensor]:
 def _npy(
     path: pathlib.Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, file_size: int
 ) -> Tensor:
-    """One array of an `.npz` file, whose header must agree with what the archive holds."""
+    """One array of an `.npz` file; its header must agree with the size of its record."""
     if info.compress_size > file_size or info.file_size > info.compress_size * _MAX_DEFLATE:
-        raise ValueError(f"record {info.filename!r} says it is larger than it can be")
+        raise ValueError(f"record {info.filename!r} claims an impossible size")
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         if version == (1, 0):

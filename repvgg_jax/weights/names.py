@@ -1,8 +1,8 @@
-"""How the RepVGG projects of the world name and lay out their weights.
+"""Keys and layouts of other RepVGG projects' checkpoints.
 
 A `Naming` translates the list of `repvgg_jax.weights.tree.leaves` into a project's keys and
-shapes. Readers and writers use the same translation, one in each direction, so what is
-written is read back as the same numbers.
+shapes. Readers and writers use the same translation in opposite directions, so whatever is
+written is read back bitwise identical.
 
     family       block prefix            3x3 branch           classifier
     official     stage1.0.               rbr_dense.conv/bn    linear.
@@ -10,28 +10,33 @@ written is read back as the same numbers.
     mmpretrain   backbone.stage_1.0.     branch_3x3.conv/norm head.fc.
     flax         params/stage1_block0/   conv3x3, bn3x3       params/head/
 
-The authors' RepVGGplus is a second naming of the family `official`: its stages hold their
-blocks in `blocks`, stage 3 is two containers, and squeeze-and-excite is `post_se`.
+The authors' RepVGGplus is a second naming of the family `official`: blocks are in a child
+`blocks` of their stage, stage 3 is two containers, and squeeze-and-excite is `post_se`.
+
+The tables at the end are keyed by our names of a block's children.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from repvgg_jax.variants import Variant
-from repvgg_jax.weights.tree import Kind, Leaf, leaves
+from repvgg_jax.weights.tensor import Shapes
+from repvgg_jax.weights.tree import Kind, Leaf, block_specs, leaves
 
 
 class Entry(NamedTuple):
-    """One array under a project's name.
+    """One array under a project's key.
 
     Attributes:
-      key: the project's name for it.
+      key: the project's key.
       shape: its shape there.
-      leaf: the array of our tree; None for PyTorch's count of batches, which we do not keep.
-      axes: the transposition that leads from our layout to theirs, up to axes of length 1.
+      leaf: the array of our tree; None for PyTorch's `num_batches_tracked`, which has no
+        counterpart.
+      axes: the transposition from our layout to theirs, up to axes of length 1.
     """
 
     key: str
@@ -40,11 +45,11 @@ class Entry(NamedTuple):
     axes: tuple[int, ...] = ()
 
     def from_ours(self, array: np.ndarray) -> np.ndarray:
-        """An array of our tree in this layout."""
+        """Converts an array of our tree to this layout."""
         return array.transpose(self.axes).reshape(self.shape)
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
-        """An array of this layout as our tree has it."""
+        """Converts an array of this layout to that of our tree."""
         assert self.leaf is not None
         transposed = tuple(self.leaf.shape[axis] for axis in self.axes)
         return array.reshape(transposed).transpose(np.argsort(self.axes))
@@ -55,22 +60,33 @@ class Naming(Protocol):
 
     @property
     def family(self) -> str:
-        """The project that names them so."""
+        """The project that uses these names."""
 
     def covers(self, variant: Variant) -> bool:
-        """Whether it has names for such a network."""
+        """Whether it has names for all arrays of a variant."""
 
     def entries(
         self, variant: Variant, *, deploy: bool, num_classes: int, in_channels: int = 3
     ) -> tuple[Entry, ...]:
-        """Names, shapes and layouts of all arrays of a variant it covers."""
+        """Keys, shapes and layouts of all arrays of a variant that it covers."""
 
-    def measure(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int | None]:
-        """The classes and the image channels that arrays under these names speak of."""
+    def kernels(self, shapes: Shapes, children: Collection[str]) -> dict[str, tuple[int, int]]:
+        """Input and output channels of the blocks' kernels.
+
+        Args:
+          shapes: of all arrays, by key.
+          children: our names of the children that the kernels belong to, e.g. `se/reduce`.
+
+        Returns:
+          By our name of the block, `stem` or `stage1_block0`.
+        """
+
+    def num_classes(self, shapes: Shapes) -> int:
+        """Width of the classifier; 0 if there is none."""
 
 
 class FlaxNaming:
-    """Our own tree, flattened: paths joined by slashes, shapes and layouts as they are."""
+    """Our own tree, flattened: paths joined by slashes, shapes and layouts unchanged."""
 
     family = "flax"
 
@@ -89,22 +105,31 @@ class FlaxNaming:
             )
         )
 
-    def measure(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int | None]:
-        """As `Naming.measure`."""
-        kernels = (f"params/stem/{piece}/kernel" for piece in _STEM_KERNELS)
-        return _length(shapes, ("params/head/bias",), 0, 1), _length(shapes, kernels, 2, 4)
+    def kernels(self, shapes: Shapes, children: Collection[str]) -> dict[str, tuple[int, int]]:
+        """As `Naming.kernels`."""
+        child = "|".join(map(re.escape, children))
+        pattern = re.compile(rf"params/(stem|stage\d+_block\d+)/({child})/kernel", re.ASCII)
+        return {
+            match[1]: (shape[-2], shape[-1])
+            for key, shape in shapes.items()
+            if len(shape) >= 2 and (match := pattern.fullmatch(key))
+        }
+
+    def num_classes(self, shapes: Shapes) -> int:
+        """As `Naming.num_classes`."""
+        return _length(shapes.get("params/head/bias"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TorchNaming:
-    """A PyTorch project's names, in PyTorch's layouts.
+    """A PyTorch project's names and layouts.
 
     Attributes:
       family: the project.
       stem: prefix of the stem.
       stage: prefix of a container of blocks: `{stage}` counts from 1, `{stage0}` from 0, and
-        `{part}` tells the two halves of a split stage apart.
-      pieces: the project's names of a block's children, by ours.
+        `{part}` is the half of a stage split in two.
+      children: the project's names of a block's children, by ours.
       head: prefix of the classifier.
       plus: whether these are names for RepVGGplus, or for everything else.
     """
@@ -112,15 +137,18 @@ class TorchNaming:
     family: str
     stem: str
     stage: str
-    pieces: Mapping[str, str]
+    children: Mapping[str, str]
     head: str
     plus: bool = False
 
     def covers(self, variant: Variant) -> bool:
-        """Whether the project has names for such a network."""
+        """As `Naming.covers`."""
         after_relu = variant.se is not None and variant.se.after_relu
         if self.plus != (after_relu or bool(variant.auxiliary)):
             return False
+        for block in block_specs(variant):
+            if not block.required | block.optional <= self.children.keys():
+                return False
         splits = (len(_ends(variant, stage)) for stage in range(1, len(variant.depths) + 1))
         return "stem" not in variant.auxiliary and max(splits) <= len(_PARTS)
 
@@ -128,34 +156,65 @@ class TorchNaming:
         self, variant: Variant, *, deploy: bool, num_classes: int, in_channels: int = 3
     ) -> tuple[Entry, ...]:
         """As `Naming.entries`."""
-        owners = self._owners(variant)
+        prefixes = self._prefixes(variant)
         found = []
         for leaf in leaves(
             variant, deploy=deploy, num_classes=num_classes, in_channels=in_channels
         ):
-            prefix = f"{owners[leaf.owner]}{self._piece(leaf)}"
+            prefix = f"{prefixes[leaf.module]}{self._child(leaf)}"
             shape, axes = _torch_layout(leaf)
             found.append(Entry(f"{prefix}.{_TORCH_LEAVES[leaf.path[-1]]}", shape, leaf, axes))
             if leaf.path[-1] == "var":
                 found.append(Entry(f"{prefix}.num_batches_tracked", (), None))
         return tuple(found)
 
-    def measure(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int | None]:
-        """As `Naming.measure`."""
-        kernels = (f"{self.stem}.{self.pieces[piece]}.weight" for piece in _STEM_KERNELS)
-        return _length(shapes, (f"{self.head}.bias",), 0, 1), _length(shapes, kernels, 1, 4)
+    def kernels(self, shapes: Shapes, children: Collection[str]) -> dict[str, tuple[int, int]]:
+        """As `Naming.kernels`."""
+        names = [self.children[child] for child in children if child in self.children]
+        if not names:
+            return {}
+        stage = self.stage.replace(".", r"\.").format(
+            stage=r"(?P<stage>\d+)", stage0=r"(?P<stage0>\d+)", part="(?P<part>_first|_second|)"
+        )
+        blocks = r"\.blocks" if self.plus else ""
+        block = rf"({re.escape(self.stem)}|{stage}{blocks}\.(?P<index>\d+))"
+        child = "|".join(map(re.escape, names))
+        pattern = re.compile(rf"{block}\.({child})\.weight", re.ASCII)
+        matches = [
+            (match.groupdict(), shape)
+            for key, shape in shapes.items()
+            if len(shape) == 4 and (match := pattern.fullmatch(key))
+        ]
+        # The second half of a stage counts its blocks from 0 again.
+        first: dict[str, int] = {}
+        for place, _ in matches:
+            if place.get("part") == "_first":
+                first[place["stage"]] = max(first.get(place["stage"], 0), int(place["index"]) + 1)
+        found = {}
+        for place, shape in matches:
+            layer = "stem"
+            if place["index"] is not None:
+                number = int(place["stage"]) if "stage" in place else int(place["stage0"]) + 1
+                start = first.get(place["stage"], 0) if place.get("part") == "_second" else 0
+                layer = f"stage{number}_block{start + int(place['index'])}"
+            found[layer] = (shape[1], shape[0])
+        return found
 
-    def _piece(self, leaf: Leaf) -> str:
-        """What comes between the owner's prefix and the array's own name."""
+    def num_classes(self, shapes: Shapes) -> int:
+        """As `Naming.num_classes`."""
+        return _length(shapes.get(f"{self.head}.bias"))
+
+    def _child(self, leaf: Leaf) -> str:
+        """What is between the prefix of a module and the array's own name."""
         inner = "/".join(leaf.path[2:-1])
         if not inner:
             return ""
-        names = _AUXILIARY if leaf.owner.startswith("aux_") else self.pieces
+        names = _AUXILIARY if leaf.module.startswith("aux_") else self.children
         return f".{names[inner]}"
 
-    def _owners(self, variant: Variant) -> dict[str, str]:
-        """Prefixes of the blocks and heads."""
-        owners = {"stem": self.stem, "head": self.head}
+    def _prefixes(self, variant: Variant) -> dict[str, str]:
+        """Prefixes of the blocks and heads, by our names."""
+        prefixes = {"stem": self.stem, "head": self.head}
         for stage in range(1, len(variant.depths) + 1):
             ends = _ends(variant, stage)
             start = 0
@@ -163,10 +222,10 @@ class TorchNaming:
                 container = self.stage.format(stage=stage, stage0=stage - 1, part=part)
                 blocks = f"{container}.blocks" if self.plus else container
                 for index in range(start, end):
-                    owners[f"stage{stage}_block{index}"] = f"{blocks}.{index - start}"
-                owners[f"aux_stage{stage}_block{end - 1}"] = f"{container}_aux"
+                    prefixes[f"stage{stage}_block{index}"] = f"{blocks}.{index - start}"
+                prefixes[f"aux_stage{stage}_block{end - 1}"] = f"{container}_aux"
                 start = end
-        return owners
+        return prefixes
 
 
 _PARTS = ("_first", "_second")
@@ -179,7 +238,22 @@ def _ends(variant: Variant, stage: int) -> list[int]:
     return sorted({*(index + 1 for index in tapped), depth})
 
 
-_STEM_KERNELS = ("conv3x3", "reparam")
+def _length(shape: tuple[int, ...] | None) -> int:
+    """The length of a vector, 0 for anything else."""
+    return shape[0] if shape is not None and len(shape) == 1 else 0
+
+
+def _torch_layout(leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """An array's shape in PyTorch, and the transposition from ours to it."""
+    axes = {
+        Kind.CONVOLUTION: (3, 2, 0, 1),
+        Kind.LINEAR: (1, 0),
+        Kind.GATE: (1, 0),
+        Kind.VECTOR: (0,),
+    }[leaf.kind]
+    shape = tuple(leaf.shape[axis] for axis in axes)
+    return (*shape, 1, 1) if leaf.kind is Kind.GATE else shape, axes
+
 
 _TORCH_LEAVES = {
     "kernel": "weight",
@@ -192,7 +266,7 @@ _TORCH_LEAVES = {
 # Children of RepVGGplus's auxiliary heads, a torch Sequential.
 _AUXILIARY = {"conv": "0.conv", "bn": "0.bn", "logits": "3"}
 
-_OFFICIAL_PIECES = {
+_OFFICIAL_CHILDREN = {
     "conv3x3": "rbr_dense.conv",
     "bn3x3": "rbr_dense.bn",
     "conv1x1": "rbr_1x1.conv",
@@ -205,14 +279,14 @@ OFFICIAL = TorchNaming(
     family="official",
     stem="stage0",
     stage="stage{stage}",
-    pieces={**_OFFICIAL_PIECES, "se/reduce": "se.down", "se/expand": "se.up"},
+    children={**_OFFICIAL_CHILDREN, "se/reduce": "se.down", "se/expand": "se.up"},
     head="linear",
 )
 PLUS = TorchNaming(
     family="official",
     stem="stage0",
     stage="stage{stage}{part}",
-    pieces={**_OFFICIAL_PIECES, "se/reduce": "post_se.down", "se/expand": "post_se.up"},
+    children={**_OFFICIAL_CHILDREN, "se/reduce": "post_se.down", "se/expand": "post_se.up"},
     head="linear",
     plus=True,
 )
@@ -220,7 +294,7 @@ TIMM = TorchNaming(
     family="timm",
     stem="stem",
     stage="stages.{stage0}",
-    pieces={
+    children={
         "conv3x3": "conv_kxk.conv",
         "bn3x3": "conv_kxk.bn",
         "conv1x1": "conv_1x1.conv",
@@ -236,7 +310,7 @@ MMPRETRAIN = TorchNaming(
     family="mmpretrain",
     stem="backbone.stem",
     stage="backbone.stage_{stage}",
-    pieces={
+    children={
         "conv3x3": "branch_3x3.conv",
         "bn3x3": "branch_3x3.norm",
         "conv1x1": "branch_1x1.conv",
@@ -251,7 +325,7 @@ MMPRETRAIN = TorchNaming(
 FLAX = FlaxNaming()
 
 NAMINGS: tuple[Naming, ...] = (OFFICIAL, PLUS, TIMM, MMPRETRAIN, FLAX)
-"""All that readers recognise and writers produce."""
+"""All namings that are read and written."""
 
 FAMILIES = tuple(dict.fromkeys(naming.family for naming in NAMINGS))
 """The families by name."""
@@ -261,36 +335,14 @@ def naming_for(family: str, variant: Variant) -> Naming:
     """The naming of a family that covers a variant.
 
     Raises:
-      ValueError: unknown family, or the project has no names for such a network.
+      ValueError: unknown family, or it has no names for such a network.
     """
     if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; there are {', '.join(FAMILIES)}")
+        raise ValueError(f"unknown family {family!r}; choose from {', '.join(FAMILIES)}")
     for naming in NAMINGS:
         if naming.family == family and naming.covers(variant):
             return naming
     raise ValueError(
-        f"{family} has no names for {variant.name}, for its squeeze-and-excite after the ReLU or "
-        "its auxiliary heads; use the family official or flax"
+        f"{family} has no names for the blocks, the squeeze-and-excite after the ReLU or the "
+        f"auxiliary heads of {variant.name}; use family='official' or 'flax'"
     )
-
-
-def _length(
-    shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str], axis: int, rank: int
-) -> int | None:
-    """The length of an axis of the first of these arrays that is there."""
-    for key in keys:
-        if len(shape := shapes.get(key, ())) == rank:
-            return shape[axis]
-    return None
-
-
-def _torch_layout(leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """An array's shape in PyTorch, and the transposition that leads there."""
-    axes = {
-        Kind.CONVOLUTION: (3, 2, 0, 1),
-        Kind.LINEAR: (1, 0),
-        Kind.GATE: (1, 0),
-        Kind.VECTOR: (0,),
-    }[leaf.kind]
-    shape = tuple(leaf.shape[axis] for axis in axes)
-    return (*shape, 1, 1) if leaf.kind is Kind.GATE else shape, axes

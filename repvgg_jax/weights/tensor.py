@@ -1,26 +1,29 @@
 """One array of a checkpoint, described before it is read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from repvgg_jax.weights.wording import brief
+from repvgg_jax.text import one_line
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 READABLE = ("float16", "bfloat16", "float32", "float64")
-"""What weights may be stored as."""
+"""The dtypes that weights may be stored in."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of arrays by their keys."""
 
 
 class Tensor(NamedTuple):
-    """A description and a way to get the numbers; reading is put off until all shapes fit.
+    """Shape and dtype of an array and a way to read it; nothing is read until all shapes fit.
 
     Attributes:
       shape: its shape.
-      dtype: of its elements, by NumPy's name for it.
-      read: fetches the elements, checking what can be checked about them.
+      dtype: NumPy's name of its dtype.
+      read: returns the elements, verified as far as the format allows.
     """
 
     shape: tuple[int, ...]
@@ -43,34 +46,37 @@ def describe(value: Any) -> Tensor | None:
 
 def _from_torch(value: Any, dtype: str) -> np.ndarray:
     value = value.detach().cpu()
-    # PyTorch does not hand bfloat16 to NumPy; float32 holds the same numbers.
+    # PyTorch cannot convert bfloat16 to NumPy; the conversion to float32 is exact.
     return (value.float() if dtype == "bfloat16" else value).numpy()
 
 
-def load(tensor: Tensor, where: str) -> np.ndarray:
-    """Reads weights, whose elements must be finite.
+def read_float32(tensor: Tensor, name: str) -> np.ndarray:
+    """Reads an array of weights as float32 and checks that every element is finite.
 
-    Returns:
-      float32. float16 and bfloat16 are widened exactly, float64 is rounded.
+    float16 and bfloat16 are widened exactly, float64 is rounded.
+
+    Args:
+      tensor: the array.
+      name: what messages call it.
 
     Raises:
-      ValueError: not floating point, or a NaN or an infinity among the elements.
+      ValueError: another dtype, damaged, or NaN or infinite elements.
     """
     if tensor.dtype not in READABLE:
         raise ValueError(
-            f"{where} is {tensor.dtype}; weights are {', '.join(READABLE)} "
-            "(quantised checkpoints cannot be read)"
+            f"{name} has dtype {tensor.dtype}; weights must be {', '.join(READABLE)} "
+            "(quantized checkpoints are not supported)"
         )
     try:
         stored = tensor.read()
     except Exception as error:  # of whichever library reads this format
-        raise ValueError(f"{where} cannot be read: {brief(error)}") from error
+        raise ValueError(f"{name} cannot be read: {one_line(error)}") from error
     with np.errstate(over="ignore"):  # beyond float32's range: an infinity, reported below
         array = stored.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
         bad = int(array.size - np.isfinite(array).sum())
         raise ValueError(
-            f"{where}: {bad} of {array.size} elements are NaN or infinite; "
+            f"{name}: {bad} of {array.size} elements are NaN or infinite; "
             "the checkpoint is damaged or its training diverged"
         )
     return array

@@ -1,22 +1,23 @@
-"""Every array of a RepVGG in this project's own tree: its path, its shape, what it is.
+"""Every array of a RepVGG in this project's parameter tree: path, shape and kind.
 
-Derived by walking `Variant.layers()`, without building the model. The naming families of
-other projects (`repvgg_jax.weights.names`) are translations of this one list.
+Derived from `Variant.layers()` and the expressions of their blocks, without building the model.
+`repvgg_jax.weights.names` translates this list into the keys and layouts of other projects.
 """
 
 import enum
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from repvgg_jax import reparam
 from repvgg_jax.variants import Layer, Variant
 
 
 class Kind(enum.Enum):
-    """What an array is, which decides how PyTorch lays it out."""
+    """What an array is, which decides its layout in PyTorch."""
 
-    CONVOLUTION = "convolution"  # HWIO here, OIHW there
-    LINEAR = "linear"  # (in, out) here, (out, in) there
-    GATE = "gate"  # a linear layer of squeeze-and-excite: a 1x1 convolution there
+    CONVOLUTION = "convolution"  # HWIO here, OIHW in PyTorch
+    LINEAR = "linear"  # (in, out) here, (out, in) in PyTorch
+    GATE = "gate"  # a linear layer of squeeze-and-excite: a 1x1 convolution in PyTorch
     VECTOR = "vector"
 
 
@@ -24,9 +25,9 @@ class Leaf(NamedTuple):
     """One array.
 
     Attributes:
-      path: where it is, from the collection down: `("params", "stem", "bn3x3", "scale")`.
+      path: keys from the collection down, e.g. `("params", "head", "kernel")`.
       shape: its shape.
-      kind: what it is.
+      kind: its kind.
     """
 
     path: tuple[str, ...]
@@ -34,8 +35,8 @@ class Leaf(NamedTuple):
     kind: Kind
 
     @property
-    def owner(self) -> str:
-        """The child of the network that it belongs to: a block, `head` or an `aux_…` head."""
+    def module(self) -> str:
+        """The top-level module that it belongs to: a block, `head` or an `aux_…` head."""
         return self.path[1]
 
     @property
@@ -44,8 +45,13 @@ class Leaf(NamedTuple):
         return in_head(self.path)
 
 
+def block_specs(variant: Variant) -> list[reparam.BlockSpec]:
+    """The kinds of blocks of a variant, each once."""
+    return list({id(layer.block): layer.block for layer in variant.layers()}.values())
+
+
 def in_head(path: tuple[str, ...]) -> bool:
-    """Whether the array at that path depends on the task."""
+    """Whether the array at `path` depends on the task."""
     return path[1] == "head" or path[1].startswith("aux_")
 
 
@@ -62,7 +68,7 @@ def leaves(
     """
     found: list[Leaf] = []
     for layer in variant.layers():
-        found += _block(variant, layer, deploy, in_channels)
+        found += _block_leaves(variant, layer, deploy, in_channels)
     if num_classes:
         found += _linear(("head",), variant.features, num_classes, Kind.LINEAR)
         for layer in variant.layers():
@@ -71,42 +77,33 @@ def leaves(
     return tuple(found)
 
 
-def _block(variant: Variant, layer: Layer, deploy: bool, in_channels: int) -> Iterator[Leaf]:
-    inputs = (layer.in_channels or in_channels) // layer.groups
-    width = layer.features
-    if deploy:
-        yield _kernel((layer.name, "reparam"), (3, 3, inputs, width))
-        yield Leaf(("params", layer.name, "reparam", "bias"), (width,), Kind.VECTOR)
-    else:
-        yield _kernel((layer.name, "conv3x3"), (3, 3, inputs, width))
-        yield from _norm((layer.name, "bn3x3"), width)
-        yield _kernel((layer.name, "conv1x1"), (1, 1, inputs, width))
-        yield from _norm((layer.name, "bn1x1"), width)
-        if layer.identity:
-            yield from _norm((layer.name, "bn_identity"), width)
+def _block_leaves(variant: Variant, layer: Layer, deploy: bool, in_channels: int) -> Iterator[Leaf]:
+    block, geometry = layer.block, layer.geometry(in_channels)
+    fused = reparam.Conv(block.deploy, block.kernel_size(geometry), bias=True)
+    for leaf in reparam.leaves(fused if deploy else block.train, geometry):
+        kind = Kind.CONVOLUTION if leaf.leaf == "kernel" else Kind.VECTOR
+        yield Leaf((leaf.collection, layer.name, leaf.name, leaf.leaf), leaf.shape, kind)
     if variant.se is not None:
-        squeezed = width // variant.se.reduction
+        width, squeezed = layer.features, layer.features // variant.se.reduction
         yield from _linear((layer.name, "se", "reduce"), width, squeezed, Kind.GATE)
         yield from _linear((layer.name, "se", "expand"), squeezed, width, Kind.GATE)
 
 
 def _auxiliary(head: str, width: int, num_classes: int) -> Iterator[Leaf]:
-    yield _kernel((head, "conv"), (3, 3, width, width))
-    yield from _norm((head, "bn"), width)
+    yield Leaf(("params", head, "conv", "kernel"), (3, 3, width, width), Kind.CONVOLUTION)
+    for collection, name in _NORM:
+        yield Leaf((collection, head, "bn", name), (width,), Kind.VECTOR)
     yield from _linear((head, "logits"), width, num_classes, Kind.LINEAR)
 
 
-def _kernel(owner: tuple[str, ...], shape: tuple[int, ...]) -> Leaf:
-    return Leaf(("params", *owner, "kernel"), shape, Kind.CONVOLUTION)
+def _linear(module: tuple[str, ...], inputs: int, outputs: int, kind: Kind) -> Iterator[Leaf]:
+    yield Leaf(("params", *module, "kernel"), (inputs, outputs), kind)
+    yield Leaf(("params", *module, "bias"), (outputs,), Kind.VECTOR)
 
 
-def _linear(owner: tuple[str, ...], inputs: int, outputs: int, kind: Kind) -> Iterator[Leaf]:
-    yield Leaf(("params", *owner, "kernel"), (inputs, outputs), kind)
-    yield Leaf(("params", *owner, "bias"), (outputs,), Kind.VECTOR)
-
-
-def _norm(owner: tuple[str, ...], width: int) -> Iterator[Leaf]:
-    yield Leaf(("params", *owner, "scale"), (width,), Kind.VECTOR)
-    yield Leaf(("params", *owner, "bias"), (width,), Kind.VECTOR)
-    yield Leaf(("batch_stats", *owner, "mean"), (width,), Kind.VECTOR)
-    yield Leaf(("batch_stats", *owner, "var"), (width,), Kind.VECTOR)
+_NORM = (
+    ("params", "scale"),
+    ("params", "bias"),
+    ("batch_stats", "mean"),
+    ("batch_stats", "var"),
+)

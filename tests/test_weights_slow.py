@@ -1,4 +1,4 @@
-"""Damaged and hostile files by the thousand: each loads or is refused with the one error."""
+"""Fuzzing in a process of its own, and networks of full size."""
 
 import codecs
 import os
@@ -14,24 +14,25 @@ import pytest
 import safetensors.numpy
 
 import repvgg_jax as rv
-from tests import pth_writer
-from tests.weights_samples import random_variables
+from repvgg_jax.weights import FAMILIES
+from tests.helpers import pth_writer
+from tests.helpers.weights_samples import assert_identical, has_names, random_variables
 
 VARIANT = rv.Variant("fuzzed", (1,), (4,), stem_channels=4)
-SECONDS = 2  # one file may take this long; the sound ones take milliseconds
-MEMORY = 256 << 20  # bytes that all of it together may add; the sound files have a few kilobytes
+SECONDS = 2  # CPU time per file; valid files take milliseconds
+MEMORY = 256 << 20  # bytes that all files together may add; valid files have a few kilobytes
 
 FORBIDDEN = (
     "os.system", "os.exec", "os.posix_spawn", "os.remove", "os.rename", "os.mkdir",
     "subprocess.Popen", "socket.connect", "exec", "pickle.find_class", "ctypes.dlopen",
 )  # fmt: skip
-"""Audit events that reading weights never raises. ("compile" would be one too many: NumPy parses
-the headers of .npy records, as literals.)
+"""Audit events that reading weights never raises. "compile" is not among them: NumPy parses the
+headers of .npy records as literals.
 """
 
 
 def seeds(directory):
-    """One sound file of every format."""
+    """One valid file per format."""
     state = rv.to_state_dict(random_variables(VARIANT, num_classes=2), variant=VARIANT)
     paths = [directory / name for name in ("pth", "legacy", "safetensors", "npz", "deflated")]
     pth_writer.write_zip(paths[0], state, wrapper="state_dict")
@@ -43,9 +44,9 @@ def seeds(directory):
     return [path.read_bytes() for path in paths]
 
 
-def damaged(rng, sound):
-    """A file with a few things wrong with it, mostly where its structure is."""
-    data = bytearray(rng.choice(sound))
+def damaged(rng, valid):
+    """A file with a few errors, mostly in its structure."""
+    data = bytearray(rng.choice(valid))
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(len(data)) // 8
         kind = rng.randrange(7)
@@ -62,7 +63,7 @@ def damaged(rng, sound):
         elif kind == 4:
             data[at:at] = rng.randbytes(rng.choice((1, 4, 64)))
         elif kind == 5:
-            other = rng.choice(sound)
+            other = rng.choice(valid)
             start = rng.randrange(len(other))
             data[at:at] = other[start : start + 128]
         else:
@@ -79,9 +80,9 @@ def run(count, seed):
     rng = random.Random(seed)
     loaded = refused = 0
     with tempfile.TemporaryDirectory() as directory:
-        sound = seeds(pathlib.Path(directory))
+        valid = seeds(pathlib.Path(directory))
         path = pathlib.Path(directory) / "damaged"
-        for content in sound:  # everything that imports has imported after this
+        for content in valid:  # everything that imports has imported after this
             path.write_bytes(content)
             rv.load_weights(path, variant=VARIANT)
         for name in ("cp437", "raw_unicode_escape"):  # of zipfile and pickletools
@@ -89,7 +90,7 @@ def run(count, seed):
         del events[:]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for index in range(count):
-            path.write_bytes(damaged(rng, sound))
+            path.write_bytes(damaged(rng, valid))
             start = resource.getrusage(resource.RUSAGE_SELF).ru_utime
             try:
                 rv.load_weights(path, variant=VARIANT)
@@ -108,16 +109,15 @@ def run(count, seed):
 
 
 def fuzz(count, seed):
-    """In a process of its own, whose address space ends shortly above what it has."""
+    """`run` in a process whose address space may grow by 1 GiB."""
     program = (
-        "import resource, test_weights_fuzz as t\n"
+        "import resource, tests.test_weights_slow as t\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
         "room = pages * resource.getpagesize() + (1 << 30)\n"
         "resource.setrlimit(resource.RLIMIT_AS, (room, room))\n"
         f"print(*t.run({count}, {seed}))\n"
     )
-    here = pathlib.Path(__file__).parent
-    paths = os.pathsep.join([str(here.parent), str(here), *filter(None, sys.path)])
+    paths = os.pathsep.join([str(pathlib.Path(__file__).parents[1]), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -130,15 +130,53 @@ def fuzz(count, seed):
     return loaded, refused
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits memory the way of Linux")
-def test_a_few_hundred_damaged_files():
+@pytest.mark.system
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as on Linux")
+def test_hundreds_of_damaged_files():
     loaded, refused = fuzz(300, seed=0)
     assert refused > 100
     assert loaded > 0  # bits flipped in the numbers of formats without checksums
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="limits memory the way of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as on Linux")
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_thousands_of_damaged_files(seed):
     fuzz(5000, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deploy", [False, True], ids=["train", "deploy"])
+@pytest.mark.parametrize("name", ["B3g4", "D2se", "plus-L2pse"])
+def test_full_size_models_are_detected_and_identical(name, deploy):
+    variables = random_variables(rv.VARIANTS[name], deploy=deploy, num_classes=1000)
+    for family in FAMILIES:
+        if has_names(family, rv.VARIANTS[name]):
+            loaded = rv.load_weights(rv.to_state_dict(variables, family=family))
+            found = (loaded.variant, loaded.deploy, loaded.num_classes, loaded.family)
+            assert found == (name, deploy, 1000, family)
+            assert_identical(loaded.variables, variables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["B3", "D2se"])
+@pytest.mark.parametrize("kind", ["pth", "pth-legacy"])
+def test_the_largest_models_load_within_4_gib_and_a_minute_of_cpu_time(name, kind, tmp_path):
+    variables = random_variables(rv.VARIANTS[name], num_classes=1000)
+    path = tmp_path / "weights.pth"
+    writer = pth_writer.write_zip if kind == "pth" else pth_writer.write_legacy
+    writer(path, rv.to_state_dict(variables))
+    program = (
+        "import resource, sys, time, repvgg_jax\n"
+        "start = time.process_time()\n"
+        "loaded = repvgg_jax.load_weights(sys.argv[1])\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(loaded.variant, time.process_time() - start, peak / 2**20)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], capture_output=True, text=True, check=True
+    )
+    variant, seconds, gib = done.stdout.split()
+    assert variant == name
+    assert float(seconds) < 60
+    assert float(gib) < 4

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+torch.set_num_threads(1)  # the networks are tiny; threads only wait for each other
+
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
@@ -198,7 +200,7 @@ class RepVGG(nn.Module):
                 auxiliary.append(self.heads[place](x))
         return self.classify[0](x.mean((2, 3))), auxiliary
 
-    def randomise(self, seed: int = 0) -> "RepVGG":
+    def randomize(self, seed: int = 0) -> "RepVGG":
         """Random weights, affines and statistics; the last far from where training starts."""
         generator = torch.Generator().manual_seed(seed)
 

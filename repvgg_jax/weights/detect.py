@@ -1,0 +1,209 @@
+"""Which network a state dict belongs to: family, form, variant and classes.
+
+Family and form are read off the keys of the blocks' main kernels, depths off their names, and
+widths, groups and squeeze-and-excite off their shapes. That selects one architecture, whose
+keys and shapes are then compared one by one.
+"""
+
+import itertools
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
+
+from repvgg_jax.reparam.linear import Conv, walk
+from repvgg_jax.text import first_few
+from repvgg_jax.variants import VARIANTS, Variant
+from repvgg_jax.weights.names import NAMINGS, Entry, Naming
+from repvgg_jax.weights.tensor import Shapes
+from repvgg_jax.weights.tree import block_specs
+
+
+class Differences(NamedTuple):
+    """How the arrays that were found differ from those that were expected.
+
+    Attributes:
+      missing: keys that were not found.
+      unexpected: keys that were found only.
+      misshaped: keys that were found with another shape, with both shapes.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misshaped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{len(keys)} {what} [{first_few(keys)}]"
+            for what, keys in zip(self._fields, self, strict=True)
+            if keys
+        )
+
+
+def differences(
+    expected: Shapes, found: Shapes, *, optional: Collection[str] = frozenset()
+) -> Differences:
+    """Compares two sets of arrays by key and shape; `optional` keys may be missing."""
+    return Differences(
+        missing=tuple(key for key in expected if key not in found and key not in optional),
+        unexpected=tuple(key for key in found if key not in expected),
+        misshaped=tuple(
+            f"{key} {found[key]} instead of {shape}"
+            for key, shape in expected.items()
+            if key in found and found[key] != shape
+        ),
+    )
+
+
+class Detected(NamedTuple):
+    """The network that a state dict belongs to.
+
+    Attributes:
+      variant: the architecture.
+      deploy: whether it is the fused form instead of the training form.
+      num_classes: width of its classifier; 0 if it has none.
+      in_channels: channels of its images.
+      family: the project that uses these names.
+      entries: its arrays; all of them were found, with the right shapes.
+    """
+
+    variant: Variant
+    deploy: bool
+    num_classes: int
+    in_channels: int
+    family: str
+    entries: tuple[Entry, ...]
+
+
+def detect(
+    shapes: Shapes, *, variant: Variant | None = None, namings: Iterable[Naming] = NAMINGS
+) -> Detected:
+    """Finds the network whose arrays these are.
+
+    Args:
+      shapes: of all arrays, by key.
+      variant: the only architecture to consider; None considers the official ones.
+      namings: the namings to consider.
+
+    Raises:
+      ValueError: no network has exactly these arrays. The message lists missing, unexpected
+        and misshaped keys with respect to the nearest one, or says which other architecture
+        this is.
+    """
+    considered = [variant] if variant is not None else VARIANTS.values()
+    # Every block has its form's main kernel: the naming and the form with the most of them.
+    blocks, naming, deploy = max(
+        (
+            (naming.kernels(shapes, kernels), naming, deploy)
+            for deploy, kernels in _main_kernels(considered).items()
+            for naming in namings
+        ),
+        key=lambda candidate: len(candidate[0]),
+    )
+    if not blocks:
+        raise ValueError(_unknown(shapes))
+    found = {
+        name: _Block(inputs if name != "stem" else None, features)
+        for name, (inputs, features) in blocks.items()
+    }
+    for name, (_, squeezed) in naming.kernels(shapes, ("se/reduce",)).items():
+        if name in found:
+            found[name] = found[name]._replace(squeezed=squeezed)
+
+    candidates = [candidate for candidate in considered if naming.covers(candidate)]
+    if not candidates:
+        names = " and ".join(candidate.name for candidate in considered)
+        raise ValueError(f"{_architecture(found)} ({naming.family} names) does not fit {names}")
+    nearest = max(candidates, key=lambda candidate: _overlap(_blocks(candidate), found))
+    num_classes, in_channels = naming.num_classes(shapes), blocks.get("stem", (3, 0))[0]
+    entries = naming.entries(
+        nearest, deploy=deploy, num_classes=num_classes, in_channels=in_channels
+    )
+    wrong = differences(
+        {entry.key: entry.shape for entry in entries},
+        shapes,
+        # Old versions of PyTorch and other writers leave out num_batches_tracked.
+        optional={entry.key for entry in entries if entry.leaf is None},
+    )
+    if not any(wrong):
+        return Detected(nearest, deploy, num_classes, in_channels, naming.family, entries)
+    if sum(entry.key in shapes for entry in entries) <= len(entries) / 10:
+        raise ValueError(_unknown(shapes))
+    form = "deploy" if deploy else "training"
+    classifier = "" if num_classes else ", without a classifier"
+    hint, architecture = "", _architecture(found)
+    if variant is None and "stem" in found and architecture != _architecture(_blocks(nearest)):
+        hint = f"; these have {architecture}, pass variant= if that is one of your own"
+    raise ValueError(
+        f"nearest to {nearest.name} ({naming.family} names, {form} form{classifier}), "
+        f"but {wrong}{hint}"
+    )
+
+
+def _unknown(shapes: Shapes) -> str:
+    """Why these are not the weights of a RepVGG."""
+    for pattern, what in _OTHERS:
+        if any(re.search(pattern, key) for key in shapes):
+            return f"weights of {what}, not of a RepVGG; keys: {first_few(shapes)}"
+    return f"not a RepVGG checkpoint: most keys are unknown, e.g. [{first_few(shapes)}]"
+
+
+_OTHERS = (
+    (r"(conv_scale|rbr_scale|conv_kxk\.\d|rbr_conv\.\d)", "a MobileOne"),
+    (r"(^|\.)layer[1-4]\.\d+\.conv[12]\.weight$", "a ResNet"),
+    (r"(^|\.)blocks\.\d+\.attn\.qkv\.", "a vision transformer"),
+    (r"(^|\.)encoder\.layers?\.", "a transformer"),
+    (r"(^|\.)features\.\d+\.weight$", "a plain VGG or AlexNet"),
+    (r"(^|\.)rbr_(dense|1x1)\.weight$", "a block without batch normalization in its branches"),
+    (r"dbb_origin", "a Diverse Branch Block network"),
+)
+"""Keys of other architectures."""
+
+
+def _main_kernels(variants: Iterable[Variant]) -> dict[bool, set[str]]:
+    """By `deploy`: children that every block has and whose kernels show its widths."""
+    names: dict[bool, set[str]] = {False: set(), True: set()}
+    for block in itertools.chain.from_iterable(map(block_specs, variants)):
+        names[True].add(block.deploy)
+        names[False].add(next(term.name for term in walk(block.train) if isinstance(term, Conv)))
+    return names
+
+
+class _Block(NamedTuple):
+    """What tells the blocks of variants apart; `inputs` per group, None for the stem."""
+
+    inputs: int | None
+    features: int
+    squeezed: int = 0
+
+
+def _blocks(variant: Variant) -> dict[str, _Block]:
+    return {
+        layer.name: _Block(
+            layer.in_channels and layer.in_channels // layer.groups,
+            layer.features,
+            layer.features // variant.se.reduction if variant.se else 0,
+        )
+        for layer in variant.layers()
+    }
+
+
+def _overlap(expected: Mapping[str, _Block], found: Mapping[str, _Block]) -> tuple[int, int]:
+    """How many blocks are equal, then how few differ; larger is nearer."""
+    return len(expected.items() & found.items()), -len(expected.items() ^ found.items())
+
+
+def _architecture(blocks: Mapping[str, _Block]) -> str:
+    """Depths and widths in words."""
+    stem = blocks["stem"].features if "stem" in blocks else "unknown"
+    depths: dict[int, int] = {}
+    channels: dict[int, int] = {}
+    for name, block in blocks.items():
+        if name != "stem":
+            stage, index = map(int, name.removeprefix("stage").split("_block"))
+            depths[stage] = max(depths.get(stage, 0), index + 1)
+            channels[stage] = block.features
+    stages = sorted(depths)
+    return (
+        f"depths {tuple(depths[stage] for stage in stages)}, "
+        f"channels {tuple(channels[stage] for stage in stages)}, stem_channels {stem}"
+    )

@@ -1,0 +1,276 @@
+"""`load_weights`: any project's checkpoint as variables; `merge_weights`: fine-tuning's start."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from repvgg_jax.reparam import unfuse_params
+from repvgg_jax.reparam.algebra import EPSILON
+from repvgg_jax.text import first_few
+from repvgg_jax.variants import Variant, get_variant
+from repvgg_jax.weights import files
+from repvgg_jax.weights.detect import Detected, detect, differences
+from repvgg_jax.weights.names import Entry
+from repvgg_jax.weights.tensor import Shapes, Tensor, describe, read_float32
+from repvgg_jax.weights.tree import in_head
+
+WRAPPERS = ("state_dict", "model", "ema")
+"""Keys under which training programs save the state dict."""
+
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+_MAX_NESTING = 4
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A loaded checkpoint.
+
+    Attributes:
+      variant: the canonical name of the architecture, e.g. `B1g4`.
+      deploy: whether these are the variables of the fused form.
+      variables: `{"params": …, "batch_stats": …}`, the deploy form without `batch_stats`;
+        float32 NumPy arrays under the names of `create_model(variant, deploy=deploy)`.
+      num_classes: width of the classifier; 0 if it was left out.
+      family: the project whose names the checkpoint used: official, timm, mmpretrain or flax.
+      in_channels: channels of the images.
+      epsilon: of batch normalization, as given to `load_weights`; no checkpoint contains it.
+        `create_model` and `fuse_params` need the same one.
+    """
+
+    variant: str
+    deploy: bool
+    variables: dict[str, Any]
+    num_classes: int
+    family: str
+    in_channels: int = 3
+    epsilon: float = EPSILON
+
+    def __str__(self) -> str:
+        form = "deploy" if self.deploy else "training"
+        classes = f"{self.num_classes} classes" if self.num_classes else "no classifier"
+        return f"{self.variant}, {form} form, {classes}, {self.family} names"
+
+
+def load_weights(
+    source: str | os.PathLike | Mapping[str, Any],
+    *,
+    num_classes: int | None = None,
+    variant: str | Variant | None = None,
+    entry: str | None = None,
+    epsilon: float = EPSILON,
+) -> Weights:
+    """Loads a RepVGG checkpoint of the authors, timm, mmpretrain or this project.
+
+    Family, variant and form are detected from keys and shapes, the format of a file
+    (safetensors, `.npz` or `.pth`) from its contents. `.pth` files are read without PyTorch
+    and without running any code in them.
+
+    Args:
+      source: a file, or a state dict of NumPy, JAX or PyTorch arrays. Wrappers `state_dict`,
+        `model` and `ema` and the key prefixes `module.` and `_orig_mod.` are removed.
+      num_classes: the expected number of classes; 0 loads the backbone only, without the
+        classifier and auxiliary heads; None accepts any.
+      variant: the expected architecture, which may be one of your own; None detects the
+        official ones.
+      entry: the key of the state dict if a file contains several, e.g. `ema`.
+      epsilon: of the batch normalization that the checkpoint was trained with, e.g. 1e-3 for
+        YOLO's; it is passed on as `Weights.epsilon`.
+
+    Raises:
+      ValueError: in one line. Not a readable file; a pickle that needs anything but tensors;
+        another network; missing, unexpected or misshaped arrays; NaN or infinite elements,
+        negative variances, integer weights; another number of classes.
+    """
+    if isinstance(source, Mapping):
+        saved, where = source, "the state dict"
+    else:
+        saved, where = files.read(source), os.fspath(source)
+    try:
+        tensors = _unwrap(saved, entry)
+        found = detect(
+            {key: tensor.shape for key, tensor in tensors.items()},
+            variant=None if variant is None else get_variant(variant),
+        )
+        _check_classes(found, num_classes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+    backbone_only = num_classes == 0
+    leaves = {
+        item.leaf.path: _read(item, tensors[item.key], where)
+        for item in found.entries
+        if item.leaf is not None and not (backbone_only and item.leaf.in_head)
+    }
+    return Weights(
+        variant=found.variant.name,
+        deploy=found.deploy,
+        variables=unflatten_dict(leaves),
+        num_classes=0 if backbone_only else found.num_classes,
+        family=found.family,
+        in_channels=found.in_channels,
+        epsilon=epsilon,
+    )
+
+
+def _check_classes(found: Detected, wanted: int | None) -> None:
+    advice = (
+        "num_classes=0 loads the backbone only, and merge_weights adds the head of a freshly "
+        "initialized model"
+    )
+    if not found.num_classes and wanted != 0:
+        raise ValueError(f"{found.variant.name} has no classifier; {advice}")
+    if wanted not in (None, 0, found.num_classes):
+        raise ValueError(
+            f"{found.variant.name} has {found.num_classes} classes, not {wanted}; {advice}"
+        )
+
+
+def _read(item: Entry, tensor: Tensor, where: str) -> np.ndarray:
+    """One array in our layout, as a copy."""
+    assert item.leaf is not None
+    array = read_float32(tensor, f"{where}: {item.key}")
+    if item.leaf.path[-1] == "var" and array.min() < 0:
+        raise ValueError(
+            f"{where}: {item.key} has a minimum of {array.min():g}; a variance is never negative"
+        )
+    return np.array(item.to_ours(array), order="C", copy=True)
+
+
+def _unwrap(saved: Any, entry: str | None) -> dict[str, Tensor]:
+    """The state dict in whatever a training program saved, without prefixes of its keys.
+
+    Args:
+      saved: a state dict, or nested mappings with one under a key of `WRAPPERS`.
+      entry: the key to take instead.
+
+    Raises:
+      ValueError: there is no state dict in it, or several.
+    """
+    for _ in range(_MAX_NESTING):
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"contains a {type(saved).__name__}, expected a mapping of arrays")
+        if entry is not None:
+            if not isinstance(saved.get(entry), Mapping):
+                raise ValueError(f"no mapping {entry!r}; the keys are {first_few(saved)}")
+            saved, entry = saved[entry], None
+            continue
+        inner = [key for key in WRAPPERS if isinstance(saved.get(key), Mapping)]
+        if len(inner) > 1:
+            raise ValueError(
+                f"contains weights under {' and '.join(inner)}; choose with entry={inner[0]!r}"
+            )
+        if not inner:
+            return _without_prefix(_arrays(saved))
+        saved = saved[inner[0]]
+    raise ValueError(f"nests {' / '.join(WRAPPERS)} more than {_MAX_NESTING} deep")
+
+
+def _arrays(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    others: list[Any] = []
+    for key, value in mapping.items():
+        tensor = describe(value)
+        if tensor is not None and isinstance(key, str):
+            found[key] = tensor
+        else:
+            others.append(key)
+    if not found:
+        raise ValueError(f"contains no arrays; the keys are {first_few(others)}")
+    if others:
+        raise ValueError(
+            f"a state dict contains only arrays, but {first_few(others)} are something else"
+        )
+    return found
+
+
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES * 2:  # either may be the outer one
+        if all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """Variables to start training from, and how they were made.
+
+    Attributes:
+      variables: `{"params": …, "batch_stats": …}` with the names, shapes and dtypes of the
+        fresh ones.
+      replaced: paths of modules that stayed freshly initialized: the head if the number of
+        classes differs, auxiliary heads that the checkpoint lacks.
+      unfused: whether the checkpoint was in deploy form and its blocks were split into three
+        branches; warm up the learning rate in this case (see `unfuse_params`).
+      source: a description of the checkpoint.
+    """
+
+    variables: dict[str, Any]
+    replaced: tuple[str, ...]
+    unfused: bool
+    source: str
+
+    def __str__(self) -> str:
+        branches = "; deploy form split into three branches" if self.unfused else ""
+        fresh = f"; freshly initialized: {', '.join(self.replaced)}" if self.replaced else ""
+        return f"starting from {self.source}{branches}{fresh}"
+
+
+def merge_weights(loaded: Weights, fresh: Mapping[str, Any]) -> Merged:
+    """Replaces freshly initialized variables of the training form by loaded weights.
+
+    The classifier and those of auxiliary heads stay fresh if the number of classes differs or
+    the checkpoint has none. Everything else must have the same names and shapes.
+
+    Args:
+      loaded: from `load_weights` or `load_pretrained`; the deploy form is unfused.
+      fresh: `create_model(…).init(…)` of the same variant and epsilon.
+
+    Raises:
+      ValueError: `fresh` is in deploy form or another network; the message lists differences.
+    """
+    if "batch_stats" not in fresh:
+        raise ValueError(
+            "training starts from the training form, but the fresh variables have no "
+            "batch_stats; build the model with deploy=False"
+        )
+    source, target = flatten_dict(loaded.variables), flatten_dict(fresh)
+    replaced = _replaced(source, target)
+    merged = {
+        # Heads that the fresh model does not have are dropped.
+        path: leaf
+        for path, leaf in source.items()
+        if path not in replaced and (path in target or not in_head(path))
+    }
+    kept = {path: leaf for path, leaf in target.items() if path in replaced}
+    if loaded.deploy:
+        deployed = unflatten_dict({**merged, **{p: v for p, v in kept.items() if p[1] == "head"}})
+        like = jax.tree.map(np.asarray, fresh)
+        merged = flatten_dict(unfuse_params(deployed, like=like, epsilon=loaded.epsilon))
+    else:
+        merged |= kept
+    if any(wrong := differences(_shapes(target), _shapes(merged))):
+        raise ValueError(f"{loaded} does not fit the model to initialize: {wrong}")
+    variables = {
+        path: leaf if path in kept else np.asarray(leaf).astype(target[path].dtype)
+        for path, leaf in merged.items()
+    }
+    names = dict.fromkeys("/".join(path[1:-1]) for path in target if path in kept)
+    return Merged(unflatten_dict(variables), tuple(names), loaded.deploy, str(loaded))
+
+
+def _replaced(source: Mapping[Path, Any], target: Mapping[Path, Any]) -> set[Path]:
+    """Paths of heads that the source lacks or has for another number of classes."""
+    fits = {p: p in source and source[p].shape == leaf.shape for p, leaf in target.items()}
+    misfits = {path[1:-1] for path, fit in fits.items() if not fit and in_head(path)}
+    return {path for path in target if path[1:-1] in misfits}
+
+
+def _shapes(leaves: Mapping[Path, Any]) -> Shapes:
+    return {"/".join(path): leaf.shape for path, leaf in leaves.items()}
