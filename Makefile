@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test check lint clean
 
 demo: .venv/runtime
 	$(BIN)/python train.py --config configs/digits.py
@@ -10,6 +10,10 @@ demo: .venv/runtime
 
 test: .venv/develop
 	$(BIN)/python -m pytest
+
+# What to run while working: lint and the tests of re-parameterization, models and weights.
+check: lint
+	$(BIN)/python -m pytest -m "core and not slow"
 
 lint: .venv/develop
 	$(BIN)/ruff format --check .
@@ -24,7 +28,8 @@ lint: .venv/develop
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/runtime: .venv/created requirements.txt
+.venv/runtime: .venv/created requirements.txt requirements-core.txt requirements-convert.txt \
+		requirements-train.txt
 	$(BIN)/python -m pip install -q -r requirements.txt
 	@touch $@
 
@@ -32,5 +37,6 @@ lint: .venv/develop
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	@touch $@
 
+# Runs and deploy directories stay.
 clean:
-	rm -rf .venv
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache

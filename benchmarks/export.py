@@ -4,7 +4,7 @@
 
 Every row is a process of its own, since memory is counted as the largest resident size of the
 process, with Python, JAX, the network in memory, the writer and the runtimes that read the
-artefact back. Weights are random, of a size that keeps activations sane; neither time nor
+artifact back. Weights are random, of a size that keeps activations sane; neither time nor
 memory depends on their values.
 """
 
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 import repvgg_jax as rv
-from repvgg_jax.export import FORMATS, Metadata, Network, export
+from repvgg_jax.export import FORMATS, Network, Normalize, export
 
 COLUMNS = ("M params", "MB", "seconds", "peak MiB", "relative", "error")
 
@@ -69,17 +69,20 @@ def export_job(job: dict[str, Any]) -> dict[str, float]:
         model,
         {"params": params},
         images=images,
-        metadata=Metadata((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        normalize=Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     )
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, FORMATS[job["format"]].filename)
-        artefact = export(job["format"], network, path, dtype=job["dtype"])
+        artifact = export(job["format"], network, path, dtype=job["dtype"])
     return {
         "M params": sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
-        "MB": artefact.size / 1e6,
+        "MB": artifact.size / 1e6,
         "seconds": time.perf_counter() - start,
         "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # KiB on Linux
-        "relative": max((proof.relative for proof in artefact.proofs.values()), default=np.nan),
+        "relative": max(
+            (proof.relative for proof in artifact.proofs.values()),
+            default=0.0 if artifact.identical else np.nan,
+        ),
     }
 
 

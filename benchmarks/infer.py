@@ -110,12 +110,12 @@ def write_onnx(name: str, path: pathlib.Path, images: np.ndarray) -> None:
     import jax.numpy as jnp
 
     import repvgg_jax as rv
-    from repvgg_jax.export import Metadata, Network, get_format
+    from repvgg_jax.export import Network, Normalize, get_format
 
     model = rv.create_model(name)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    unused = Metadata(mean=(0.0,), std=(1.0,))  # images are normalised already
-    network = Network(model, rv.fuse_params(variables), images=images, metadata=unused)
+    unused = Normalize(mean=(0.0,), std=(1.0,))  # images are normalized already
+    network = Network(model, rv.fuse_params(variables), images=images, normalize=unused)
     get_format("onnx").write(network, path, "float32")
 
 

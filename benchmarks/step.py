@@ -13,7 +13,7 @@ WEIGHT_DECAY = 1e-4
 Batch = tuple[jax.Array, jax.Array]  # images (images, height, width, 3), labels (images,)
 
 
-def optimiser() -> optax.GradientTransformation:
+def optimizer() -> optax.GradientTransformation:
     """SGD with momentum and weight decay on everything; what it decays does not change its cost."""
     return optax.chain(
         optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
@@ -21,9 +21,9 @@ def optimiser() -> optax.GradientTransformation:
 
 
 def init_state(model: nn.Module, images: jax.Array) -> Any:
-    """Variables and the optimiser's state; fit for `jax.eval_shape`."""
+    """Variables and the optimizer's state; fit for `jax.eval_shape`."""
     variables = model.init(jax.random.key(0), images)
-    return variables, optimiser().init(variables["params"])
+    return variables, optimizer().init(variables["params"])
 
 
 def make_step(model: nn.Module) -> Any:
@@ -41,7 +41,7 @@ def make_step(model: nn.Module) -> Any:
             return loss, new["batch_stats"]
 
         (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
-        updates, momentum = optimiser().update(grads, momentum, variables["params"])
+        updates, momentum = optimizer().update(grads, momentum, variables["params"])
         params = optax.apply_updates(variables["params"], updates)
         return ({"params": params, "batch_stats": stats}, momentum), loss
 

@@ -1,10 +1,11 @@
 """What the command lines share: errors in one line, exit statuses and the log's handler.
 
 A command is a module with its flags, `main(arguments) -> int` and `run()`, which calls `run` of
-this module; `repvgg_jax.train.command` is one. `train.py` and the console scripts of an installed
-package call the command's `run`.
+this module; `repvgg_jax.train.command` is one. `train.py` calls the command's `run`; the console
+scripts of an installed package are `train`, `convert` and `prepare` of this module.
 """
 
+import importlib
 import logging
 import os
 import pathlib
@@ -149,3 +150,29 @@ def _text(error: object) -> str:
     if isinstance(error, (AttributeError, KeyError)) and error.args:
         return f"unknown setting {_text(error.args[0]).removeprefix('unknown setting ')}"
     return str(error)
+
+
+def train() -> None:
+    """The console script `repvgg-train`."""
+    _script("repvgg_jax.train.command", extra="train")
+
+
+def convert() -> None:
+    """The console script `repvgg-convert`."""
+    _script("repvgg_jax.convert.command", extra="export")
+
+
+def prepare() -> None:
+    """The console script `repvgg-prepare`."""
+    _script("repvgg_jax.data.prepare.__main__", extra="train")
+
+
+def _script(module: str, *, extra: str) -> None:
+    """Runs a command whose libraries may not be installed: they come with an extra."""
+    try:
+        run(importlib.import_module(module).main)
+    except ModuleNotFoundError as error:
+        ours = (error.name or "").partition(".")[0] == __package__
+        if ours or (flags.FLAGS.is_parsed() and flags.FLAGS.traceback):
+            raise
+        _fail(ValueError(f"{error}: pip install 'repvgg-jax[{extra}]'"), status=1)

@@ -16,7 +16,7 @@ measured on 2 cores at batch 32 (`benchmarks/train_step.py`), all differentiated
     stride 1, one group      Winograd, whose derivative is Winograd's too
     stride 2, one group      a matrix product with the patches, at 14x14 pixels and more
 
-GPUs and TPUs get the plain convolution, and so do artefacts. `jax.lax.platform_dependent`
+GPUs and TPUs get the plain convolution, and so do artifacts. `jax.lax.platform_dependent`
 chooses when a program is lowered, so programs for several platforms stay right.
 """
 
@@ -104,8 +104,8 @@ def _for_inference(
 ) -> Convolution | None:
     """What to do in the deploy form instead of the plain convolution, if anything."""
     sides = set(shape[1:3])
-    if kernel[0] == 1:
-        return None
+    if kernel[0] == 1 or kernel[2] == 1:
+        return None  # depthwise: one convolution per group would take long to compile and to run
     if kernel[2] < _CHANNELS:
         return None if groups == 1 else _by_group(lambda x, k: _convolution(x, k, stride), groups)
     if stride == 1:
@@ -166,7 +166,7 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     rows, columns = -(-height // 2), -(-width // 2)  # of tiles
     odd = (2 * rows - height, 2 * columns - width)
     x = jnp.pad(x, ((0, 0), (1, 1 + odd[0]), (1, 1 + odd[1]), (0, 0)))
-    # Even and odd rows and columns apart: neighbouring tiles then overlap in whole slices, in
+    # Even and odd rows and columns apart: neighboring tiles then overlap in whole slices, in
     # the derivative too.
     x = x.reshape(n, rows + 1, 2, columns + 1, 2, channels).transpose(2, 4, 0, 1, 3, 5)
 

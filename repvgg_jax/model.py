@@ -1,6 +1,6 @@
 """RepVGG: a stem, stages of `RepVGGBlock`, global average pooling and one linear layer.
 
-Batch normalisation, in one place: `train=False` is the default and uses the running
+Batch normalization, in one place: `train=False` is the default and uses the running
 statistics; `train=True` uses those of the batch (of every `bn_group_size` images of it)
 and needs `mutable=["batch_stats"]`. Momentum and epsilon are PyTorch's 0.1 (the new
 value's share) and 1e-5; running variances are unbiased.
@@ -40,7 +40,7 @@ def create_model(
     """Builds a RepVGG.
 
     Args:
-      name: `A0` … `B3g4`, `D2se`, `plus-L2pse`, also spelt `RepVGG-A0` or `repvgg_a0`,
+      name: `A0` … `B3g4`, `D2se`, `plus-L2pse`, also spelled `RepVGG-A0` or `repvgg_a0`,
         or a `Variant` of your own.
       num_classes: width of the classifier; 0 for none, the model then returns its pooled
         features.
@@ -55,7 +55,7 @@ def create_model(
         (`repvgg_jax.cpu_conv`); "plain" leaves them as they are on every platform.
       remat: recompute every block's activations in the backward pass instead of keeping them.
       dtype: of the convolutions, float32 or bfloat16. Parameters, statistics, batch
-        normalisation and the classifier stay float32.
+        normalization and the classifier stay float32.
       param_dtype: of the parameters; float64 is for proofs.
       activation: of every block, e.g. `nn.silu`; None for none.
       epsilon: of batch normalization. `fuse_params` needs the same one.
@@ -123,7 +123,7 @@ class RepVGG(nn.Module):
         """Class scores, or pooled features where `num_classes` is 0.
 
         Args:
-          images: (images, height, width, channels), normalised floating point numbers.
+          images: (images, height, width, channels), normalized floating point numbers.
           train: use and update batch statistics; pass `mutable=["batch_stats"]`, and
             `"auxiliary"` in it too to train the auxiliary heads of plus-L2pse: their logits
             come back in that collection, by head.
@@ -210,7 +210,7 @@ class RepVGG(nn.Module):
             )
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(
-                f"images are {images.dtype}; expected normalised floating point numbers, "
+                f"images are {images.dtype}; expected normalized floating point numbers, "
                 "(pixels / 255 - mean) / std"
             )
         advice = "RepVGG takes (images, height, width, channels); images.transpose(0, 2, 3, 1)?"
@@ -231,7 +231,7 @@ class RepVGG(nn.Module):
 class AuxiliaryHead(nn.Module):
     """A classifier on an inner feature map, for training only (RepVGGplus).
 
-    3x3 convolution of stride 2, batch normalisation, ReLU, average pooling, linear layer.
+    3x3 convolution of stride 2, batch normalization, ReLU, average pooling, linear layer.
     `fuse_params` drops it.
     """
 

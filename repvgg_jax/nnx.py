@@ -15,7 +15,7 @@ def to_nnx(model: RepVGG, variables: Mapping[str, Any]) -> "nnx.Module":
     """The same network as an NNX module that carries its variables.
 
     Parameters are `nnx.Param`, running statistics `nnx.BatchStat`, both under the names of
-    the Linen tree: `module.stage1_block0["conv3x3"]["kernel"]`.
+    the Linen tree: `module.head["kernel"]`.
 
     Args:
       model: from `create_model`.
@@ -23,7 +23,7 @@ def to_nnx(model: RepVGG, variables: Mapping[str, Any]) -> "nnx.Module":
 
     Returns:
       An `nnx.Module`. `module(images)` gives the logits of evaluation; `module(images,
-      train=True)` normalises by the batch and updates the running statistics in place.
+      train=True)` normalizes by the batch and updates the running statistics in place.
 
     Raises:
       ValueError: variables without `params`.

@@ -90,10 +90,10 @@ def prove(
     Args:
       model: the network in training form.
       variables: its variables.
-      images: normalised, (images, height, width, channels).
+      images: normalized, (images, height, width, channels).
       deployed: the fused variables; None fuses `variables` here.
       tolerance: of `Proof.holds`.
-      batch_size: images at a time.
+      batch_size: images per batch.
     """
     if deployed is None:
         deployed = fuse_params(variables, epsilon=model.epsilon)
@@ -108,17 +108,43 @@ def prove(
 def logits(
     apply: Callable[..., Any], variables: Any, images: np.ndarray, *, batch_size: int = 64
 ) -> np.ndarray:
-    """A network's logits of many images, in batches and at full float32 precision.
+    """A network's logits of any number of images, in batches; see `Forward`."""
+    return Forward(apply, variables, batch_size=min(batch_size, len(images)))(images)
 
-    Accelerators multiply float32 numbers with fewer bits unless told otherwise; a proof must
-    not depend on that.
+
+class Forward:
+    """A network's forward pass, compiled once for one batch size.
+
+    It computes in full float32 precision: accelerators multiply float32 numbers in lower
+    precision by default, and a proof must not depend on that.
+
+    Attributes:
+      variables: on the device.
+      batch_size: images per batch.
     """
-    with jax.default_matmul_precision("highest"):
-        run = jax.jit(apply)
+
+    def __init__(self, apply: Callable[..., Any], variables: Any, *, batch_size: int):
+        """Compiles nothing yet.
+
+        Args:
+          apply: maps variables and normalized images to logits.
+          variables: of the network.
+          batch_size: images per batch.
+        """
+        self._apply = jax.jit(apply)
+        self.variables = jax.device_put(variables)
+        self.batch_size = batch_size
+
+    def batch(self, images: Any) -> jax.Array:
+        """Logits of one batch, (batch_size, classes)."""
+        with jax.default_matmul_precision("highest"):
+            return self._apply(self.variables, images)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Logits (images, classes) of any number of images; the last batch is zero-padded."""
         parts = []
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            # The last batch is filled up: one shape, one compilation.
-            padding = [(0, min(batch_size, len(images)) - len(batch))] + [(0, 0)] * (batch.ndim - 1)
-            parts.append(np.asarray(run(variables, np.pad(batch, padding)))[: len(batch)])
-    return np.concatenate(parts)
+        for start in range(0, len(images), self.batch_size):
+            part = images[start : start + self.batch_size]
+            padding = [(0, self.batch_size - len(part))] + [(0, 0)] * (part.ndim - 1)
+            parts.append(np.asarray(self.batch(np.pad(part, padding)))[: len(part)])
+        return np.concatenate(parts)

@@ -1,5 +1,6 @@
 """The pipeline: order, keys, sharding, settings; erasing, mixing and affine changes."""
 
+import functools
 import re
 
 import jax
@@ -21,7 +22,8 @@ from repvgg_jax.data.augment.policies import AutoAugment, RandAugment, Raug15
 from repvgg_jax.data.photos import crops
 from repvgg_jax.data.settings import AugmentSettings
 from repvgg_jax.normalize import Normalize
-from tests.helpers.pictures import OVER_BATCH
+from tests.helpers.jit import quick_jit
+from tests.helpers.sharding import OVER_BATCH
 
 COLOR = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GRAY = Normalize((0.5,), (0.25,))
@@ -93,7 +95,7 @@ def test_everything_else_works_on_one_channel():
         ),
         GRAY,
     )
-    out = jax.jit(augment)(KEY, PHOTOS[..., :1])
+    out = quick_jit(augment)(KEY, PHOTOS[..., :1])
     assert out.shape == (16, 40, 33, 1)
     assert np.isfinite(out).all()
 
@@ -139,7 +141,7 @@ class TestKeys:
 
     def test_a_further_stage_leaves_the_samples_of_the_others(self):
         plain, erased = (
-            np.asarray(jax.jit(make_augmentation(settings(flip=0.5, **more), COLOR))(KEY, PHOTOS))
+            np.asarray(quick_jit(make_augmentation(settings(flip=0.5, **more), COLOR))(KEY, PHOTOS))
             for more in ({}, {"erase": {"probability": 1.0, "mode": "zero"}})
         )
         untouched = erased != 0
@@ -153,7 +155,8 @@ class TestKeys:
 
 def test_flips_mirror_columns_as_often_as_asked():
     numbered = np.arange(3, dtype=np.uint8).reshape(1, 1, 3, 1).repeat(4000, 0)
-    out = np.asarray(Augmentation(GRAY, flip=0.3).augment_uint8(KEY, numbered))[:, 0, :, 0]
+    program = quick_jit(Augmentation(GRAY, flip=0.3).augment_uint8)
+    out = np.asarray(program(KEY, numbered))[:, 0, :, 0]
     mirrored = (out == [2, 1, 0]).all(1)
     assert (mirrored | (out == [0, 1, 2]).all(1)).all()
     assert abs(mirrored.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 4000)
@@ -162,8 +165,13 @@ def test_flips_mirror_columns_as_often_as_asked():
 class TestErasing:
     images = jnp.full((600, 20, 24, 2), 7.0)
 
-    def erased(self, **settings):
-        out = np.asarray(jax.jit(RandomErasing(**settings))(KEY, self.images))
+    @staticmethod
+    @functools.cache
+    def program(mode):
+        return quick_jit(lambda key, images, p: RandomErasing(p, mode)(key, images))
+
+    def erased(self, *, probability, mode):
+        out = np.asarray(self.program(mode)(KEY, self.images, probability))
         return out, out[..., 0] != 7
 
     def test_rectangles_have_the_areas_and_aspects_asked_for(self):
@@ -200,13 +208,12 @@ class TestMixing:
     images = COLOR(PHOTOS)
     targets = jax.nn.one_hot(jnp.arange(16), 16)
 
-    def mixed(self, mixing, key=KEY):
-        return (np.asarray(values) for values in jax.jit(mixing)(key, self.images, self.targets))
+    def mixed(self, mixing):
+        return map(np.asarray, quick_jit(mixing)(KEY, self.images, self.targets))
 
-    @pytest.mark.parametrize("group", [0, 4])
-    def test_mixup_blends_images_and_targets_by_one_share_a_group(self, group):
-        images, targets = self.mixed(Mixing(mixup=1.0, group=group))
-        size = group or 16
+    def test_mixup_blends_images_and_targets_by_one_weight_per_group(self):
+        size = 4
+        images, targets = self.mixed(Mixing(mixup=1.0, group=size))
         kept = np.diagonal(targets)
         for index in range(16):
             start = index // size * size
@@ -220,8 +227,10 @@ class TestMixing:
         assert len(np.unique(kept.round(5))) == 16 // size
 
     def test_cutmix_pastes_a_rectangle_and_counts_its_pixels(self):
+        program = quick_jit(Mixing(cutmix=1.0))
         for seed in range(8):
-            images, targets = self.mixed(Mixing(cutmix=1.0), jax.random.key(seed))
+            key = jax.random.key(seed)
+            images, targets = map(np.asarray, program(key, self.images, self.targets))
             own = (images == self.images).all((0, 3))
             other = (images == self.images[::-1]).all((0, 3))
             assert (own | other).all()
@@ -229,34 +238,36 @@ class TestMixing:
             rows, columns = (~own).any(1), (~own).any(0)
             assert (~own).sum() == rows.sum() * columns.sum()
 
-    def test_shares_follow_beta(self):
+    def test_weights_follow_beta(self):
         keys = jax.random.split(KEY, 4000)
-        share = jax.jit(jax.vmap(lambda k: Mixing(mixup=0.2).weights(k, 1, 1)))(keys)[1]
+        share = quick_jit(jax.vmap(lambda k: Mixing(mixup=0.2).weights(k, 1, 1)))(keys)[1]
         assert abs(share.mean() - 0.5) < 0.04
         # Beta(a, a) has the variance 1 / (4 (2 a + 1)).
         assert share.var() == pytest.approx(1 / 5.6, rel=0.03)
 
     def test_with_both_a_coin_decides(self):
         keys = jax.random.split(KEY, 1000)
-        masks = jax.jit(jax.vmap(lambda k: Mixing(0.4, 1.0).weights(k, 16, 16)))(keys)[0]
+        masks = quick_jit(jax.vmap(lambda k: Mixing(0.4, 1.0).weights(k, 16, 16)))(keys)[0]
         cut = np.asarray(((masks == 0) | (masks == 1)).all((1, 2)))
-        assert abs(cut.mean() - 0.5) < 5 * np.sqrt(0.25 / 1000) + 0.02  # a share can round to 1
+        assert abs(cut.mean() - 0.5) < 5 * np.sqrt(0.25 / 1000) + 0.02  # a weight can round to 1
 
     def test_eight_devices_give_what_one_gives(self):
         # The all-reduce is one flag of the sampler's loop; images stay where they are.
-        allowed = {0: {"collective-permute"}, 2: {"all-reduce"}}
+        allowed = {
+            Mixing(cutmix=1.0): {"collective-permute"},
+            Mixing(mixup=0.2, group=2): {"all-reduce"},
+        }
         images, targets = (
             jax.device_put(values, OVER_BATCH) for values in (self.images, self.targets)
         )
-        for group, talk in allowed.items():
-            mixing = Mixing(0.2, 1.0, group)
-            program = jax.jit(
+        for mixing, communication in allowed.items():
+            program = quick_jit(
                 mixing,
                 in_shardings=(None, OVER_BATCH, OVER_BATCH),
                 out_shardings=(OVER_BATCH, OVER_BATCH),
             )
             compiled = program.lower(KEY, images, targets).compile()
-            assert collectives(compiled) <= talk
+            assert collectives(compiled) <= communication
             for ours, whole in zip(compiled(KEY, images, targets), self.mixed(mixing), strict=True):
                 np.testing.assert_allclose(ours, whole, atol=1e-6)
 
@@ -269,11 +280,11 @@ class TestRandomAffine:
     images = np.random.default_rng(0).random((16, 9, 9, 2)).astype(np.float32)
 
     def test_nothing_to_do_is_the_identity(self):
-        moved = jax.jit(RandomAffine())(KEY, self.images)
+        moved = quick_jit(RandomAffine())(KEY, self.images)
         np.testing.assert_allclose(moved, self.images, atol=1e-6)
 
     def test_a_key_decides_and_every_image_has_its_own(self):
-        affine = jax.jit(RandomAffine(rotation=20, shift=0.2))
+        affine = quick_jit(RandomAffine(rotation=20, shift=0.2))
         same = np.repeat(self.images[:1], 4, 0)
         moved = affine(jax.random.key(0), same)
         np.testing.assert_array_equal(moved, affine(jax.random.key(0), same))
@@ -283,7 +294,7 @@ class TestRandomAffine:
     def test_shifts_reach_exactly_as_far_as_asked(self):
         dot = np.zeros((400, 9, 9, 1), np.float32)
         dot[:, 4, 4] = 1
-        moved = np.asarray(jax.jit(RandomAffine(shift=2 / 9))(KEY, dot))[..., 0]
+        moved = np.asarray(quick_jit(RandomAffine(shift=2 / 9))(KEY, dot))[..., 0]
         rows = (moved.sum(2) * np.arange(9)).sum(1) - 4
         np.testing.assert_allclose(moved.sum((1, 2)), 1, atol=1e-5)
         assert 1.9 < rows.max() <= 2
@@ -293,7 +304,7 @@ class TestRandomAffine:
     def test_rotations_turn_about_the_center(self):
         bar = np.zeros((200, 9, 9, 1), np.float32)
         bar[:, 4, 1:8] = 1
-        moved = np.asarray(jax.jit(RandomAffine(rotation=90))(KEY, bar))[..., 0]
+        moved = np.asarray(quick_jit(RandomAffine(rotation=90))(KEY, bar))[..., 0]
         np.testing.assert_allclose(moved[:, 4, 4], 1, atol=1e-5)
         upright = np.abs(moved[:, :, 4].sum(1) - 7) < 0.5
         assert 0 < upright.sum() < 60

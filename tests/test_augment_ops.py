@@ -15,6 +15,7 @@ from repvgg_jax.data.augment.ops import apply_op, look_up
 from repvgg_jax.data.augment.policies import Raug15
 from repvgg_jax.data.augment.warp import GEOMETRIC_OPS, warp
 from repvgg_jax.data.photos import crops
+from tests.helpers.jit import quick_jit
 
 FILL = (124, 116, 104)
 HEIGHT, WIDTH = 61, 50
@@ -247,10 +248,10 @@ def test_warps_on_a_tpu_are_those_of_the_gathers(monkeypatch, size, channels, re
     def warped(images, sampled):
         return warp(images, sampled, (7,) * channels, resampling)
 
-    gathered = np.asarray(jax.jit(warped)(images, sampled), int)
+    gathered = np.asarray(quick_jit(warped)(images, sampled), int)
     as_on_a_tpu(monkeypatch)
     # Another jit: the first would answer from its cache.
-    multiplied = np.asarray(jax.jit(lambda *given: warped(*given))(images, sampled), int)
+    multiplied = np.asarray(quick_jit(lambda *given: warped(*given))(images, sampled), int)
     # Bitwise, except that a compiler may round a coordinate otherwise in another program:
     # one gray level then, or a pixel at the very edge.
     assert (gathered != multiplied).mean() < 1e-3

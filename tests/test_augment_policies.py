@@ -20,6 +20,7 @@ from repvgg_jax.data.augment.policies import (
     Raug15,
     argument_table,
 )
+from tests.helpers.jit import quick_jit
 
 SAMPLES = 20_000
 
@@ -55,7 +56,7 @@ Equalize 0.8 8 Equalize 0.6 3
 
 def samples(policy, seed=0):
     """The operations of many images as NumPy arrays (images, operations)."""
-    sample = jax.jit(lambda key: jax.vmap(policy.sample)(image_keys(key, SAMPLES)))
+    sample = quick_jit(lambda key: jax.vmap(policy.sample)(image_keys(key, SAMPLES)))
     return jax.tree.map(np.asarray, sample(jax.random.key(seed)))
 
 
@@ -67,7 +68,7 @@ def randaugment_program(increasing):
         policy = RandAugment(3, magnitude, deviation, increasing, probability)
         return jax.vmap(policy.sample)(image_keys(key, SAMPLES))
 
-    return jax.jit(sample)
+    return quick_jit(sample)
 
 
 def randaugment_samples(magnitude, deviation, probability, *, increasing=True):

@@ -2,6 +2,8 @@ import pytest
 
 from repvgg_jax import VARIANTS, cost
 
+pytestmark = pytest.mark.core
+
 # Parameters of both forms; G MACs of the deploy and the training form and G Winograd
 # multiplications at 224 pixels.
 TABLE = {

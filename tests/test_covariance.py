@@ -10,6 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from repvgg_jax import RepVGGBlock, SqueezeExcite, Variant, create_model, fuse_params
 
+pytestmark = pytest.mark.core
+
 IMAGES = 8
 
 

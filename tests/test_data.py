@@ -17,7 +17,8 @@ from repvgg_jax.data.dataset import load
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import ArraySource
 from repvgg_jax.data.transforms import BadImages, TrainSizes
-from tests.helpers.pictures import OVER_BATCH, damaged, images, in_memory, write_tree
+from tests.helpers.pictures import damaged, images, in_memory, write_tree
+from tests.helpers.sharding import OVER_BATCH
 
 FILES = images(train=20, val=11)
 BAD_TRAIN, BAD_VAL = "train/n02/n02_007.JPEG", "val/n01/n01_003.JPEG"

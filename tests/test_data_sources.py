@@ -16,7 +16,8 @@ import pytest
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.settings import DataSettings
-from tests.helpers.pictures import CLASSES, OVER_BATCH, images, write_records, write_tree
+from tests.helpers.pictures import CLASSES, images, write_records, write_tree
+from tests.helpers.sharding import OVER_BATCH
 
 FILES = images()
 ROOT = pathlib.Path(__file__).resolve().parents[1]

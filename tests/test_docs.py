@@ -1,7 +1,7 @@
-"""The commands of docs/ do what the pages say; their Python is tested beside its room.
+"""The pages of docs/: their commands and Python run, and the flags and settings they name exist.
 
-What runs on this machine runs, on data and a network small enough for a test. What needs others,
-in launch.md and scaling.md, is read as train.py would read it there.
+Commands that need other machines, in launch.md and scaling.md, are parsed as train.py would parse
+them there. The Python of deploy.md is run by tests/test_export.py and tests/test_convert.py.
 """
 
 import json
@@ -25,8 +25,12 @@ from tests.helpers.processes import RECIPE
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 RUN_HERE = ["augmentation.md", "data.md", "deploy.md"]
-READ_HERE = {"launch.md": 6, "scaling.md": 1}  # and how many commands of train.py there are
+READ_HERE = ["launch.md", "scaling.md"]
+PYTHON_HERE = ["covariance.md", "reparameterization.md"]
+PYTHON_ELSEWHERE = ["deploy.md"]
+FOREIGN_FLAGS = {"fp16", "gpu-bind", "ntasks-per-node", "signal"}  # of trtexec and SLURM
 
 
 def text(page: str) -> str:
@@ -38,8 +42,12 @@ def commands(page: str) -> list[str]:
     return "".join(blocks).splitlines()
 
 
+def python(page: str) -> str:
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", text(page), re.M | re.S))
+
+
 def scripts(page: str) -> list[str]:
-    """What follows `python`, wherever a page tells to run something of ours."""
+    """Scripts and modules of this repository that a page runs."""
     return re.findall(r"\bpython,? +(-m \S+|[\w/]+\.py)", text(page))
 
 
@@ -60,25 +68,70 @@ def shell(command: str, cwd: pathlib.Path) -> str:
     return done.stdout
 
 
-def test_no_command_is_forgotten():
-    """Pages whose commands a test below runs or reads; others name benchmarks at most."""
-    pages = sorted(page.name for page in DOCS.glob("*.md"))
-    assert [page for page in pages if commands(page)] == sorted([*RUN_HERE, "scaling.md"])
-    for page in pages:
-        told = [script for script in scripts(page) if not script.startswith("benchmarks/")]
-        if page in RUN_HERE:
-            assert len(told) == len(commands(page))
-        elif page in READ_HERE:
-            assert told == ["train.py"] * READ_HERE[page]
-        else:
-            # How results.md got its table: test_digits.py trains with that command.
-            assert told == (["train.py"] if page == "results.md" else [])
+def test_every_page_with_code_is_tested():
+    pages = [page.name for page in DOCS.glob("*.md")]
+    assert {page for page in pages if commands(page)} <= {*RUN_HERE, *READ_HERE}
+    assert {page for page in pages if python(page)} == {*PYTHON_HERE, *PYTHON_ELSEWHERE}
 
 
-def test_benchmarks_that_pages_name_exist():
-    named = {s for p in DOCS.glob("*.md") for s in scripts(p.name) if s.startswith("benchmarks/")}
+@pytest.mark.core
+@pytest.mark.parametrize("page", PYTHON_HERE)
+def test_python_runs(page):
+    """Top to bottom, in one namespace; `config` is what a recipe has."""
+    from repvgg_jax.train.config import default_config
+
+    exec(compile(python(page), page, "exec"), {"__name__": page, "config": default_config()})
+
+
+def test_rooms_exist():
+    """Every file and directory of the architecture page, and every package on that page."""
+    (tree,) = re.findall(r"^## Rooms\n\n```text\n(.*?)^```", text("architecture.md"), re.M | re.S)
+    parents, found = {0: ROOT}, set()
+    for line in tree.splitlines():
+        names, _, _ = line.lstrip().partition("   ")
+        indent = len(line) - len(line.lstrip())
+        for name in re.findall(r"[\w/]+(?:\.py|/)", names):
+            path = parents[indent] / name
+            assert path.exists(), f"{path.relative_to(ROOT)} in architecture.md"
+            found.add(path)
+            parents[indent + 2] = path
+    packages = {path.parent for path in (ROOT / "repvgg_jax").rglob("__init__.py")}
+    assert packages <= found
+
+
+def test_scripts_exist():
+    named = {script for page in DOCS.glob("*.md") for script in scripts(page.name)}
     assert named
-    assert [script for script in named if not (ROOT / script).is_file()] == []
+    for script in named:
+        module = script.removeprefix("-m ").replace(".", "/")
+        path = f"{module}/__main__.py" if script.startswith("-m ") else script
+        assert (ROOT / path).is_file(), script
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_and_settings_exist(page):
+    """Those in code: `--init_from`, `config.data.workers`, `--config.train.epochs=3`."""
+    from repvgg_jax.train.config import default_config
+
+    sources = [*(ROOT / "repvgg_jax").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    defined = {"config"}
+    for source in (*sources, ROOT / "train.py", ROOT / "convert.py"):
+        defined |= set(
+            re.findall(r'(?:DEFINE_\w+|add_argument)\(\s*"(?:--)?([\w-]+)"', source.read_text())
+        )
+    code = re.findall(r"^```(?:bash|console)\n(.*?)^```|`([^`\n]+)`", page.read_text(), re.M | re.S)
+    config = default_config()
+    for span in "\n".join("".join(groups) for groups in code).splitlines():
+        ours = span.startswith("--") or re.match(r"python (train|convert|-m repvgg_jax)", span)
+        for flag in re.findall(r"(?<!\S)--([\w-]+)", span) if ours else ():
+            assert flag in defined | FOREIGN_FLAGS, f"--{flag} in {page.name}"
+        for setting in re.findall(r"\bconfig\.([a-z]\w*(?:\.\w+)*)", span):
+            if setting in ("json", "py"):
+                continue
+            node = config
+            for name in setting.split("."):
+                assert name in node, f"config.{setting} in {page.name}"
+                node = node[name]
 
 
 @pytest.mark.slow
@@ -179,12 +232,11 @@ def calls(section: str) -> list[list[str]]:
 def test_every_command_of_launching_and_scaling():
     """Flags are known, the recipe loads, and the batch is the one that the page promises."""
     slice_of_256, asked, promised = (256, 64), [], []
-    for page, count in READ_HERE.items():
+    for page in READ_HERE:
         found = 0
         for section in sections(page):
             told = re.search(
-                r"process \d+: \d+ of (\d+) devices, (\d+) processes; global batch (\d+) "
-                r".* over (\d+)",
+                r"\d+ of (\d+) devices, (\d+) processes; global batch (\d+) .* over (\d+)",
                 section,
             )
             devices, processes = (int(told[1]), int(told[2])) if told else slice_of_256
@@ -192,7 +244,7 @@ def test_every_command_of_launching_and_scaling():
                 found += 1
                 asked.append([arguments, devices, processes])
                 promised.append([int(told[3]), int(told[4])] if told else [8192, 32])
-        assert found == count
+        assert found == scripts(page).count("train.py")
     done = subprocess.run(
         [sys.executable, "-c", READER],
         input=json.dumps(asked),
@@ -217,5 +269,5 @@ def test_every_command_of_deploying(digits_run, tmp_path):
         assert status == 0, out
         assert "UNPROVEN" not in out
         output = tmp_path / arguments[arguments.index("--output") + 1]
-        artefacts = json.loads((output / "proof.json").read_text())["artefacts"]
-        assert [artefact["status"] for artefact in artefacts] == ["proven"] * len(artefacts)
+        artifacts = json.loads((output / "proof.json").read_text())["artefacts"]
+        assert [artifact["status"] for artifact in artifacts] == ["proven"] * len(artifacts)

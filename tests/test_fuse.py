@@ -30,6 +30,8 @@ from tests.trees import (
     randomise,
 )
 
+pytestmark = pytest.mark.core
+
 
 def block_variables(block: RepVGGBlock, in_channels: int, seed: int = 0):
     x = jax.ShapeDtypeStruct((1, 8, 8, in_channels), jnp.float32)
@@ -58,11 +60,11 @@ def impulse_kernel(
     reach = 2 * block.dilation * block.stride  # stays clear of the borders
     size = 2 * reach + 1
     bias = linear_response(block, variables, np.zeros((1, size, size, in_channels)))
-    centre = bias.shape[1] // 2
-    bias = bias[0, centre, centre]
+    center = bias.shape[1] // 2
+    bias = bias[0, center, center]
     out, per_group = bias.shape[0], in_channels // block.groups
     kernel = np.zeros((3, 3, per_group, out))
-    where = centre * block.stride  # the input pixel under the output pixel in the middle
+    where = center * block.stride  # the input pixel under the output pixel in the middle
     for row in range(3):
         for column in range(3):
             impulses = np.zeros((in_channels, size, size, in_channels))
@@ -73,7 +75,7 @@ def impulse_kernel(
                     where + (column - 1) * block.dilation,
                     channel,
                 ] = 1
-            response = linear_response(block, variables, impulses)[:, centre, centre] - bias
+            response = linear_response(block, variables, impulses)[:, center, center] - bias
             for o in range(out):
                 first = o // (out // block.groups) * per_group
                 kernel[row, column, :, o] = response[first : first + per_group, o]
@@ -270,7 +272,7 @@ class TestTrees:
         assert "all-to-all" not in text
 
     def test_inside_a_larger_model(self, variables):
-        """A detector: two backbones at different depths, a neck with its own normalisation."""
+        """A detector: two backbones at different depths, a neck with its own normalization."""
 
         class Detector(nn.Module):
             deploy: bool = False

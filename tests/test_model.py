@@ -11,6 +11,8 @@ import pytest
 from repvgg_jax import VARIANTS, RepVGGBlock, Variant, cost, create_model, fuse_params
 from tests.trees import TINY, TINY_AUXILIARY, paths, random_images, random_variables
 
+pytestmark = pytest.mark.core
+
 # Two trees name by name, to read; all the official ones as SHA-256 of the same lines.
 PINNED = json.loads(pathlib.Path(__file__).with_name("tree_names.json").read_text())
 NAMES, DIGESTS = PINNED["names"], PINNED["sha256"]
@@ -199,7 +201,7 @@ class TestBadInput:
             create_model(TINY, num_classes=5).apply(variables, self.images.transpose(0, 3, 1, 2))
 
     def test_raw_pixels(self, variables):
-        with pytest.raises(ValueError, match="images are uint8; expected normalised"):
+        with pytest.raises(ValueError, match="images are uint8; expected normalized"):
             create_model(TINY, num_classes=5).apply(variables, self.images.astype(np.uint8))
 
     def test_training_variables_for_a_deploy_model(self, variables):

@@ -6,9 +6,11 @@ import pytest
 from repvgg_jax.norm import BatchNorm
 from tests.trees import random_images
 
+pytestmark = pytest.mark.core
+
 
 def expected(x: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Normalised maps and new running statistics, group by group in float64."""
+    """Normalized maps and new running statistics, group by group in float64."""
     y, means, variances = np.empty_like(x, dtype=np.float64), [], []
     for start in range(0, len(x), group_size):
         group = x[start : start + group_size].astype(np.float64)
@@ -60,7 +62,7 @@ def test_evaluation_uses_running_statistics_and_leaves_them_alone():
     np.testing.assert_array_equal(updated["batch_stats"]["var"], stats["var"])
 
 
-def test_bfloat16_inputs_are_normalised_in_float32():
+def test_bfloat16_inputs_are_normalized_in_float32():
     x = jnp.asarray(100 + random_images((8, 8, 8, 2)), jnp.bfloat16)
     norm = BatchNorm()
     variables = norm.init(jax.random.key(0), x)
@@ -87,8 +89,8 @@ def plainly(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int) -> jax
     parts = x.reshape(groups, -1, *x.shape[1:])
     mean = parts.mean(axis=(1, 2, 3), keepdims=True)
     var = parts.var(axis=(1, 2, 3), keepdims=True)
-    normalised = (parts - mean) * jax.lax.rsqrt(var + 1e-5)
-    return (normalised * scale.reshape(1, 1, 1, 1, -1) + bias.reshape(1, 1, 1, 1, -1)).reshape(
+    normalized = (parts - mean) * jax.lax.rsqrt(var + 1e-5)
+    return (normalized * scale.reshape(1, 1, 1, 1, -1) + bias.reshape(1, 1, 1, 1, -1)).reshape(
         x.shape
     )
 

@@ -1,6 +1,6 @@
-"""The README's bash and Python blocks and its tables are true; docs/ are tested in test_docs.py.
+"""The README's bash and Python blocks run, and its tables are computed; test_docs.py tests docs/.
 
-Its console blocks need what tests lack: ImageNet, or a TPU compiler.
+Console blocks are not run: they need ImageNet.
 """
 
 import os
@@ -65,7 +65,7 @@ def place(tmp_path_factory):
     return cwd
 
 
-def shell(command: str, cwd: pathlib.Path, timeout: int = 300) -> str:
+def shell(command: str, cwd: pathlib.Path, timeout: int = 900) -> str:
     """Runs a command of the README with this environment's python."""
     bin_ = pathlib.Path(sys.executable).parent
     environment = {
@@ -86,8 +86,8 @@ def shell(command: str, cwd: pathlib.Path, timeout: int = 300) -> str:
     return done.stdout
 
 
-def test_the_commands_are_these():
-    """Whatever else is written there must be run by a test below."""
+def test_every_command_is_tested():
+    """By a test below, or by .ci/run; add a test for a new one."""
     assert set(commands()) == {
         "make demo",
         "make test",
@@ -106,8 +106,9 @@ def test_the_commands_are_these():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_scripts_then_the_python_blocks(place):
-    """In the order in which a reader would type them."""
+    """In the order of the README."""
     out = shell("python train.py --config configs/digits.py", place)
     accuracy = float(re.search(r"validation accuracy: ([\d.]+)% as trained", out)[1])
     assert accuracy >= 98.5
@@ -152,7 +153,7 @@ def test_the_scripts_then_the_python_blocks(place):
         ),
     ],
 )
-def test_make_runs_what_the_readme_says_it_stands_for(place, target, lines):
+def test_make_runs_the_same_commands(place, target, lines):
     """`make demo` and `make test` themselves are run by .ci/run."""
     planned = shell(f"make --dry-run {target}", place)
     assert "-m venv .venv" in planned
@@ -169,7 +170,7 @@ def test_make_runs_what_the_readme_says_it_stands_for(place, target, lines):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("pip")])
 def test_requirements_resolve(place, command):
-    shell(command.replace("install", "install --dry-run --quiet"), place, timeout=600)
+    shell(command.replace("install", "install --dry-run --quiet"), place)
 
 
 def test_links_lead_somewhere():
@@ -179,8 +180,8 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_a_python_that_is_too_old_is_named(place):
-    """A stand-in that runs the Makefile's own check as Python 3.9.1 would."""
+def test_a_python_that_is_too_old_is_refused(place):
+    """With a stand-in that runs the Makefile's check as Python 3.9.1 would."""
     stand_in = place / "old-python"
     disguise = "import sys; sys.version_info, sys.version = (3, 9, 1), '3.9.1 (main)'"
     stand_in.write_text(
@@ -189,6 +190,5 @@ def test_a_python_that_is_too_old_is_named(place):
     stand_in.chmod(0o755)
     with pytest.raises(AssertionError) as caught:
         shell("make demo PYTHON=./old-python", place)
-    told = "error: Python 3.11 to 3.13 is needed, ./old-python is 3.9.1; make PYTHON=python3.12"
-    assert told in str(caught.value)
+    assert re.search(r"Python 3\.11 to 3\.13.*3\.9\.1", str(caught.value))
     assert not (place / ".venv").exists()

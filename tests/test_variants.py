@@ -2,6 +2,8 @@ import pytest
 
 from repvgg_jax import VARIANTS, SqueezeExcite, Variant, get_variant
 
+pytestmark = pytest.mark.core
+
 
 def test_the_fifteen_official_names():
     assert " ".join(VARIANTS) == (

@@ -1,6 +1,6 @@
 """Variables to test on: random everywhere, in statistics and affines too.
 
-Freshly initialised statistics (mean 0, variance 1) would hide most mistakes of a fold.
+Freshly initialized statistics (mean 0, variance 1) would hide most mistakes of a fold.
 """
 
 from typing import Any
@@ -43,13 +43,13 @@ def randomise(tree: Any, seed: int = 0) -> Any:
 
 
 def random_variables(model: RepVGG, *, size: int = 32, channels: int = 3, seed: int = 0) -> Any:
-    """Random variables of a network, without initialising it."""
+    """Random variables of a network, without initializing it."""
     images = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     return randomise(jax.eval_shape(model.init, jax.random.key(0), images), seed)
 
 
 def random_images(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
-    """Normalised images."""
+    """Normalized images."""
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 

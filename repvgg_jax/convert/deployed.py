@@ -1,48 +1,44 @@
-"""What a converted network is on disk: one directory, written whole or not at all.
+"""The deploy directory: what a converted network is on disk, written completely or not at all.
 
-metadata.json        architecture, classes, normalisation, source, versions
-proof.json           how its logits compare with those of the network it came from
-model.safetensors    the deploy variables, flat: params/stage1_block0/reparam/kernel, …
+metadata.json        architecture, classes, normalization, source, versions
+proof.json           how its logits compare with those of its source; SHA-256 of every file
+model.safetensors    the deploy variables, params/stage1_block0/…
 orbax/               the same, for Orbax
+model.onnx, …        what `--format` asks for
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import importlib.metadata
-import importlib.util
 import json
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
+from repvgg_jax import files
 from repvgg_jax._version import __version__
-from repvgg_jax.export import FORMATS, Artefact, Network, export
-from repvgg_jax.export.artefact import checksum
+from repvgg_jax.export import FORMATS, Artifact, Network
+from repvgg_jax.export.operators import ACTIVATIONS, activation_kind
 from repvgg_jax.model import RepVGG, create_model
+from repvgg_jax.proof import Proof
+from repvgg_jax.text import first_few, versions
 from repvgg_jax.variants import Variant
-from repvgg_jax.weights import load_weights, save_weights
+from repvgg_jax.weights import load_weights
 
 KIND = "repvgg_jax deployment"
 
-_TORCH = {"torch-official": "official", "torch-timm": "timm"}
+# Keys of the two files; files on disk have them, so spellings stay.
+_ARTIFACTS = "artefacts"
 
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
-    """A converted network, read back.
+    """A converted network, read back and verified.
 
     Attributes:
       model: in deploy form.
       variables: `{"params": …}`, NumPy arrays.
-      metadata: what `metadata.json` says; `classes`, `mean`, `std` and `image_shape` among it.
-      proof: what `proof.json` says.
+      metadata: `metadata.json`, e.g. `classes`, `mean`, `std` and `image_shape`.
+      proof: `proof.json`.
     """
 
     model: RepVGG
@@ -54,206 +50,151 @@ class Deployment:
 def load_deployed(path: str | pathlib.Path) -> Deployment:
     """Reads a directory that `convert.py` wrote.
 
+    Every file in it that `proof.json` lists is compared with its checksum there. Files that are
+    not needed here, e.g. `model.onnx`, may be missing.
+
     Raises:
-      ValueError: it is none, or its arrays are not those of the architecture it names.
+      ValueError: not such a directory; a damaged or missing file; or weights that are not those
+        of the architecture in `metadata.json`.
     """
     path = pathlib.Path(path)
     if not is_deployment(path):
-        raise ValueError(f"{path} is no converted network: it has no metadata.json of ours")
-    metadata = json.loads((path / "metadata.json").read_text())
-    variant = Variant(**metadata["variant"])
+        raise ValueError(f"{path} is not a converted model (no metadata.json of convert.py)")
+    metadata, proof = _read_json(path / "metadata.json"), _read_json(path / "proof.json")
     weights = path / FORMATS["safetensors"].filename
     if not weights.exists():
-        raise ValueError(
-            f"{path} was converted without safetensors; convert again with --format safetensors"
-        )
-    model = create_model(variant, num_classes=metadata["num_classes"], deploy=True)
-    loaded = load_weights(weights, variant=variant, num_classes=metadata["num_classes"] or None)
-    proof = json.loads((path / "proof.json").read_text())
+        raise ValueError(f"{path} has no {weights.name}; convert again with --format safetensors")
+    _verify(path, proof, needed=("metadata.json", weights.name))
+    try:
+        variant = Variant(**metadata["variant"])
+        num_classes = metadata["num_classes"]
+        activation = ACTIVATIONS[metadata.get("activation", "relu")]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'metadata.json'} describes no known network: {error}") from error
+    model = create_model(variant, num_classes=num_classes, deploy=True, activation=activation)
+    loaded = load_weights(weights, variant=variant, num_classes=num_classes)
+    if not loaded.deploy:
+        raise ValueError(f"{weights} is in training form, but a converted model is in deploy form")
     return Deployment(model, loaded.variables, metadata, proof)
 
 
 def is_deployment(path: pathlib.Path) -> bool:
-    """Whether a directory is one that we wrote."""
+    """Whether `convert.py` wrote this directory."""
     try:
         return json.loads((path / "metadata.json").read_text()).get("kind") == KIND
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def check_free(path: pathlib.Path) -> None:
-    """Checks that a deployment may be written there.
-
-    Raises:
-      ValueError: something else is there already.
-    """
-    if not path.exists() or is_deployment(path):
-        return
-    if not path.is_dir():
-        raise ValueError(f"{path} is a file; give another --output, a directory to make")
-    if others := sorted(entry.name for entry in path.iterdir()):
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; convert again") from error
+    if not isinstance(content, dict):
         raise ValueError(
-            f"{path} already holds {', '.join(others[:5])}{', …' if len(others) > 5 else ''}, "
-            "which is no earlier conversion; give another --output"
+            f"{path} has a {type(content).__name__}, expected an object; convert again"
+        )
+    return content
+
+
+def _verify(path: pathlib.Path, proof: Mapping[str, Any], *, needed: Sequence[str]) -> None:
+    """Compares files with their checksums; those not needed may be missing, but not differ."""
+    listed = proof.get("sha256")
+    if not isinstance(listed, Mapping):
+        raise ValueError(f"{path / 'proof.json'} has no checksums; convert again")
+    if unlisted := [name for name in needed if name not in listed]:
+        raise ValueError(f"{path / 'proof.json'} has no checksum of {first_few(unlisted)}")
+    damaged = [
+        name
+        for name, expected in listed.items()
+        if (path / name).is_file() and files.sha256(path / name) != expected
+    ]
+    if damaged:
+        raise ValueError(
+            f"{path}: {len(damaged)} of {len(listed)} files differ from their checksums in "
+            f"proof.json: {first_few(damaged)}; convert again"
+        )
+    if (proof.get("fused") or {}).get("holds") is False:
+        raise ValueError(
+            f"{path / 'proof.json'} says that the fused network differs; convert again"
         )
 
 
-@contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to write to, which becomes `path` at the end, and only if nothing failed.
-
-    An earlier deployment at `path` is replaced.
-    """
-    check_free(path)
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def formats() -> tuple[str, ...]:
-    """Every format by name; those of `repvgg_jax.export` take a type too, `onnx:float16`."""
-    return ("orbax", *FORMATS, *_TORCH)
-
-
-def check_formats(names: Sequence[str]) -> None:
-    """Checks names of formats before any work is done.
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where a conversion may write: nothing there yet, or an earlier conversion to replace.
 
     Raises:
-      ValueError: none at all, an unknown one, or a type that one does not have.
+      ValueError: something else is there.
     """
-    if not names:
-        raise ValueError(f"no format was asked for; there are: {', '.join(formats())}")
-    for text in names:
-        name, _, dtype = text.partition(":")
-        if name not in formats():
-            near = difflib.get_close_matches(name, formats(), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"unknown format {name!r}; {hint}There are: {', '.join(formats())}")
-        if name in FORMATS:
-            FORMATS[name].dtype(dtype or None)
-        elif dtype:
-            raise ValueError(f"format {name} is float32 and takes no type, {text!r} has one")
+
+    path: pathlib.Path
+
+    def __post_init__(self) -> None:
+        path = self.path
+        if not path.exists() or is_deployment(path):
+            return
+        if not path.is_dir():
+            raise ValueError(f"{path} is a file; --output must be a directory to create")
+        if others := sorted(entry.name for entry in path.iterdir()):
+            raise ValueError(
+                f"{path} contains {first_few(others)}, which is not an earlier conversion; "
+                "choose another --output"
+            )
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[pathlib.Path]:
+        """A temporary directory that takes its place if nothing fails.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        with files.replacing(self.path) as temporary:
+            temporary.mkdir()
+            yield temporary
 
 
-def write(text: str, network: Network, directory: pathlib.Path) -> Artefact | Copy:
-    """Writes one format of a network into a directory, and reads it back.
+def write_description(
+    directory: pathlib.Path,
+    network: Network,
+    artifacts: Sequence[Artifact],
+    *,
+    proof: Proof | None,
+    source: Mapping[str, Any],
+) -> None:
+    """Writes `metadata.json` and `proof.json` beside the artifacts.
 
     Args:
-      text: one of `formats()`, with a type perhaps.
-      network: where it has preprocessing, only formats that hold a graph do.
-      directory: where to.
-
-    Raises:
-      ValueError: what was read back is not what was to be written, or a package is missing.
+      directory: the deploy directory.
+      network: what was written.
+      artifacts: what was written there.
+      proof: that it computes what its source does; None if the source is in deploy form.
+      source: where the network comes from.
     """
-    name, _, dtype = text.partition(":")
-    if name in FORMATS:
-        form = FORMATS[name]
-        if not form.holds_graph:
-            network = network.without_preprocessing()
-        path = directory / form.filename_in(form.dtype(dtype or None))
-        return export(name, network, path, dtype=dtype or None)
-    if name == "orbax":
-        return _write_orbax(network, directory / "orbax")
-    return _write_torch(name, network, directory)
-
-
-@dataclasses.dataclass(frozen=True)
-class Copy:
-    """Weights in another container; what was read back is the same to the last bit.
-
-    Attributes:
-      format: its name.
-      files: what was written.
-    """
-
-    format: str
-    files: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.format}: {', '.join(self.files)} (read back, same bits)"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, for `proof.json`."""
-        return {**dataclasses.asdict(self), "status": "proven", "same_bits": True}
-
-
-def _write_orbax(network: Network, path: pathlib.Path) -> Copy:
-    """For `orbax.checkpoint.StandardCheckpointer().restore`."""
-    import orbax.checkpoint as ocp
-
-    tree = {"params": network.params}
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), tree
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree)
-        checkpointer.wait_until_finished()
-        _check_same("orbax", tree, checkpointer.restore(path.absolute(), abstract))
-    return Copy("orbax", (path.name,))
-
-
-def _write_torch(name: str, network: Network, directory: pathlib.Path) -> Copy:
-    """A state dict under the names of another project; `.pth` too where PyTorch is there."""
-    family, variant = _TORCH[name], network.model.variant
-    suffixes = [".safetensors", *([".pth"] if importlib.util.find_spec("torch") else [])]
-    files = tuple(f"model.{family}{suffix}" for suffix in suffixes)
-    tree = {"params": network.params}
-    for file in files:
-        save_weights(directory / file, tree, family=family, variant=variant)
-        read = load_weights(directory / file, variant=variant)
-        _check_same(f"{name} ({file})", tree, read.variables)
-    return Copy(name, files)
-
-
-def _check_same(name: str, written: Any, read: Any) -> None:
-    expected, found = (dict(jax.tree_util.tree_flatten_with_path(t)[0]) for t in (written, read))
-    same = expected.keys() == found.keys() and all(
-        np.array_equal(expected[path], found[path]) for path in expected
-    )
-    if not same:
-        raise ValueError(f"{name}: what was read back is not what was written; wrote nothing")
-
-
-def write_metadata(directory: pathlib.Path, network: Network, source: Mapping[str, Any]) -> None:
-    """Writes `metadata.json`."""
-    content = {
+    installed = {"repvgg-jax": __version__, **versions("jax", "jaxlib", "flax", "numpy")}
+    metadata = {
         "kind": KIND,
         "variant": dataclasses.asdict(network.model.variant),
         "num_classes": network.model.num_classes,
-        "classes": list(network.metadata.labels),
+        "activation": activation_kind(network.model.activation, network.model.variant.name),
+        "classes": list(network.labels),
         "image_shape": list(network.image_shape),
-        "mean": list(network.metadata.mean),
-        "std": list(network.metadata.std),
+        "mean": list(network.normalize.mean),
+        "std": list(network.normalize.std),
         "with_preprocessing": network.with_preprocessing,
         "source": dict(source),
-        "versions": versions(),
+        "versions": installed,
     }
-    (directory / "metadata.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def write_proof(directory: pathlib.Path, proofs: Mapping[str, Any]) -> None:
-    """Writes `proof.json`, with a SHA-256 of every file that is there by then."""
-    files = sorted(entry for entry in directory.rglob("*") if entry.is_file())
-    sums = {file.relative_to(directory).as_posix(): checksum(file) for file in files}
-    content = {**proofs, "sha256": sums, "versions": versions()}
+    path = directory / "metadata.json"
+    path.write_text(json.dumps(metadata, indent=2) + "\n")
+    checksums = {path.name: files.sha256(path)}
+    for artifact in artifacts:
+        checksums |= artifact.checksums
+    content = {
+        "fused": None if proof is None else proof.as_dict(),
+        _ARTIFACTS: [artifact.as_dict() for artifact in artifacts],
+        "sha256": dict(sorted(checksums.items())),
+        "versions": installed,
+    }
     (directory / "proof.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Of this package and of those that its numbers depend on."""
-    names = ("jax", "jaxlib", "flax", "numpy")
-    return {"repvgg-jax": __version__} | {name: importlib.metadata.version(name) for name in names}

@@ -1,4 +1,4 @@
-"""From a trained network to a deployment: fuse, prove, write in every format asked for."""
+"""From a trained network to a deploy directory: fuse, prove, write every format."""
 
 import dataclasses
 import pathlib
@@ -10,16 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from repvgg_jax.convert import deployed as deployment
-from repvgg_jax.convert.source import Origin
-from repvgg_jax.export import Network
-from repvgg_jax.model import RepVGG
-from repvgg_jax.proof import TOLERANCE, Proof, prove
+from repvgg_jax.convert.deployed import Output, write_description
+from repvgg_jax.convert.source import Source
+from repvgg_jax.export import Network, Target
+from repvgg_jax.export.operators import activation_kind
+from repvgg_jax.proof import TOLERANCE, Forward, Proof, compare
 from repvgg_jax.reparam import fuse_params
 
-ARTEFACT_IMAGES = 64  # that every runtime of every artefact answers, at most
-TIMED_BATCH = 32  # images
-TIMED_ROUNDS = 11
+ARTIFACT_IMAGES = 64  # at most, run by every runtime of every artifact
+BATCH = 32  # images, of the proof and of the timing
+TIMED_ROUNDS = 3, 11  # at least, at most
+TIMED_SECONDS = 10.0  # no further round after this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +29,25 @@ class Conversion:
 
     Attributes:
       title: what was converted.
-      params: parameters as trained and fused; the first is None for what came fused.
-      images_per_second: of the two forms, batches of 32 on this machine; medians.
-      proof: that both are the same function; None for what came fused.
+      params: number of parameters as trained and fused; the first is None if the source was
+        already fused.
+      images_per_second: of the two forms in float32, batches of 32 on this machine; medians.
+      proof: that both compute the same function; None if the source was already fused.
+      image_source: what the proof ran on.
       output: the directory written.
-      lines: what was written there, with its proof.
+      lines: what was written there, with its proofs.
     """
 
     title: str
     params: tuple[int | None, int]
     images_per_second: tuple[float | None, float]
     proof: Proof | None
+    image_source: str
     output: pathlib.Path
     lines: tuple[str, ...]
 
     def table(self) -> str:
-        """What a person wants to know, as text."""
+        """A summary as text."""
         (params, fused), (speed, fused_speed) = self.params, self.images_per_second
         rows = [
             ("", "as trained", "fused", ""),
@@ -58,12 +62,13 @@ class Conversion:
             )
             for row in rows
         ]
-        proof = "none, it came in deploy form" if self.proof is None else str(self.proof)
+        proof = "none, the source was in deploy form" if self.proof is None else str(self.proof)
         return "\n".join(
             [
                 self.title,
                 *(line.rstrip() for line in lines),
                 f"proof: {proof}",
+                f"proof images: {self.image_source}",
                 f"written to {self.output}:",
                 *(f"  {line}" for text in self.lines for line in text.splitlines()),
             ]
@@ -71,91 +76,102 @@ class Conversion:
 
 
 def convert(
-    origin: Origin,
-    output: pathlib.Path,
+    source: Source,
+    output: Output,
     *,
-    formats: Sequence[str] = ("orbax", "safetensors"),
+    targets: Sequence[Target],
     tolerance: float = TOLERANCE,
     with_preprocessing: bool = False,
 ) -> Conversion:
-    """Fuses a network, proves the fused one equal, and writes it.
+    """Fuses a network, proves that the fused one computes the same, and writes it.
 
     Args:
-      origin: the network.
-      output: the directory to make; an earlier conversion there is replaced.
-      formats: of `deployment.formats()`; `onnx:float16` asks for another type.
+      source: the network.
+      output: where to write; an earlier conversion there is replaced.
+      targets: what to write.
       tolerance: largest |Δlogit| allowed, relative to the largest |logit|.
-      with_preprocessing: artefacts that hold a graph take uint8 images and give probabilities.
+      with_preprocessing: artifacts that hold a graph take uint8 images and return probabilities.
 
     Raises:
-      ValueError: an output that holds something else, an unknown format, a proof that does not
-        hold, an artefact that its runtime reads differently; nothing is written then.
+      ValueError: an unknown activation, a proof that does not hold, or an artifact that its
+        runtime reads differently; nothing is written then.
       OSError: the output cannot be written.
     """
     if not tolerance > 0:
-        raise ValueError(f"tolerance {tolerance} must be positive")
-    deployment.check_formats(formats)
-    deployment.check_free(output)
-    images = origin.metadata.normalise(origin.images)
-    proof, fused = None, origin.variables
-    if not origin.deploy:
-        fused = fuse_params(origin.variables)
-        proof = prove(origin.model, origin.variables, images, deployed=fused, tolerance=tolerance)
+        raise ValueError(f"--tolerance={tolerance} must be positive")
+    activation_kind(source.model.activation, source.title)  # `load_deployed` must know it
+    images = source.normalize(source.images)
+    deployed = source.model.clone(deploy=True)
+    fused, proof = source.variables, None
+    forms: dict[str, Forward] = {}
+    if not source.model.deploy:
+        fused = fuse_params(
+            source.variables,
+            blocks=tuple({layer.block for layer in source.model.layers}),
+            expect=len(source.model.layers),
+            epsilon=source.model.epsilon,
+        )
+        forms["trained"] = Forward(source.model.apply, source.variables, batch_size=BATCH)
+    forms["fused"] = Forward(deployed.apply, fused, batch_size=BATCH)
+    if "trained" in forms:
+        proof = compare(forms["trained"](images), forms["fused"](images), tolerance=tolerance)
         if not proof.holds:
             raise ValueError(
-                f"the fused network is not the one that was trained: {proof}; wrote nothing"
+                f"the fused network does not compute what the trained one does: {proof}; "
+                "nothing was written"
             )
+    # Before the runtimes are opened, whose idle threads would slow it down.
+    speed = _images_per_second(forms, images)
+    forms.clear()
     network = Network(
-        origin.model,
+        deployed,
         fused,
-        images=origin.images[:ARTEFACT_IMAGES],
-        metadata=origin.metadata,
+        images=source.images[:ARTIFACT_IMAGES],
+        normalize=source.normalize,
+        labels=source.labels,
         with_preprocessing=with_preprocessing,
     )
-    with deployment.writing(output) as directory:
-        written = [deployment.write(name, network, directory) for name in formats]
-        deployment.write_metadata(directory, network, origin.details)
-        deployment.write_proof(
-            directory,
-            {
-                "fused": None if proof is None else proof.as_dict(),
-                "artefacts": [artefact.as_dict() for artefact in written],
-            },
-        )
-    forms = {True: (origin.model.clone(deploy=True), fused)}
-    if not origin.deploy:
-        forms[False] = (origin.model, origin.variables)
-    speed = _images_per_second(forms, images)
+    weights_only = network.without_preprocessing()
+    with output.writing() as directory:
+        artifacts = [
+            target.write(
+                network if target.format.holds_graph else weights_only,
+                directory / name,
+            )
+            for target in targets
+            for name in target.filenames
+        ]
+        write_description(directory, network, artifacts, proof=proof, source=source.details)
     return Conversion(
-        title=origin.title,
+        title=source.title,
         params=(
-            None if origin.deploy else _size(origin.variables["params"]),
+            None if source.model.deploy else _size(source.variables["params"]),
             _size(fused["params"]),
         ),
-        images_per_second=(speed.get(False), speed[True]),
+        images_per_second=(speed.get("trained"), speed["fused"]),
         proof=proof,
-        output=output,
-        lines=(*(str(artefact) for artefact in written), "metadata.json, proof.json"),
+        image_source=source.image_source,
+        output=output.path,
+        lines=(*(str(artifact) for artifact in artifacts), "metadata.json, proof.json"),
     )
 
 
-def _images_per_second(
-    forms: Mapping[bool, tuple[RepVGG, Any]], images: np.ndarray
-) -> dict[bool, float]:
-    """Medians of several rounds in which the forms take turns, by whether they are fused."""
-    batch = np.resize(images, (TIMED_BATCH, *images.shape[1:]))
-    compiled = {
-        deploy: (jax.jit(model.apply), jax.device_put(variables))
-        for deploy, (model, variables) in forms.items()
-    }
-    seconds: dict[bool, list[float]] = {deploy: [] for deploy in forms}
-    for round_ in range(TIMED_ROUNDS + 1):
-        for deploy, (apply, variables) in compiled.items():
-            began = time.perf_counter()
-            jax.block_until_ready(apply(variables, batch))
-            if round_:  # the first one compiles
-                seconds[deploy].append(time.perf_counter() - began)
-    return {deploy: TIMED_BATCH / statistics.median(taken) for deploy, taken in seconds.items()}
+def _images_per_second(forms: Mapping[str, Forward], images: np.ndarray) -> dict[str, float]:
+    """Medians of several rounds in which the forms take turns."""
+    batch = jax.device_put(np.resize(images, (BATCH, *images.shape[1:])))
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for forward in forms.values():
+        jax.block_until_ready(forward.batch(batch))  # compiled by the proof, if there was one
+    least, most = TIMED_ROUNDS
+    began = time.perf_counter()
+    for done in range(most):
+        if done >= least and time.perf_counter() - began > TIMED_SECONDS:
+            break
+        for name, forward in forms.items():
+            start = time.perf_counter()
+            jax.block_until_ready(forward.batch(batch))
+            seconds[name].append(time.perf_counter() - start)
+    return {name: BATCH / statistics.median(taken) for name, taken in seconds.items()}
 
 
 def _size(params: Any) -> int:

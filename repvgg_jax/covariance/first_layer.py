@@ -32,7 +32,7 @@ def from_patches(
 ) -> tuple[jax.Array, Statistics]:
     """Both convolutions fold into one: for a first layer, with more features than patch.
 
-    The nine pixels under a 3x3 kernel are a vector of 27 numbers on colour images, and every
+    The nine pixels under a 3x3 kernel are a vector of 27 numbers on color images, and every
     branch is a linear map of it. Its covariance has the statistics of them all, so that the
     output is the only large array that is kept. There is no identity: the channels differ.
     """

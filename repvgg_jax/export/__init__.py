@@ -1,28 +1,28 @@
-"""Deploy networks leave for other runtimes, each artefact with a proof.
+"""Exports deploy networks to other runtimes, each artifact with a proof.
 
-    network = Network(model, deployed, images=images, metadata=Metadata(mean, std, labels))
-    artefact = export("onnx", network, "deploy/model.onnx")
-    print(artefact)
+    network = Network(model, deployed, images=images, normalize=Normalize(mean, std))
+    artifact = export("onnx", network, "deploy/model.onnx")
+    print(artifact)
 
-`formats` is the table of formats, every format has a file, and `exporting` writes and proves.
-Nothing here imports ONNX, TensorFlow or a runtime before it is needed.
+`FORMATS` has a row per format, `Target` is a format in a dtype (`Target.parse("onnx:float16")`),
+and `operators` is the list of operators that ONNX and TensorFlow translate. Nothing here imports
+ONNX, TensorFlow or a runtime before it is needed.
 """
 
-from repvgg_jax.export.artefact import Artefact
-from repvgg_jax.export.exporting import export
-from repvgg_jax.export.format import Format, Runtime
-from repvgg_jax.export.formats import FORMATS, get_format, parse_format
-from repvgg_jax.export.metadata import Metadata
+from repvgg_jax.export.exporting import FORMATS, Target, export, get_format, parse_targets
+from repvgg_jax.export.format import Artifact, Format, Runtime
 from repvgg_jax.export.network import Network
+from repvgg_jax.normalize import Normalize
 
 __all__ = [
     "FORMATS",
-    "Artefact",
+    "Artifact",
     "Format",
-    "Metadata",
     "Network",
+    "Normalize",
     "Runtime",
+    "Target",
     "export",
     "get_format",
-    "parse_format",
+    "parse_targets",
 ]

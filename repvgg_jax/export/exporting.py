@@ -1,132 +1,233 @@
-"""`export`: write under another name, read back with the real runtimes, prove, rename."""
+"""Writing a network in a format and verifying what was written."""
 
-import contextlib
-import importlib.metadata
-import shutil
-import sys
-import tempfile
+import dataclasses
+import functools
+import importlib.util
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Self
 
-from repvgg_jax._version import __version__
-from repvgg_jax.export.artefact import Artefact, checksum, size
-from repvgg_jax.export.format import Format
-from repvgg_jax.export.formats import get_format
+import jax
+import numpy as np
+
+from repvgg_jax import files
+from repvgg_jax.export import jax_formats, onnx, tensorflow
+from repvgg_jax.export.format import Artifact, Format, checksums, size
 from repvgg_jax.export.network import Network
 from repvgg_jax.proof import Proof, compare
+from repvgg_jax.text import did_you_mean, first_few, named_leaves, versions
+
+FORMATS: Mapping[str, Format] = types.MappingProxyType(
+    {
+        form.name: form
+        for form in (
+            jax_formats.ORBAX,
+            jax_formats.SAFETENSORS,
+            jax_formats.STABLEHLO,
+            onnx.ONNX,
+            tensorflow.TFLITE,
+            tensorflow.SAVEDMODEL,
+            jax_formats.TORCH_OFFICIAL,
+            jax_formats.TORCH_TIMM,
+        )
+    }
+)
+"""All formats by name. None of them imports its packages before it is used."""
 
 
-def export(name: str, network: Network, path: str | Path, *, dtype: str | None = None) -> Artefact:
-    """Writes a deploy network in one format, and proves what it wrote.
-
-    The artefact is written beside `path`, opened by every installed runtime of its format and
-    compared with the JAX model on the network's images, one alone and the others in batches.
-    Only then is it renamed to `path`; where anything fails, nothing is left and what was
-    there before stays. A runtime that is not installed leaves the artefact unproven in it,
-    which the result says.
-
-    Args:
-      name: of the format, one of `FORMATS`.
-      network: what to write, and the images to prove it on.
-      path: the file or directory to write; an older artefact there is replaced.
-      dtype: what the artefact computes in, one of the format's `dtypes`; None for the first.
+def get_format(name: str) -> Format:
+    """The format of that name.
 
     Raises:
-      ValueError: an unknown format or type, a package that is not installed, a target that
-        cannot be written, or an artefact that disagrees with the JAX model.
+      ValueError: unknown, with a suggestion.
     """
-    form = get_format(name)
-    path = Path(path)
-    dtype = form.dtype(dtype)
-    _check(form, network, path)
-    start = time.perf_counter()
-    network.reference  # noqa: B018  computed once for all formats, before anything is written
-    with _beside(path) as temporary:
+    if name not in FORMATS:
+        raise ValueError(
+            f"unknown format {name!r}; {did_you_mean(name, FORMATS)}"
+            f"Available formats: {', '.join(FORMATS)}"
+        )
+    return FORMATS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What to write: a format in a dtype.
+
+    Attributes:
+      format: a row of `FORMATS`.
+      dtype: one of its `dtypes`.
+
+    Raises:
+      ValueError: the format cannot compute in that dtype.
+    """
+
+    format: Format
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in self.format.dtypes:
+            raise ValueError(
+                f"format {self.format.name} cannot compute in {self.dtype!r}; "
+                f"available: {', '.join(self.format.dtypes)}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """A target as `--format` takes it, `onnx` or `onnx:float16`.
+
+        Raises:
+          ValueError: an unknown format, or a dtype that it does not have.
+        """
+        name, _, dtype = text.partition(":")
+        form = get_format(name)
+        return cls(form, dtype or form.dtypes[0])
+
+    @property
+    def filenames(self) -> tuple[str, ...]:
+        """Default names of what is written, e.g. `model.float16.onnx`."""
+        stem, dot, suffix = self.format.filename.partition(".")
+        default = self.dtype == self.format.dtypes[0]
+        main = self.format.filename if default else f"{stem}.{self.dtype}{dot}{suffix}"
+        also = [name for name, needed in self.format.also.items() if _is_installed(needed)]
+        return (main, *also)
+
+    def write(self, network: Network, path: Path) -> Artifact:
+        """Writes a network to a new file or directory, reads it back and compares.
+
+        Graphs are run by every installed runtime of the format on the network's images, the
+        first image alone and the others in batches. Weights are read back and compared bitwise.
+        If anything fails, `path` may hold an incomplete artifact: write to a temporary one, as
+        `export` does.
+
+        Raises:
+          ValueError: a package is not installed, or the artifact disagrees with the JAX model.
+        """
+        form = self.format
+        start = time.perf_counter()
+        if form.holds_graph:
+            network.reference  # noqa: B018  compute it before anything is written
         try:
-            form.write(network, temporary, dtype)
+            form.write(network, path, self.dtype)
         except ImportError as error:
             raise ValueError(f"format {form.name}: {error}; {form.remedy}") from error
-        proofs, unproven = _prove(form, network, temporary, dtype)
-        artefact = Artefact(
+        proofs, unproven = self._run(network, path)
+        if form.read is not None:
+            _check_identical(form.name, network.params, form.read(path, network))
+        return Artifact(
             format=form.name,
             path=path,
-            dtype=dtype,
+            dtype=self.dtype,
             description=network.description(form.input_layout(network)),
             proofs=proofs,
             unproven=unproven,
-            versions=_versions(*form.packages, *proofs),
-            sha256=checksum(temporary),
-            size=size(temporary),
+            identical=form.read is not None,
+            versions=versions(*form.packages, *proofs),
+            checksums=checksums(path),
+            size=size(path),
             seconds=round(time.perf_counter() - start, 3),
         )
-        if path.is_dir():
-            path.rename(temporary.with_name("replaced"))
-        temporary.rename(path)
-    return artefact
+
+    def _run(self, network: Network, path: Path) -> tuple[dict[str, Proof], dict[str, str]]:
+        proofs, unproven = {}, {}
+        for runtime in self.format.runtimes:
+            try:
+                run = runtime.open(path, network)
+            except ImportError as error:
+                unproven[runtime.name] = f"{error}; {self.format.remedy}"
+                continue
+            proof = compare(
+                network.comparable(network.reference),
+                network.comparable(network.answers(run)),
+                tolerance=self.format.tolerances[self.dtype],
+            )
+            if not proof.holds:
+                raise ValueError(
+                    f"the {self.dtype} {self.format.name} artifact disagrees with the JAX model "
+                    f"in {runtime.name}: {proof}; it was not written"
+                )
+            proofs[runtime.name] = proof
+            del run  # one runtime's copy of a large network at a time
+        return proofs, unproven
 
 
-def _check(form: Format, network: Network, path: Path) -> None:
+def parse_targets(texts: Iterable[str]) -> tuple[Target, ...]:
+    """The targets of a `--format` flag, without repetitions.
+
+    Raises:
+      ValueError: no format, an unknown one, or a dtype that it does not have.
+    """
+    targets = {(t.format.name, t.dtype): t for t in map(Target.parse, texts)}
+    if not targets:
+        raise ValueError(f"no format given; available formats: {', '.join(FORMATS)}")
+    return tuple(targets.values())
+
+
+def export(name: str, network: Network, path: str | Path, *, dtype: str | None = None) -> Artifact:
+    """Writes a deploy network in one format and verifies it; see `Target.write`.
+
+    The artifact is written under a temporary name beside `path` and renamed once it is verified.
+    If anything fails, an older artifact at `path` stays. If a runtime is not installed, the
+    result says that the artifact is unproven there.
+
+    Args:
+      name: one of `FORMATS`.
+      network: what to write, and the images to prove it on.
+      path: the file or directory to write; an older artifact there is replaced.
+      dtype: what the artifact computes in, one of the format's `dtypes`; None for the first.
+
+    Raises:
+      ValueError: an unknown format or dtype, a package that is not installed, a path that holds
+        something else, or an artifact that disagrees with the JAX model.
+      OSError: `path` cannot be written.
+    """
+    form = get_format(name)
+    target = Target(form, dtype or form.dtypes[0])
+    path = Path(path)
     if network.with_preprocessing and not form.holds_graph:
         raise ValueError(
-            f"format {form.name} holds weights and no graph in which preprocessing could travel; "
-            "leave out either the format or the preprocessing"
+            f"format {form.name} holds weights and no graph, so preprocessing cannot be part of "
+            "it; leave out the format or the preprocessing"
         )
-    if form.is_directory:
-        ours = path.is_dir() and ((path / "saved_model.pb").exists() or not any(path.iterdir()))
-        if path.exists() and not ours:
-            raise ValueError(f"{path} exists and is no {form.name} directory; choose another path")
-    elif path.is_dir():
-        raise ValueError(
-            f"{path} is a directory; format {form.name} writes a file, {path / form.filename}, say"
-        )
+    _check_replaceable(form, path)
+    with files.replacing(path) as temporary:
+        artifact = target.write(network, temporary)
+    # The temporary name is the only thing that depended on where it was written.
+    renamed = {
+        path.name + key.removeprefix(temporary.name): sha for key, sha in artifact.checksums.items()
+    }
+    return dataclasses.replace(artifact, path=path, checksums=renamed)
 
 
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A path of the same name in a directory of its own, beside `path`, that goes at the end."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        directory = tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            yield Path(directory, path.name)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _prove(
-    form: Format, network: Network, path: Path, dtype: str
-) -> tuple[dict[str, Proof], dict[str, str]]:
-    proofs, unproven = {}, {}
-    for runtime in form.runtimes:
-        try:
-            run = runtime.open(path, network)
-        except ImportError as error:
-            unproven[runtime.name] = f"{error}; {form.remedy}"
-            continue
-        proof = compare(
-            network.comparable(network.reference),
-            network.comparable(network.answers(run)),
-            tolerance=form.tolerances[dtype],
-        )
-        if not proof.holds:
+def _check_replaceable(form: Format, path: Path) -> None:
+    if form.marker is None:
+        if path.is_dir():
             raise ValueError(
-                f"the {dtype} {form.name} artefact in {runtime.name} disagrees with the JAX "
-                f"model: {proof}; {path.name} was not written"
+                f"{path} is a directory; format {form.name} writes a file, "
+                f"e.g. {path / form.filename}"
             )
-        proofs[runtime.name] = proof
-        del run  # two runtimes' copies of a large network need not be alive together
-    return proofs, unproven
+        return
+    ours = path.is_dir() and ((path / form.marker).exists() or not any(path.iterdir()))
+    if path.exists() and not ours:
+        raise ValueError(f"{path} exists and is not a {form.name} directory; choose another path")
 
 
-def _versions(*modules: str) -> dict[str, str]:
-    """Versions of modules that are imported by now."""
-    versions = {"repvgg_jax": __version__}
-    for name in modules:
-        try:
-            versions[name] = importlib.metadata.version(name.replace("_", "-"))
-        except importlib.metadata.PackageNotFoundError:  # tensorflow comes as tensorflow-cpu, too
-            versions[name] = sys.modules[name].__version__
-    return versions
+def _check_identical(name: str, written: object, read: object) -> None:
+    expected, found = named_leaves(written), named_leaves(jax.device_get(read))
+    if expected.keys() != found.keys():
+        raise ValueError(
+            f"{name}: the arrays read back are not those written: "
+            f"{first_few(sorted(expected.keys() ^ found.keys()))}; it was not written"
+        )
+    for leaf, values in expected.items():
+        if values.dtype != found[leaf].dtype or not np.array_equal(
+            np.ascontiguousarray(values).view(np.uint8),
+            np.ascontiguousarray(found[leaf]).view(np.uint8),
+        ):
+            raise ValueError(f"{name}: {leaf} was read back with other bits; it was not written")
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

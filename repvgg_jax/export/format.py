@@ -1,24 +1,28 @@
-"""What a format is: how it is written, in which types, and which runtimes read it back."""
+"""What a format is, and what is known about a file once it is written in one."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from repvgg_jax import files
 from repvgg_jax.export.network import Network
+from repvgg_jax.proof import Proof
 
 Run = Callable[[np.ndarray], np.ndarray]
-"""Runs an opened artefact: images (images, height, width, channels) to (images, outputs)."""
+"""Runs an opened artifact: images (images, height, width, channels) to (images, outputs)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """A program that runs artefacts of a format.
+    """A program that runs artifacts of a format.
 
     Attributes:
-      name: of the module that is imported.
-      open: opens an artefact; raises ImportError where the runtime is not installed.
+      name: the module to import, e.g. `onnxruntime`.
+      open: opens an artifact; raises ImportError if the runtime is not installed.
     """
 
     name: str
@@ -27,62 +31,144 @@ class Runtime:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A row of the table of formats.
+    """A row of `repvgg_jax.export.FORMATS`.
+
+    A format either holds a graph, and is proven by running it in its `runtimes`, or holds
+    weights alone, and is proven by reading them back with `read`, bitwise identical.
 
     Attributes:
       name: as in `--format`.
-      filename: what an artefact in the default type is called unless somebody says otherwise.
-      layout: axes of the normalised images that an artefact takes.
-      write: writes an artefact of a network to a path, computing in a type; raises
-        ImportError where a package for it is not installed.
-      packages: modules that writing needs, for messages and recorded versions.
-      runtimes: what reads it back; the first one is the one most people deploy to.
-      tolerances: by type that it can compute in, the largest |Δ| of a proof relative to the
-        largest output; the first type is the default.
-      extra: of the package, which installs writer and runtimes; None where the core suffices.
-      is_directory: whether an artefact is a directory instead of a file.
-      holds_graph: whether it holds a computation, in which preprocessing could travel, or
-        weights alone.
+      filename: default name of an artifact in the default dtype.
+      write: writes a network to a path, computing in a dtype; raises ImportError if a package
+        is not installed.
+      packages: distributions that write it, for messages and recorded versions.
+      tolerances: for every dtype it can compute in, the largest |Δ| of a proof relative to the
+        largest output; the first dtype is the default.
+      runtimes: what runs it; the first one is what most people deploy to.
+      read: reads the parameters back, for weights alone.
+      layout: axes of the normalized images that an artifact takes.
+      marker: a file that every artifact contains, if artifacts are directories.
+      also: further default filenames, each with the module that it needs to be written.
+      extra: the extra of this package that installs writer and runtimes; None if convert.py
+        itself needs them.
     """
 
     name: str
     filename: str
-    layout: str
     write: Callable[[Network, Path, str], None]
     packages: tuple[str, ...]
-    runtimes: tuple[Runtime, ...]
     tolerances: Mapping[str, float]
+    runtimes: tuple[Runtime, ...] = ()
+    read: Callable[[Path, Network], Any] | None = None
+    layout: str = "NHWC"
+    marker: str | None = None
+    also: Mapping[str, str] = dataclasses.field(default_factory=dict)
     extra: str | None = None
-    is_directory: bool = False
-    holds_graph: bool = True
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Types that it can compute in, the default first."""
+        """The dtypes it can compute in, the default first."""
         return tuple(self.tolerances)
 
-    def dtype(self, name: str | None) -> str:
-        """The type of that name, the default for None.
-
-        Raises:
-          ValueError: the format cannot compute in it.
-        """
-        if name is not None and name not in self.dtypes:
-            raise ValueError(
-                f"format {self.name} cannot compute in {name!r}; it has {', '.join(self.dtypes)}"
-            )
-        return self.dtypes[0] if name is None else name
-
-    def filename_in(self, dtype: str) -> str:
-        """What an artefact of a type is called: `model.onnx`, `model.float16.onnx`."""
-        stem, dot, suffix = self.filename.partition(".")
-        return self.filename if dtype == self.dtypes[0] else f"{stem}.{dtype}{dot}{suffix}"
-
-    def input_layout(self, network: Network) -> str:
-        """Axes of the images that an artefact takes; bytes come as decoders give them, NHWC."""
-        return "NHWC" if network.with_preprocessing else self.layout
+    @property
+    def holds_graph(self) -> bool:
+        """Whether it holds a computation, which preprocessing can be part of."""
+        return self.read is None
 
     @property
     def remedy(self) -> str:
         """The command that installs what it needs."""
-        return f'pip install "repvgg-jax[{self.extra}]"' if self.extra else "pip install repvgg-jax"
+        return f'pip install "repvgg-jax[{self.extra or "export"}]"'
+
+    def input_layout(self, network: Network) -> str:
+        """Axes of an artifact's input; uint8 images are NHWC, as decoders return them."""
+        return "NHWC" if network.with_preprocessing else self.layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A written and verified file or directory.
+
+    Attributes:
+      format: name of its format.
+      path: a file or, for some formats, a directory.
+      dtype: what it computes in.
+      description: what its users need to know: input, output, mean, std, labels, ….
+      proofs: by runtime, how far its outputs are from the JAX model's on the same images
+        (the logarithms of probabilities are compared).
+      unproven: by runtime that could not run it, the reason.
+      identical: whether the weights were read back and are bitwise identical (formats that hold
+        weights alone).
+      versions: of the packages that wrote it and read it back.
+      checksums: SHA-256 of its files, by path relative to its parent directory.
+      size: in bytes.
+      seconds: taken by writing and verifying.
+    """
+
+    format: str
+    path: Path
+    dtype: str
+    description: Mapping[str, Any]
+    proofs: Mapping[str, Proof]
+    unproven: Mapping[str, str]
+    identical: bool
+    versions: Mapping[str, str]
+    checksums: Mapping[str, str]
+    size: int
+    seconds: float
+
+    @property
+    def proven(self) -> bool:
+        """Whether it was read back and agreed; a disagreement raises and nothing is written."""
+        return self.identical or bool(self.proofs)
+
+    @property
+    def sha256(self) -> str:
+        """Of a file; of a directory, that of the lines "sha256  path" of its files in order."""
+        if self.checksums.keys() == {self.path.name}:
+            return self.checksums[self.path.name]
+        prefix = f"{self.path.name}/"
+        lines = [f"{sha}  {name.removeprefix(prefix)}\n" for name, sha in self.checksums.items()]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        head = f"{self.format}: {self.path.name} ({self.dtype}, {self.size / 1e6:.1f} MB)"
+        if self.identical:
+            return f"{head}, read back bitwise identical"
+        lines = [
+            f"proven with {runtime} {self.versions[runtime]}: {proof}"
+            for runtime, proof in self.proofs.items()
+        ]
+        lines += [f"NOT PROVEN with {name}: {reason}" for name, reason in self.unproven.items()]
+        return "\n  ".join([head if self.proven else f"{head} UNPROVEN", *lines])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for `proof.json`."""
+        return {
+            "format": self.format,
+            "path": self.path.name,
+            "files": [self.path.name],
+            "dtype": self.dtype,
+            "status": "proven" if self.proven else "UNPROVEN",
+            "same_bits": self.identical,
+            "proofs": {name: proof.as_dict() for name, proof in self.proofs.items()},
+            "unproven": dict(self.unproven),
+            "description": dict(self.description),
+            "versions": dict(self.versions),
+            "sha256": self.sha256,
+            "size": self.size,
+            "seconds": self.seconds,
+        }
+
+
+def checksums(path: Path) -> dict[str, str]:
+    """SHA-256 of a file, or of all files in a directory, by path relative to its parent."""
+    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(path.parent).as_posix(): files.sha256(file) for file in found}
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -1,29 +1,28 @@
-"""ONNX, node by node: NCHW, any batch size, nothing in the graph that need not be there.
+"""ONNX, node by node: NCHW, any batch size, and no node that is not needed.
 
-One `Conv` and one `Relu` a block, then `GlobalAveragePool`, `Flatten`, `Gemm`. Weights are
+One `Conv` and one `Relu` per block, then `GlobalAveragePool`, `Flatten`, `Gemm`. Weights are
 named like the parameter tree, and the network's description is in `metadata_props`. Opset 17
-is old enough for every runtime in use and has all that is needed.
+has all that is needed, and every runtime in use supports it.
 
-In float16 the convolutions and squeeze-and-excite compute in float16 and the pooled features
-and the classifier in float32, as in the JAX model; the artefact's input and output stay float32.
+In float16 the convolutions and squeeze-and-excite compute in float16; preprocessing, the pooled
+features and the classifier in float32, as in the JAX model. The artifact's input and output stay
+float32.
 """
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from repvgg_jax._version import __version__
+from repvgg_jax.export import operators
 from repvgg_jax.export.format import Format, Run, Runtime
 from repvgg_jax.export.network import Network
-from repvgg_jax.export.operators import walk
 from repvgg_jax.proof import TOLERANCE
-from repvgg_jax.variants import Layer
 
 OPSET = 17
-IR_VERSION = 8  # the one that came with opset 17; older runtimes refuse newer ones
+IR_VERSION = 8  # the one released with opset 17; older runtimes refuse newer ones
 
 
 def write(network: Network, path: Path, dtype: str) -> None:
@@ -31,15 +30,17 @@ def write(network: Network, path: Path, dtype: str) -> None:
     import onnx
 
     graph = _Graph(network, np.dtype(dtype))
-    output = walk(network, network.params, graph, network.input_name)
-    graph.finish(output)
+    x = graph.enter(network.input_name)
+    for operator in operators.operators(network):
+        x = graph.add(operator, x)
+    graph.finish()
     onnx.save(graph.model, path)
     del graph  # the checker reads the file: one copy of the weights at a time
     onnx.checker.check_model(str(path), full_check=True)
 
 
 class _Graph:
-    """Operators that append nodes; what flows between them is the name of a tensor."""
+    """A model that operators are added to; tensors are represented by their names."""
 
     def __init__(self, network: Network, dtype: np.dtype):
         import onnx
@@ -47,7 +48,7 @@ class _Graph:
         self.onnx = onnx
         self.network = network
         self.dtype = dtype
-        # Built in place: protobuf would copy the weights at every hand-over.
+        # Built in place: protobuf would copy the weights whenever a message is assigned.
         self.model = onnx.ModelProto(
             ir_version=IR_VERSION, producer_name="repvgg-jax", producer_version=__version__
         )
@@ -55,69 +56,79 @@ class _Graph:
         self.model.graph.name = network.model.variant.name
 
     def enter(self, images: str) -> str:
+        """From the input to the first block: normalization, layout, dtype."""
         if not self.network.with_preprocessing:
             return self._cast("images/cast", images, self.dtype, source=np.float32)
-        # The cast comes first: TensorRT takes uint8 from outside, and wants it cast at once.
-        x = self._cast("images/cast", images, self.dtype, source=np.uint8)
+        # The cast comes first: TensorRT takes uint8 inputs only if they are cast at once.
+        x = self._cast("images/cast", images, np.float32, source=np.uint8)
         x = self._node("Transpose", "images/nchw", x, perm=(0, 3, 1, 2))
-        metadata = self.network.metadata
+        normalize = self.network.normalize
         for name, op, values in (
-            ("images/scale", "Mul", metadata.scale),
-            ("images/shift", "Add", metadata.shift),
+            ("images/offset", "Sub", normalize.offset),
+            ("images/factor", "Mul", normalize.factor),
         ):
-            x = self._node(op, name, x, self._weight(f"{name}/value", values.reshape(1, -1, 1, 1)))
-        return x
+            values = values.reshape(1, -1, 1, 1)
+            x = self._node(op, name, x, self._weight(f"{name}/value", values, np.float32))
+        return self._cast("images/normalized", x, self.dtype, source=np.float32)
 
-    def conv(self, x: str, layer: Layer, params: Mapping[str, Any]) -> str:
-        name = f"{layer.name}/reparam"
+    def add(self, operator: operators.Operator, x: str) -> str:
+        """Adds an operator that maps `x`; returns its result."""
+        match operator:
+            case operators.Conv():
+                return self._conv(operator, x)
+            case operators.Activation(kind):
+                return self._activation(kind, x)
+            case operators.Gate():
+                return self._gate(operator, x)
+            case operators.Pool():
+                x = self._cast("pool/cast", x, np.float32, source=self.dtype)
+                x = self._node("GlobalAveragePool", "pool", x)
+                return self._node("Flatten", "pool/flatten", x, axis=1)
+            case operators.Linear(name):
+                kernel = self._weight(f"{name}/kernel", operator.kernel, np.float32)
+                bias = self._weight(f"{name}/bias", operator.bias, np.float32)
+                return self._node("Gemm", name, x, kernel, bias)
+            case operators.Softmax():
+                return self._node("Softmax", "softmax", x, axis=1)
+
+    def _conv(self, conv: operators.Conv, x: str) -> str:
         return self._node(
             "Conv",
-            name,
+            conv.name,
             x,
-            self._weight(f"{name}/kernel", params["kernel"].transpose(3, 2, 0, 1)),
-            self._weight(f"{name}/bias", params["bias"]),
-            kernel_shape=(3, 3),
-            strides=(layer.stride,) * 2,
-            pads=(layer.dilation,) * 4,
-            dilations=(layer.dilation,) * 2,
-            group=layer.groups,
+            self._weight(f"{conv.name}/kernel", conv.kernel.transpose(3, 2, 0, 1)),
+            self._weight(f"{conv.name}/bias", conv.bias),
+            kernel_shape=conv.kernel_size,
+            strides=(conv.stride,) * 2,
+            pads=conv.padding * 2,
+            dilations=(conv.dilation,) * 2,
+            group=conv.groups,
         )
 
-    def relu(self, x: str) -> str:
-        return self._node("Relu", f"{x}/relu", x)
+    def _activation(self, kind: str, x: str) -> str:
+        if kind == "relu":
+            return self._node("Relu", f"{x}/relu", x)
+        assert kind == "silu"  # opset 17 has no operator for it
+        return self._node("Mul", f"{x}/silu", x, self._node("Sigmoid", f"{x}/sigmoid", x))
 
-    def gate(self, x: str, layer: Layer, params: Mapping[str, Any]) -> str:
-        name = f"{layer.name}/se"
-        gate = self._node("GlobalAveragePool", f"{name}/mean", x)
-        for dense, activation in (("reduce", "Relu"), ("expand", "Sigmoid")):
-            # A linear layer on one pixel: as a convolution it needs no reshaping.
-            kernel = params[dense]["kernel"].T[:, :, None, None]
-            gate = self._node(
+    def _gate(self, gate: operators.Gate, x: str) -> str:
+        y = self._node("GlobalAveragePool", f"{gate.name}/mean", x)
+        for linear, activation in ((gate.reduce, "Relu"), (gate.expand, "Sigmoid")):
+            # A linear layer on a single pixel: as a convolution it needs no reshape.
+            kernel = linear.kernel.T[:, :, None, None]
+            y = self._node(
                 "Conv",
-                f"{name}/{dense}",
-                gate,
-                self._weight(f"{name}/{dense}/kernel", kernel),
-                self._weight(f"{name}/{dense}/bias", params[dense]["bias"]),
+                linear.name,
+                y,
+                self._weight(f"{linear.name}/kernel", kernel),
+                self._weight(f"{linear.name}/bias", linear.bias),
                 kernel_shape=(1, 1),
             )
-            gate = self._node(activation, f"{name}/{dense}/{activation.lower()}", gate)
-        return self._node("Mul", name, x, gate)
+            y = self._node(activation, f"{linear.name}/{activation.lower()}", y)
+        return self._node("Mul", gate.name, x, y)
 
-    def pool(self, x: str) -> str:
-        x = self._cast("pool/cast", x, np.float32, source=self.dtype)
-        x = self._node("GlobalAveragePool", "pool", x)
-        return self._node("Flatten", "pool/flatten", x, axis=1)
-
-    def classify(self, x: str, params: Mapping[str, Any]) -> str:
-        kernel = self._weight("head/kernel", params["kernel"], np.float32)
-        bias = self._weight("head/bias", params["bias"], np.float32)
-        return self._node("Gemm", "head", x, kernel, bias)
-
-    def softmax(self, x: str) -> str:
-        return self._node("Softmax", "softmax", x, axis=1)
-
-    def finish(self, output: str) -> None:
-        """Names input and output, and writes the description into the model."""
+    def finish(self) -> None:
+        """Declares input and output, and adds the description to the model."""
         helper, types = self.onnx.helper, self.onnx.TensorProto
         network = self.network
         inside = network.with_preprocessing
@@ -135,7 +146,7 @@ class _Graph:
                 network.output_name, types.FLOAT, ("batch", network.outputs)
             )
         )
-        for key, text in network.header(FORMAT.input_layout(network)).items():
+        for key, text in network.header(ONNX.input_layout(network)).items():
             self.model.metadata_props.add(key=key, value=text)
 
     def _node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
@@ -154,7 +165,7 @@ class _Graph:
         dtype = self.dtype if dtype is None else np.dtype(dtype)
         if (largest := np.abs(values).max()) > np.finfo(dtype).max:
             raise ValueError(
-                f"{name} holds {largest:.3g}, but {dtype} ends at {np.finfo(dtype).max:g}; "
+                f"{name} holds {largest:.3g}, beyond the largest {dtype}, {np.finfo(dtype).max:g}; "
                 "export this network in float32"
             )
         tensor = self.model.graph.initializer.add(name=name, dims=values.shape)
@@ -178,19 +189,19 @@ def _open_onnxruntime(path: Path, network: Network) -> Run:
 
 
 def _open_openvino(path: Path, network: Network) -> Run:
-    # Importing openvino reports to its makers, from a forked process, which JAX's threads do
-    # not allow. Without this module, which is optional, it does neither.
+    # Importing openvino sends telemetry from a forked process, which is unsafe beside JAX's
+    # threads. It does not if this optional module is missing.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     core = openvino.Core()
-    # Processors with bfloat16 or float16 units would use them unasked.
+    # The default is a lower precision on processors that support one.
     compiled = core.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     name, output = network.input_name, network.output_name
     return lambda images: compiled({name: _nchw(images, network)})[output]
 
 
-FORMAT = Format(
+ONNX = Format(
     name="onnx",
     filename="model.onnx",
     layout="NCHW",

@@ -1,23 +1,34 @@
-"""The network in TensorFlow's own operators, which SavedModel and LiteRT share.
+"""TensorFlow: SavedModel and LiteRT (.tflite), built from TensorFlow's own operators.
 
-NHWC, like the JAX model, so nothing is transposed. Plain TensorFlow operators instead of an
-embedded XLA module: every converter and server can read and optimise them.
+NHWC, like the JAX model, so nothing is transposed. Plain operators instead of an embedded XLA
+module: every converter and server can read and optimize them. Both take any batch size through
+the signature `serving_default`.
+
+A SavedModel describes the network in `assets.extra/metadata.json`. A .tflite file is also a zip
+archive, as LiteRT's metadata tools expect: `unzip` extracts `metadata.json`, and `labels.txt` if
+there are labels.
 """
 
+import json
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from repvgg_jax.export import operators
+from repvgg_jax.export.format import Format, Run, Runtime
 from repvgg_jax.export.network import Network
-from repvgg_jax.export.operators import walk
-from repvgg_jax.variants import Layer
+from repvgg_jax.proof import TOLERANCE
 
 SIGNATURE = "serving_default"
 
 
 def load() -> Any:
-    """TensorFlow, quietly and without its hands on the accelerators that JAX is using."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # only counts before the first import
+    """TensorFlow, without its log and without claiming the accelerators that JAX is using."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # only effective before the first import
     import tensorflow as tf
 
     if tf.config.get_visible_devices("GPU"):
@@ -29,57 +40,140 @@ def build(network: Network) -> Any:
     """A `tf.Module` with the weights as variables and a `tf.function` called `serve`."""
     tf = load()
     module = tf.Module(name="repvgg")
-    module.params = tf.nest.map_structure(tf.Variable, network.params)
-    operators = _Operators(network, tf)
+    layers = [_translate(operator, tf) for operator in operators.operators(network)]
+    module.weights = [variable for _, variables in layers for variable in variables]
 
     def serve(images: Any) -> dict[str, Any]:
-        return {network.output_name: walk(network, module.params, operators, images)}
+        x = images
+        if network.with_preprocessing:
+            normalize = network.normalize
+            x = (tf.cast(x, tf.float32) - normalize.offset) * normalize.factor
+        for function, variables in layers:
+            x = function(x, *variables)
+        return {network.output_name: x}
 
     spec = tf.TensorSpec((None, *network.image_shape), network.images.dtype, network.input_name)
     module.serve = tf.function(serve, input_signature=[spec])
     return module
 
 
-class _Operators:
-    """TensorFlow's operators; what flows between them are tensors."""
+def _translate(operator: operators.Operator, tf: Any) -> tuple[Callable[..., Any], list[Any]]:
+    """An operator as a function of its input and its variables."""
+    match operator:
+        case operators.Conv():
+            (above, left), stride, dilation = operator.padding, operator.stride, operator.dilation
+            # At stride 1 "SAME" is this very padding, and needs no operator of its own.
+            explicit = [(0, 0), (above, above), (left, left), (0, 0)]
+            padding = "SAME" if stride == 1 else explicit
 
-    def __init__(self, network: Network, tf: Any):
-        self.network = network
-        self.tf = tf
+            def conv(x: Any, kernel: Any, bias: Any) -> Any:
+                x = tf.nn.conv2d(x, kernel, stride, padding, dilations=dilation, name=operator.name)
+                return tf.nn.bias_add(x, bias)
 
-    def enter(self, images: Any) -> Any:
-        if not self.network.with_preprocessing:
-            return images
-        metadata = self.network.metadata
-        return self.tf.cast(images, self.tf.float32) * metadata.scale + metadata.shift
+            return conv, _variables(tf, operator.kernel, operator.bias)
+        case operators.Activation(kind):
+            return {"relu": tf.nn.relu, "silu": tf.nn.silu}[kind], []
+        case operators.Gate(_, reduce, expand):
 
-    def conv(self, x: Any, layer: Layer, params: Mapping[str, Any]) -> Any:
-        pad = (layer.dilation, layer.dilation)
-        # At stride 1 "SAME" is this very padding, and needs no operator of its own.
-        padding = "SAME" if layer.stride == 1 else [(0, 0), pad, pad, (0, 0)]
-        x = self.tf.nn.conv2d(
-            x, params["kernel"], layer.stride, padding, dilations=layer.dilation, name=layer.name
-        )
-        return self.tf.nn.bias_add(x, params["bias"])
+            def gate(x: Any, *variables: Any) -> Any:
+                y = tf.reduce_mean(x, (1, 2), keepdims=True)
+                y = tf.nn.relu(_pointwise(tf, y, *variables[:2]))
+                return x * tf.sigmoid(_pointwise(tf, y, *variables[2:]))
 
-    def relu(self, x: Any) -> Any:
-        return self.tf.nn.relu(x)
+            return gate, _variables(tf, reduce.kernel, reduce.bias, expand.kernel, expand.bias)
+        case operators.Pool():
+            return lambda x: tf.reduce_mean(x, (1, 2)), []
+        case operators.Linear():
+            return (
+                lambda x, kernel, bias: tf.nn.bias_add(tf.matmul(x, kernel), bias),
+                _variables(tf, operator.kernel, operator.bias),
+            )
+        case operators.Softmax():
+            return tf.nn.softmax, []
 
-    def gate(self, x: Any, layer: Layer, params: Mapping[str, Any]) -> Any:
-        # Linear layers on one pixel: as convolutions they need no reshaping.
-        gate = self.tf.reduce_mean(x, (1, 2), keepdims=True)
-        gate = self.tf.nn.relu(self._pointwise(gate, params["reduce"]))
-        return x * self.tf.sigmoid(self._pointwise(gate, params["expand"]))
 
-    def pool(self, x: Any) -> Any:
-        return self.tf.reduce_mean(x, (1, 2))
+def _variables(tf: Any, *values: np.ndarray) -> list[Any]:
+    return [tf.Variable(value) for value in values]
 
-    def classify(self, x: Any, params: Mapping[str, Any]) -> Any:
-        return self.tf.nn.bias_add(self.tf.matmul(x, params["kernel"]), params["bias"])
 
-    def softmax(self, x: Any) -> Any:
-        return self.tf.nn.softmax(x)
+def _pointwise(tf: Any, x: Any, kernel: Any, bias: Any) -> Any:
+    """A linear layer on a single pixel: as a convolution it needs no reshape."""
+    return tf.nn.bias_add(tf.nn.conv2d(x, kernel[None, None], 1, "VALID"), bias)
 
-    def _pointwise(self, x: Any, params: Mapping[str, Any]) -> Any:
-        kernel = params["kernel"][None, None]
-        return self.tf.nn.bias_add(self.tf.nn.conv2d(x, kernel, 1, "VALID"), params["bias"])
+
+def write_savedmodel(network: Network, path: Path, dtype: str) -> None:
+    """Writes a SavedModel directory; `dtype` is float32."""
+    tf = load()
+    module = build(network)
+    tf.saved_model.save(module, str(path), {SIGNATURE: module.serve})
+    extra = path / "assets.extra"
+    extra.mkdir()
+    description = json.dumps(network.description(SAVEDMODEL.layout), indent=2, ensure_ascii=False)
+    (extra / "metadata.json").write_text(description + "\n", encoding="utf-8")
+
+
+def _open_savedmodel(path: Path, network: Network) -> Run:
+    tf = load()
+    serve = tf.saved_model.load(str(path)).signatures[SIGNATURE]
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return serve(**{network.input_name: tf.constant(images)})[network.output_name].numpy()
+
+    return run
+
+
+SAVEDMODEL = Format(
+    name="savedmodel",
+    filename="savedmodel",
+    write=write_savedmodel,
+    packages=("tensorflow",),
+    tolerances={"float32": TOLERANCE},
+    runtimes=(Runtime("tensorflow", _open_savedmodel),),
+    marker="saved_model.pb",
+    extra="tf",
+)
+
+
+def write_tflite(network: Network, path: Path, dtype: str) -> None:
+    """Writes a .tflite file.
+
+    In float16 the weights are stored as float16: half the file, computed in float16 by GPU
+    delegates and in float32 by processors.
+    """
+    tf = load()
+    module = build(network)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions(
+        [module.serve.get_concrete_function()], module
+    )
+    if dtype == "float16":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.target_spec.supported_types = [tf.float16]
+    path.write_bytes(converter.convert())
+    description = network.description(TFLITE.layout)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("metadata.json", json.dumps(description, indent=2, ensure_ascii=False))
+        if network.labels:
+            archive.writestr("labels.txt", "\n".join(network.labels) + "\n")
+
+
+def _open_tflite(path: Path, network: Network) -> Run:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(path), num_threads=os.cpu_count())
+    run = interpreter.get_signature_runner(SIGNATURE)
+
+    def answer(images: np.ndarray) -> np.ndarray:
+        return run(**{network.input_name: images})[network.output_name]
+
+    return answer
+
+
+TFLITE = Format(
+    name="tflite",
+    filename="model.tflite",
+    write=write_tflite,
+    packages=("tensorflow",),
+    tolerances={"float32": TOLERANCE, "float16": 1e-2},
+    runtimes=(Runtime("ai_edge_litert", _open_tflite),),
+    extra="tf",
+)

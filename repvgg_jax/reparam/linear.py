@@ -156,7 +156,7 @@ class Leaf(NamedTuple):
 
     Attributes:
       collection: `params` or `batch_stats`.
-      name: the child that it belongs to, e.g. `conv3x3`.
+      name: the child that it belongs to, the name of a term.
       leaf: `kernel`, `bias`, `scale`, `mean` or `var`.
       shape: its shape.
     """

@@ -112,7 +112,7 @@ def validation_images(run: RunWeights, count: int) -> tuple[np.ndarray, str]:
     source, (size, _, channels) = run.settings.data.source, run.eval_shape
     try:
         images = load(run.settings.data).evaluation_images(count)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # only training needs some libraries
         if channels != 3:
             raise
         images = photos.crops(size)

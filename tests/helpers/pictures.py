@@ -4,7 +4,6 @@ import io
 import pathlib
 import tarfile
 
-import jax
 import numpy as np
 from PIL import Image
 
@@ -13,10 +12,6 @@ from repvgg_jax.data.dataset import Dataset
 from repvgg_jax.data.sources import Source
 
 CLASSES = ("n01", "n02", "n03")
-
-MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-OVER_BATCH = jax.sharding.NamedSharding(MESH, jax.sharding.PartitionSpec("data"))
-"""The batch axis over the eight devices of the tests."""
 
 
 def in_memory(source: Source, **changes) -> Dataset:

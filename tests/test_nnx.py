@@ -10,6 +10,8 @@ from flax import nnx
 import repvgg_jax as rv
 from tests.helpers.weights_samples import CLASSES, random_variables
 
+pytestmark = pytest.mark.core
+
 TINY = rv.Variant("tiny", (2,), (8,), stem_channels=4)
 
 

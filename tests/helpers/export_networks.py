@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import re
 import shutil
 import sys
 import tempfile
@@ -10,15 +11,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from repvgg_jax import RepVGG, SqueezeExcite, Variant, create_model, fuse_params
-from repvgg_jax.export import FORMATS, Artefact, Metadata, Network, export
+from repvgg_jax.export import FORMATS, Artifact, Network, Normalize, export
 from tests.trees import random_variables
 
 # As in repvgg_jax.export.onnx, for tests that import openvino before it does.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 KINDS = ("plain", "grouped", "se-before", "se-after", "dilated", "features")
+ACTIVATED = ("silu", "linear")  # of other activations than ReLU
 PIXELS = 24
 LABELS = ("cat", "dog", "élan", "fox", "gnu")
 MEAN, STD = (0.4, 0.45, 0.5), (0.2, 0.25, 0.3)
@@ -37,24 +40,27 @@ def model(kind: str) -> RepVGG:
         "se-after": variant(se=SqueezeExcite(reduction=4, after_relu=True)),
         "dilated": variant(groups=2),
         "features": variant(),
+        "silu": variant(se=SqueezeExcite(reduction=4)),
+        "linear": variant(),
     }
     return create_model(
         variants[kind],
         num_classes=0 if kind == "features" else len(LABELS),
         output_stride=2 if kind == "dilated" else None,
+        activation={"silu": nn.silu, "linear": None}.get(kind, nn.relu),
     )
 
 
 @functools.cache
 def variables(kind: str) -> Any:
     """Training form, NumPy, with random affines and running statistics."""
-    return random_variables(model(kind), size=PIXELS, seed=KINDS.index(kind))
+    return random_variables(model(kind), size=PIXELS, seed=(*KINDS, *ACTIVATED).index(kind))
 
 
 @functools.cache
 def images() -> np.ndarray:
-    """uint8, more than one batch of a proof."""
-    return np.random.default_rng(7).integers(0, 256, (19, PIXELS, PIXELS, 3), np.uint8)
+    """uint8, one image and a batch of a proof."""
+    return np.random.default_rng(7).integers(0, 256, (17, PIXELS, PIXELS, 3), np.uint8)
 
 
 def fresh(kind: str, with_preprocessing: bool = False) -> Network:
@@ -63,7 +69,8 @@ def fresh(kind: str, with_preprocessing: bool = False) -> Network:
         model(kind),
         fuse_params(variables(kind)),
         images=images(),
-        metadata=Metadata(MEAN, STD, () if kind == "features" else LABELS),
+        normalize=Normalize(MEAN, STD),
+        labels=() if kind == "features" else LABELS,
         with_preprocessing=with_preprocessing,
     )
 
@@ -73,10 +80,10 @@ network = functools.cache(fresh)
 
 
 @functools.cache
-def artefact(
+def artifact(
     name: str, kind: str, dtype: str | None = None, with_preprocessing: bool = False
-) -> Artefact:
-    """An artefact that tests only read, written once."""
+) -> Artifact:
+    """An artifact that tests only read, written once."""
     directory = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, directory)
     form = FORMATS[name]
@@ -85,11 +92,11 @@ def artefact(
 
 @functools.cache
 def expected(kind: str) -> np.ndarray:
-    """What artefacts must answer: the three-branch network on images normalised by hand."""
-    normalised = (images() / 255 - np.asarray(MEAN)) / np.asarray(STD)
+    """What artifacts must answer: the three-branch network on images normalized by hand."""
+    normalized = (images() / 255 - np.asarray(MEAN)) / np.asarray(STD)
     with jax.default_matmul_precision("highest"):
         apply = jax.jit(model(kind).apply)
-        return np.asarray(apply(variables(kind), normalised.astype(np.float32)))
+        return np.asarray(apply(variables(kind), normalized.astype(np.float32)))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -106,3 +113,10 @@ def relative(reference: np.ndarray, other: np.ndarray) -> float:
     """Largest difference, relative to the largest of the reference."""
     assert reference.shape == other.shape
     return float(np.abs(reference - other).max() / np.abs(reference).max())
+
+
+def documented(section: str) -> list[str]:
+    """The Python blocks of a section of docs/deploy.md."""
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
+    (text,) = re.findall(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", page, re.M | re.S)
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)

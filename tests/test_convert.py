@@ -1,0 +1,403 @@
+"""Conversions: from a run or a checkpoint to a deploy directory that is proven and verified."""
+
+import dataclasses
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import linen as nn
+
+from repvgg_jax import create_model, files, fuse_params, load_weights, save_weights
+from repvgg_jax.convert import source
+from repvgg_jax.convert.deployed import Output, load_deployed
+from repvgg_jax.convert.pipeline import convert
+from repvgg_jax.convert.source import Source
+from repvgg_jax.export import FORMATS, Normalize, Target, parse_targets
+from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.experiment import build_model
+from repvgg_jax.train.settings import Settings
+from repvgg_jax.train.state import TrainState
+from repvgg_jax.train.workdir import RunMetadata, Workdir
+from tests.helpers import export_networks as nets
+from tests.helpers.commands import ROOT, check_one_line, run
+from tests.trees import random_variables
+
+OLD = ROOT / "tests" / "data" / "v0.1-0164ae8"  # a run and a deploy directory of that commit
+DEFAULT = parse_targets(["orbax", "safetensors"])
+
+
+def network(kind: str = "plain", **options) -> Source:
+    """A small network to convert, in training form."""
+    values = {
+        "title": f"RepVGG {kind}",
+        "model": nets.model(kind),
+        "variables": nets.variables(kind),
+        "images": nets.images(),
+        "image_source": "17 random images",
+        "normalize": Normalize(nets.MEAN, nets.STD),
+        "labels": () if kind == "features" else nets.LABELS,
+        "details": {"weights": "none"},
+    }
+    return Source(**{**values, **options})
+
+
+@pytest.fixture(scope="module")
+def deploy(tmp_path_factory):
+    """A deploy directory of the default formats; tests that change it copy it."""
+    path = tmp_path_factory.mktemp("converted") / "deploy"
+    convert(network(), Output(path), targets=DEFAULT)
+    return path
+
+
+class TestConvert:
+    """The pipeline."""
+
+    @pytest.mark.parametrize("kind", ["features", "silu"])
+    def test_what_was_written_is_the_trained_network(self, kind, tmp_path):
+        done = convert(network(kind), Output(tmp_path / "deploy"), targets=DEFAULT)
+        assert done.proof is not None
+        assert done.proof.holds
+        assert done.proof.images == len(nets.images())
+        deployed = load_deployed(tmp_path / "deploy")
+        chex.assert_trees_all_equal(deployed.variables, fuse_params(nets.variables(kind)))
+        images = network().normalize(nets.images())
+        found = np.asarray(jax.jit(deployed.model.apply)(deployed.variables, images))
+        assert nets.relative(nets.expected(kind), found) <= 1e-5
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["deploy"]
+
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            deployed.variables,
+        )
+        with ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore(tmp_path / "deploy" / "orbax", abstract)
+        chex.assert_trees_all_equal(restored, deployed.variables)
+
+    def test_each_form_is_compiled_once(self, tmp_path):
+        """Its proof and its timing share the program."""
+        traced = []
+
+        class Model:
+            def __init__(self, model):
+                self.model, self.deploy = model, model.deploy
+
+            def __getattr__(self, name):
+                return getattr(self.model, name)
+
+            def clone(self, **options):
+                if options.keys() == {"deploy"}:
+                    return Model(self.model.clone(**options))
+                return self.model.clone(**options)  # for `Network`
+
+            def apply(self, variables, images):
+                traced.append(self.deploy)
+                return self.model.apply(variables, images)
+
+        counted = network(model=Model(nets.model("plain")))
+        done = convert(counted, Output(tmp_path / "deploy"), targets=DEFAULT)
+        assert sorted(traced) == [False, True]
+        assert all(speed > 0 for speed in done.images_per_second)
+
+    def test_each_file_is_hashed_once(self, tmp_path, monkeypatch):
+        hashed = []
+        sha256 = files.sha256
+
+        def counted(path):
+            hashed.append(path.name)
+            return sha256(path)
+
+        monkeypatch.setattr(files, "sha256", counted)
+        convert(network(), Output(tmp_path / "deploy"), targets=parse_targets(["safetensors"]))
+        assert sorted(hashed) == ["metadata.json", "model.safetensors"]
+
+    def test_files_say_what_they_are(self, deploy):
+        metadata = json.loads((deploy / "metadata.json").read_text())
+        assert metadata["classes"] == list(nets.LABELS)
+        assert (metadata["mean"], metadata["std"]) == (list(nets.MEAN), list(nets.STD))
+        assert metadata["image_shape"] == [24, 24, 3]
+        assert metadata["source"] == {"weights": "none"}
+        assert metadata["versions"].keys() >= {"jax", "flax", "repvgg-jax"}
+        proof = json.loads((deploy / "proof.json").read_text())
+        assert proof["fused"]["holds"] is True
+        assert proof["fused"]["relative"] <= proof["fused"]["tolerance"] == 1e-5
+        assert [
+            (artifact["format"], artifact["status"], artifact["same_bits"], artifact["files"])
+            for artifact in proof["artefacts"]
+        ] == [
+            ("orbax", "proven", True, ["orbax"]),
+            ("safetensors", "proven", True, ["model.safetensors"]),
+        ]
+        there = {file for file in deploy.rglob("*") if file.is_file()}
+        listed = {deploy / name for name in proof["sha256"]}
+        assert there - listed == {deploy / "proof.json"}
+        assert listed <= there
+
+    def test_keys_on_disk_stay(self, deploy):
+        """Everything that 0164ae8 wrote is still written."""
+        for name in ("metadata.json", "proof.json"):
+            old = json.loads((OLD / "deploy" / name).read_text())
+            new = json.loads((deploy / name).read_text())
+            assert old.keys() <= new.keys()
+            if name == "proof.json":
+                for before, now in zip(old["artefacts"], new["artefacts"], strict=False):
+                    assert before.keys() <= now.keys()
+                    assert before.get("description", {}).keys() <= now["description"].keys()
+
+    def test_preprocessing_is_in_graphs_and_not_in_weights(self, tmp_path):
+        output = Output(tmp_path / "deploy")
+        targets = parse_targets(["stablehlo", "safetensors"])
+        convert(network(), output, targets=targets, with_preprocessing=True)
+        blob = (output.path / "model.stablehlo").read_bytes()
+        found = np.asarray(jax.export.deserialize(bytearray(blob)).call(nets.images()))
+        wanted = nets.softmax(nets.expected("plain"))
+        assert nets.relative(nets.log(wanted), nets.log(found)) <= 1e-5
+        proof = json.loads((output.path / "proof.json").read_text())
+        kinds = [artifact["description"]["input_dtype"] for artifact in proof["artefacts"]]
+        assert kinds == ["uint8", "float32"]
+
+    def test_a_fused_source_is_written_as_it_is(self, tmp_path):
+        fused = fuse_params(nets.variables("plain"))
+        given = network(model=nets.model("plain").clone(deploy=True), variables=fused)
+        done = convert(given, Output(tmp_path / "deploy"), targets=DEFAULT)
+        assert done.proof is None
+        assert "proof: none" in done.table()
+        deployed = load_deployed(tmp_path / "deploy")
+        assert deployed.proof["fused"] is None
+        chex.assert_trees_all_equal(deployed.variables, fused)
+
+    def test_a_failed_proof_writes_nothing_and_keeps_what_was_there(self, deploy, tmp_path):
+        shutil.copytree(deploy, tmp_path / "deploy")
+        with pytest.raises(ValueError, match=r"> 1e-12"):
+            convert(network(), Output(tmp_path / "deploy"), targets=DEFAULT, tolerance=1e-12)
+        with pytest.raises(ValueError, match=r"nothing was written"):
+            convert(network(), Output(tmp_path / "new"), targets=DEFAULT, tolerance=1e-12)
+        assert [path.name for path in tmp_path.iterdir()] == ["deploy"]
+        load_deployed(tmp_path / "deploy")
+
+    def test_an_artifact_that_fails_leaves_nothing(self, tmp_path):
+        def write(network, path, dtype):
+            path.write_text("half of it")
+            raise ValueError("no more ink")
+
+        broken = Target(dataclasses.replace(FORMATS["stablehlo"], write=write), "float32")
+        with pytest.raises(ValueError, match="ink"):
+            convert(network(), Output(tmp_path / "deploy"), targets=[*DEFAULT, broken])
+        assert not list(tmp_path.iterdir())
+
+    def test_an_activation_that_cannot_be_read_back(self, tmp_path):
+        given = network(model=nets.model("plain").clone(activation=nn.gelu))
+        with pytest.raises(ValueError, match="gelu"):
+            convert(given, Output(tmp_path / "deploy"), targets=DEFAULT)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_tolerance_that_nothing_meets(self, tmp_path):
+        with pytest.raises(ValueError, match="tolerance=0"):
+            convert(network(), Output(tmp_path / "deploy"), targets=DEFAULT, tolerance=0)
+
+
+class TestOutput:
+    """Where a conversion may write."""
+
+    def test_nothing_there_or_an_earlier_conversion(self, deploy, tmp_path):
+        (tmp_path / "empty").mkdir()
+        for path in (deploy, tmp_path / "empty", tmp_path / "new"):
+            assert Output(path).path == path
+
+    def test_what_is_not_ours_is_left_alone(self, tmp_path):
+        (tmp_path / "letter.txt").write_text("x")
+        with pytest.raises(ValueError, match=r"letter\.txt.*--output"):
+            Output(tmp_path)
+        with pytest.raises(ValueError, match=r"letter\.txt is a file"):
+            Output(tmp_path / "letter.txt")
+        assert (tmp_path / "letter.txt").read_text() == "x"
+
+
+class TestLoadDeployed:
+    """Reading a deploy directory."""
+
+    def test_one_of_an_older_version(self):
+        deployed = load_deployed(OLD / "deploy")
+        assert deployed.model.variant.name == "tiny"
+        assert deployed.metadata["classes"] == list("0123456789")
+        assert deployed.proof["artefacts"][0]["format"] == "orbax"
+        with np.load(OLD / "logits.npz") as recorded:
+            found = jax.jit(deployed.model.apply)(deployed.variables, recorded["images"])
+            assert nets.relative(recorded["deploy"], np.asarray(found)) <= 1e-5
+
+    @pytest.mark.parametrize("name", ["metadata.json", "model.safetensors", "orbax/_METADATA"])
+    def test_a_changed_file_is_refused(self, name, deploy, tmp_path):
+        shutil.copytree(deploy, tmp_path / "deploy")
+        content = (tmp_path / "deploy" / name).read_bytes()
+        # Each remains a readable file: a weight that is another one, or JSON with one more space.
+        damaged = bytes([content[-1] ^ 1]) if name.endswith(".safetensors") else content[-1:] + b" "
+        (tmp_path / "deploy" / name).write_bytes(content[:-1] + damaged)
+        with pytest.raises(ValueError, match=name):
+            load_deployed(tmp_path / "deploy")
+
+    def test_what_is_not_needed_may_be_missing(self, deploy, tmp_path):
+        shutil.copytree(deploy, tmp_path / "deploy")
+        shutil.rmtree(tmp_path / "deploy" / "orbax")
+        load_deployed(tmp_path / "deploy")
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("proof.json", None, r"proof\.json"),
+            ("proof.json", "{", r"proof\.json"),
+            ("proof.json", "[]", r"proof\.json.*list"),
+            ("proof.json", "{}", r"checksums"),
+            ("proof.json", '{"sha256": {}}', r"metadata\.json"),
+            ("metadata.json", None, "not a converted"),
+            ("metadata.json", "{}", "not a converted"),
+            ("model.safetensors", None, "--format safetensors"),
+        ],
+    )
+    def test_a_missing_or_broken_file_is_named(self, name, content, message, deploy, tmp_path):
+        shutil.copytree(deploy, tmp_path / "deploy")
+        (tmp_path / "deploy" / name).unlink()
+        if content is not None:
+            (tmp_path / "deploy" / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_deployed(tmp_path / "deploy")
+
+    def test_a_proof_that_does_not_hold_is_refused(self, deploy, tmp_path):
+        shutil.copytree(deploy, tmp_path / "deploy")
+        proof = json.loads((deploy / "proof.json").read_text())
+        proof["fused"]["holds"] = False
+        (tmp_path / "deploy" / "proof.json").write_text(json.dumps(proof))
+        with pytest.raises(ValueError, match="differs"):
+            load_deployed(tmp_path / "deploy")
+
+    def test_the_page_says_how(self, deploy, monkeypatch):
+        monkeypatch.chdir(deploy.parent)
+        given = {"images": nets.images()}
+        (block,) = nets.documented("JAX with this package")
+        exec(compile(block, "docs/deploy.md", "exec"), given)
+        assert nets.relative(nets.expected("plain"), given["logits"]) <= 1e-5
+
+
+class TestSource:
+    """What a conversion starts from."""
+
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("x.pth", {}, r"x\.pth"),
+            ("repvgg_a0.rvgg_in1k", {}, r"repvgg_a0\.rvgg_in1k"),
+            ("x.pth", {"image_size": 0}, "image-size=0"),
+        ],
+    )
+    def test_weights_that_are_not_there(self, name, options, message, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises((ValueError, OSError), match=message):
+            source.from_weights(name, **options)
+
+    def test_a_file_for_images_of_another_depth(self, tmp_path):
+        variables = random_variables(create_model("A0", num_classes=3), channels=1)
+        save_weights(tmp_path / "gray.npz", variables, family="flax", variant="A0")
+        with pytest.raises(ValueError, match="1 channels"):
+            source.from_weights(str(tmp_path / "gray.npz"))
+
+    def test_a_run_without_its_data_and_its_optimizer(self, tmp_path):
+        """It has the built-in photographs instead of its validation images, and says so."""
+        content = json.loads((OLD / "run" / "config.json").read_text())
+        content["data"] |= {"source": "folder:/images/that/are/gone", "train_size": 24}
+        content["data"] |= {"mean": nets.MEAN, "std": nets.STD}
+        settings = Settings.from_mapping(content)
+        trained = random_variables(build_model(settings, 5), size=24)
+        workdir = Workdir(tmp_path / "run")
+        workdir.claim(settings)
+        normalize = Normalize(nets.MEAN, nets.STD)
+        workdir.write_metadata(RunMetadata(nets.LABELS, (24, 24, 3), (24, 24, 3), normalize))
+        state = TrainState(step=jnp.int32(7), **trained, opt_state={}, ema={})
+        with Checkpoints(workdir.checkpoints) as checkpoints:
+            checkpoints.save(jax.device_put(state), wait=True)
+
+        given = source.from_run(workdir.path)
+        assert given.images.shape[1:] == (24, 24, 3)
+        assert given.labels == nets.LABELS
+        assert given.normalize == normalize
+        done = convert(given, Output(tmp_path / "deploy"), targets=DEFAULT)
+        assert "photographs" in done.table()
+        assert "/images/that/are/gone" in done.table()
+        deployed = load_deployed(tmp_path / "deploy")
+        assert "photographs" in deployed.metadata["source"]["images"]
+        chex.assert_trees_all_equal(deployed.variables, fuse_params(trained))
+
+    def test_a_run_without_a_checkpoint(self, tmp_path):
+        with pytest.raises(ValueError, match="no-run"):
+            source.from_run(tmp_path / "no-run")
+        with pytest.raises(ValueError, match=r"config\.json"):
+            source.from_run(tmp_path)
+        shutil.copytree(OLD / "run", tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        with pytest.raises(ValueError, match="no checkpoint"):
+            source.from_run(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["official", "timm"])
+def test_a_checkpoint_of_another_project(family, tmp_path):
+    """A published file in, a fused network out, proven on photographs."""
+    trained = random_variables(create_model("A0", num_classes=7))
+    path = tmp_path / "a0.safetensors"
+    save_weights(path, trained, family=family)
+    given = source.from_weights(str(path), image_size=64)
+    assert f"A0, training form, 7 classes, {family}" in given.title
+    targets = parse_targets(["safetensors", "torch-timm", "orbax"])
+    done = convert(given, Output(tmp_path / "deploy"), targets=targets)
+    assert "photographs" in done.table()
+    deployed = load_deployed(tmp_path / "deploy")
+    chex.assert_trees_all_equal(deployed.variables, fuse_params(trained))
+    again = load_weights(tmp_path / "deploy" / "model.timm.safetensors")
+    assert (again.variant, again.deploy, again.family) == ("A0", True, "timm")
+    chex.assert_trees_all_equal(again.variables, fuse_params(trained))
+
+    # What came fused stays as it is.
+    given = source.from_weights(str(tmp_path / "deploy" / "model.timm.safetensors"), image_size=64)
+    assert convert(given, Output(tmp_path / "again"), targets=DEFAULT).proof is None
+    chex.assert_trees_all_equal(load_deployed(tmp_path / "again").variables, deployed.variables)
+
+
+@pytest.mark.system
+class TestCommand:
+    """The command, as a user runs it."""
+
+    def test_a_run_converts_to_the_same_bits_on_any_number_of_devices(self, tmp_path):
+        shutil.copytree(OLD / "run", tmp_path / "run")
+        classes, shape = tuple("0123456789"), (8, 8, 1)
+        metadata = RunMetadata(classes, shape, shape, Normalize((0.305,), (0.376,)))
+        Workdir(tmp_path / "run").write_metadata(metadata)
+        status, out, err = run("convert.py", "--workdir=run", "--output=deploy", cwd=tmp_path)
+        assert (status, err) == (0, "")
+        lines = out.splitlines()
+        assert lines[0] == "RepVGG tiny, step 66 of run"
+        assert lines[2].split()[0] == "parameters"
+        assert "same class on 100.00% of 360 images" in lines[4]
+        assert lines[5] == "proof images: 360 validation images of digits"
+        # This process has eight devices, that one had one.
+        given = source.from_run(tmp_path / "run")
+        assert given.details["step"] == 66
+        convert(given, Output(tmp_path / "deploy8"), targets=DEFAULT)
+        one, eight = (load_deployed(tmp_path / name) for name in ("deploy", "deploy8"))
+        chex.assert_trees_all_equal(one.variables, eight.variables)
+        assert one.metadata["classes"] == list(classes)
+        assert one.model == create_model(one.model.variant, num_classes=10, deploy=True)
+
+    def test_a_mistake_is_one_line(self, tmp_path):
+        arguments = ["--workdir=x", "--output=y", "--format=onyx"]
+        check_one_line(tmp_path, 1, ".*did you mean 'onnx'", "convert.py", *arguments)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_traceback_shows_where_an_error_arose(self, tmp_path):
+        status, _, err = run("convert.py", "--workdir=x", "--from=y", "--traceback", cwd=tmp_path)
+        assert status == 1
+        assert "Traceback" in err
+        assert "--output" in err.splitlines()[-1]
