@@ -56,8 +56,9 @@ class TestLoadRun:
         run = load_run(elsewhere)
         chex.assert_trees_all_equal(run.variables, load_run(small_run[0]).variables)
         assert run.classes == tuple("0123456789")
-        with pytest.raises(ValueError, match="/data/that/is/not/here"):
-            validation_images(run, 9)  # photographs have three channels
+        images, _ = validation_images(run, 9)
+        assert (images.shape[1:], images.dtype) == ((8, 8, 1), np.uint8)
+        np.testing.assert_allclose(images, photos.crops(8).mean(-1, keepdims=True), atol=0.5)
 
     def test_starting_from_it(self, small_run, elsewhere):
         config = small_config(init_from=str(elsewhere), optimizer__name="adamw")

@@ -96,7 +96,7 @@ def validation_images(run: RunWeights, count: int) -> tuple[np.ndarray, str]:
     """Real images of the shape that a run's network is evaluated on.
 
     The run's own validation images if its data are there, else crops of the built-in
-    photographs.
+    photographs, in gray for a single channel.
 
     Args:
       run: whose images.
@@ -109,13 +109,15 @@ def validation_images(run: RunWeights, count: int) -> tuple[np.ndarray, str]:
     Raises:
       ValueError: no data, and a number of channels that photographs do not have.
     """
-    source, (size, _, channels) = run.settings.data.source, run.eval_shape
+    source, (height, width, channels) = run.settings.data.source, run.eval_shape
     try:
         images = load(run.settings.data).evaluation_images(count)
     except (ImportError, OSError, ValueError) as error:  # only training needs some libraries
-        if channels != 3:
+        if channels not in (1, 3):
             raise
-        images = photos.crops(size)
+        images = photos.crops(max(height, width))[:, :height, :width]
+        if channels == 1:
+            images = images.mean(-1, keepdims=True).round().astype(np.uint8)
         reason = one_line(error)
         return images, f"{len(images)} crops of built-in photographs (no {source}: {reason})"
     return images, f"{len(images):,} validation images of {source}"
