@@ -11,10 +11,10 @@ from repvgg_jax import create_model
 from repvgg_jax.reparam import decay_mask, equivalent_l2
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.optimizer import make_optimizer, schedule
-from repvgg_jax.train.settings import OptimizerSettings
+from repvgg_jax.train.settings import OptimizerSettings, Settings
 from repvgg_jax.train.step import Classification, EvalStep
 from repvgg_jax.train.validate import check_batches
-from tests.helpers.runs import small_experiment
+from tests.helpers.runs import assert_same, in_float64, small_config, small_experiment
 from tests.trees import TINY_AUXILIARY, paths, random_variables
 
 
@@ -26,17 +26,12 @@ def batch_of(run: Experiment, size: int = 64):
 
 @pytest.mark.parametrize("group_size", ["global", 16])
 def test_a_step_on_eight_devices_is_a_step_on_one(group_size):
-    run = small_experiment(bn__group_size=group_size)
-    state, batch = jax.device_get((run.initial_state(), batch_of(run)))
-    step = jax.jit(run.train_step)
-    one, one_metrics = step(*jax.device_put((state, batch), jax.devices()[0]))
-    eight, eight_metrics = step(
-        jax.device_put(state, run.replicated), jax.device_put(batch, run.over_batch)
-    )
-    chex.assert_trees_all_close(jax.device_get(one), jax.device_get(eight), rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(
-        jax.device_get(one_metrics), jax.device_get(eight_metrics), rtol=1e-5
-    )
+    with in_float64(small_experiment(bn__group_size=group_size)) as (run,):
+        state, batch = jax.device_get((run.initial_state(), batch_of(run)))
+        step = jax.jit(run.train_step)
+        one = step(*jax.device_put((state, batch), jax.devices()[0]))
+        eight = step(jax.device_put(state, run.replicated), jax.device_put(batch, run.over_batch))
+        assert_same(one, eight)
 
 
 def test_the_step_compiles_once_and_takes_its_own_output():
@@ -75,13 +70,11 @@ def test_state_stays_float32_when_computing_in_bfloat16():
 
 
 def test_the_covariance_form_takes_the_same_step():
-    plain, fast = (small_experiment(model__train_form=form) for form in ("branches", "covariance"))
-    state, batch = plain.initial_state(), batch_of(plain)
-    (a, a_metrics), (b, b_metrics) = (
-        jax.jit(run.train_step)(state, batch) for run in (plain, fast)
-    )
-    chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-6)
-    chex.assert_trees_all_close(a_metrics, b_metrics, rtol=1e-5)
+    with in_float64(
+        *(small_experiment(model__train_form=form) for form in ("branches", "covariance"))
+    ) as runs:
+        state, batch = runs[0].initial_state(), batch_of(runs[0])
+        assert_same(*(jax.jit(run.train_step)(state, batch) for run in runs))
 
 
 def test_the_first_bad_gradient_is_named():
@@ -287,17 +280,14 @@ class TestOptimizer:
 class TestEquivalentL2:
     def test_by_hand_and_in_the_step(self):
         """The gradient is added to that of the loss, and ordinary decay spares the branches."""
-        plain, ours = (
-            small_experiment(
-                optimizer__equivalent_l2=on,
-                optimizer__weight_decay=0.3,
-                optimizer__warmup_epochs=0.0,
-                optimizer__momentum=0.0,
-            )
-            for on in (False, True)
-        )
-        state, batch = plain.initial_state(), batch_of(plain)
-        (a, _), (b, _) = (jax.jit(run.train_step)(state, batch) for run in (plain, ours))
+        settings = {"weight_decay": 0.3, "warmup_epochs": 0.0, "momentum": 0.0}
+        overrides = {f"optimizer__{name}": value for name, value in settings.items()}
+        with in_float64(
+            *(small_experiment(optimizer__equivalent_l2=on, **overrides) for on in (False, True))
+        ) as runs:
+            state, batch = runs[0].initial_state(), batch_of(runs[0])
+            steps = [jax.jit(run.train_step)(state, batch)[0] for run in runs]
+        state, a, b = jax.device_get((state, *steps))
         rate = 0.4 * 128 / 256
         block, stats = state.params["stem"], a.batch_stats["stem"]
         t3, t1 = (
@@ -336,41 +326,41 @@ class TestAccumulation:
 
     @pytest.mark.parametrize("unrolled", [True, False])
     def test_a_step_in_microbatches_is_the_step(self, unrolled):
-        whole = small_experiment(bn__group_size=8, model__dtype="float32")
-        step = dataclasses.replace(whole.train_step, microbatches=4, unrolled=unrolled)
-        state, batch = whole.initial_state(), batch_of(whole)
-        a, a_metrics = jax.jit(whole.train_step)(state, batch)
-        b, b_metrics = jax.jit(step)(state, batch)
-        chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-6)
-        chex.assert_trees_all_close(a_metrics, b_metrics, rtol=1e-5)
+        config = small_config(bn__group_size=8, model__dtype="float32")
+        with in_float64(Experiment.from_config(config)) as (whole,):
+            step = dataclasses.replace(whole.train_step, microbatches=4, unrolled=unrolled)
+            state, batch = whole.initial_state(), batch_of(whole)
+            assert_same(jax.jit(whole.train_step)(state, batch), jax.jit(step)(state, batch))
 
     def test_microbatches_on_eight_devices(self):
-        run = small_experiment(bn__group_size=4, train__accumulate=2)
-        assert run.train_step.microbatches == 2
-        state, batch = jax.device_get((run.initial_state(), batch_of(run)))
-        one, _ = jax.jit(run.train_step)(*jax.device_put((state, batch), jax.devices()[0]))
-        eight, _ = jax.jit(run.train_step)(
-            jax.device_put(state, run.replicated), jax.device_put(batch, run.over_batch)
-        )
-        chex.assert_trees_all_close(
-            jax.device_get(one), jax.device_get(eight), rtol=1e-5, atol=1e-6
-        )
+        config = small_config(bn__group_size=4, train__accumulate=2)
+        with in_float64(Experiment.from_config(config)) as (run,):
+            assert run.train_step.microbatches == 2
+            state, batch = jax.device_get((run.initial_state(), batch_of(run)))
+            step = jax.jit(run.train_step)
+            one = step(*jax.device_put((state, batch), jax.devices()[0]))
+            eight = step(
+                jax.device_put(state, run.replicated), jax.device_put(batch, run.over_batch)
+            )
+            assert_same(one, eight)
 
     @pytest.mark.parametrize("unrolled", [True, False])
     def test_every_device_works_on_every_microbatch(self, unrolled, monkeypatch):
         """Also if each holds one group: microbatches of four groups are then shared by eight."""
-        run = small_experiment(train__batch_size=64, bn__group_size=8, train__accumulate=2)
-        check_batches(run.settings, devices=8)
-        step = dataclasses.replace(run.train_step, unrolled=unrolled)
-        monkeypatch.setattr(Experiment, "train_step", step)
-        compiled = run.lower_step().compile()
-        images = re.findall(r"= f32\[(\d+),8,8,8\]\S* convolution\(", compiled.as_text())
-        assert set(images) == {"4"}
-        batch = batch_of(run)
-        whole = dataclasses.replace(step, microbatches=1)
-        expected = jax.device_get(jax.jit(whole)(jax.device_get(run.initial_state()), batch))
-        found = compiled(run.initial_state(), jax.device_put(batch, run.over_batch))
-        chex.assert_trees_all_close(jax.device_get(found), expected, rtol=1e-5, atol=1e-6)
+        config = small_config(train__batch_size=64, bn__group_size=8, train__accumulate=2)
+        check_batches(Settings.from_config(config), devices=8)
+        with in_float64(Experiment.from_config(config)) as (run,):
+            step = dataclasses.replace(run.train_step, unrolled=unrolled)
+            monkeypatch.setattr(Experiment, "train_step", step)
+            compiled = run.lower_step().compile()
+            images = re.findall(r"= f64\[(\d+),8,8,8\]\S* convolution\(", compiled.as_text())
+            assert set(images) == {"4"}
+            batch = batch_of(run)
+            whole = dataclasses.replace(step, microbatches=1)
+            expected = jax.jit(whole)(jax.device_get(run.initial_state()), batch)
+            assert_same(
+                expected, compiled(run.initial_state(), jax.device_put(batch, run.over_batch))
+            )
 
     def test_the_first_line_says_so(self):
         line = small_experiment(bn__group_size=8, train__accumulate=2).describe()

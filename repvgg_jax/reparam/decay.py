@@ -71,7 +71,13 @@ def decay_mask(
                 own[term.name] = {"scale": True}
         if spec and equivalent_l2:
             own |= {conv.name: {"kernel": False} for conv, _ in _penalized(spec)}
-        return rebuild(node, {k: mask(c, k, own.get(k, {})) for k, c in children_of(node)})
+        return rebuild(
+            node,
+            {
+                k: mask(c, k, decays if _is_leaf(c) else own.get(k, {}))
+                for k, c in children_of(node)
+            },
+        )
 
     return mask(params, "", {})
 

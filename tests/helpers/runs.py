@@ -1,13 +1,19 @@
 """Small runs: a few thousand parameters on the real digits."""
 
+import contextlib
+import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from repvgg_jax import Variant
+from repvgg_jax.data.augment import RandomAffine
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.config import default_config
 from repvgg_jax.train.experiment import Experiment
@@ -60,3 +66,42 @@ def final_state(path: pathlib.Path, config: ConfigDict | None = None) -> TrainSt
     experiment = Experiment.from_config(small_config() if config is None else config)
     with Checkpoints(path / "checkpoints") as checkpoints:
         return jax.device_get(checkpoints.restore(experiment.abstract_state()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Augmentation64:
+    """The affine changes of `small_config`, in float64."""
+
+    affine: RandomAffine
+
+    def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        return self.affine(key, jnp.asarray(images, jnp.float64) / 255)
+
+
+@contextlib.contextmanager
+def in_float64(*experiments: Experiment) -> Iterator[list[Experiment]]:
+    """The same experiments in float64, while the context lasts.
+
+    In float32 two programs for the same step differ by rounding, how much depends on the
+    processor; in float64 what is left of a difference of more than 1e-10 is a mistake.
+    """
+    with jax.enable_x64(True):
+        yield [
+            dataclasses.replace(
+                experiment,
+                model=experiment.model.clone(dtype=jnp.float64, param_dtype=jnp.float64),
+                augment=_Augmentation64(experiment.augment.affine),
+            )
+            for experiment in experiments
+        ]
+
+
+def assert_same(tree: Any, other: Any, tolerance: float = 1e-10) -> None:
+    """Each array equals its counterpart, relative to its largest element."""
+    leaves, others = (jax.tree.leaves_with_path(jax.device_get(t)) for t in (tree, other))
+    assert [path for path, _ in leaves] == [path for path, _ in others]
+    for (path, leaf), (_, found) in zip(leaves, others, strict=True):
+        scale = max(np.abs(leaf).max(), np.finfo(np.float32).tiny)
+        np.testing.assert_allclose(
+            found / scale, leaf / scale, rtol=0, atol=tolerance, err_msg=jax.tree_util.keystr(path)
+        )
