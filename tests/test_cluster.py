@@ -18,10 +18,9 @@ import time
 import jax
 import pytest
 
-from repvgg_jax.cluster import consensus, initialize, kv_store, lock
-from repvgg_jax.cluster.initialize import initialized
-from repvgg_jax.cluster.process_info import ProcessInfo, from_launcher
-from repvgg_jax.cluster.watchdog import TIMEOUT, Watchdog
+from repvgg_jax.cluster import consensus, initialize, lock
+from repvgg_jax.cluster.initialize import ProcessInfo, from_launcher, initialized
+from repvgg_jax.cluster.watchdog import TIMEOUT, Watchdog, agree_to_stop
 
 PATIENCE = 60  # seconds until a test that hangs fails
 
@@ -124,7 +123,7 @@ class TestInitialized:
 
     def enter(self, distributed):
         with initialized(distributed, timeout=1, explain=lambda error: 1):
-            return kv_store.client(), jax.process_count()
+            return consensus.client(), jax.process_count()
 
     def test_launcher_without_an_address_starts_no_runs(self, monkeypatch):
         for name, value in ACROSS.items():
@@ -147,8 +146,8 @@ class TestInitialized:
 
 
 def test_single_process_agrees_with_itself():
-    assert consensus.agree_to_stop(None) is None
-    assert consensus.agree_to_stop(signal.SIGINT) is signal.SIGINT
+    assert agree_to_stop(None) is None
+    assert agree_to_stop(signal.SIGINT) is signal.SIGINT
     assert consensus.broadcast(True)
     assert not consensus.all_true(False)
     assert consensus.gather("question", "answer") == ["answer"]
@@ -325,9 +324,9 @@ class TestWatchdog:
         for watchdog in watchdogs:
             watchdog.check()
             for _ in range(5):
-                assert watchdog.agree_to_stop(None) is None
+                assert agree_to_stop(None) is None
         for watchdog in watchdogs[:2]:
-            assert watchdog.agree_to_stop(None) is None
+            assert agree_to_stop(None) is None
             watchdog.close()
         assert watchdogs[2].agree_to_stop(signal.SIGTERM) is None
         for self.now in (1, 2 * TIMEOUT):

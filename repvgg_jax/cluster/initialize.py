@@ -1,21 +1,25 @@
-"""A process joins a run of several, and leaves it without waiting for those that are gone."""
+"""A process joins a run of several, and leaves it without waiting for those that are gone.
+
+The user or a launcher gives how many processes the run has and which one this is.
+"""
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, NoReturn
 
 import jax
 
-from repvgg_jax.cluster import consensus, kv_store
-from repvgg_jax.cluster.process_info import ProcessInfo, from_launcher
-from repvgg_jax.cluster.watchdog import TIMEOUT, Watchdog
+from repvgg_jax.cluster import consensus
+from repvgg_jax.cluster.watchdog import TIMEOUT, Watchdog, watched_by
 
 _GRACE = 5.0  # seconds in which processes that stop tell each other why
 
@@ -34,7 +38,7 @@ def initialized(
     other processes and ends this one at once: the interpreter's own exit would wait for them.
 
     Args:
-      distributed: HOST:PORT,PROCESSES,PROCESS. If None, a launcher (`process_info.py`), a TPU pod
+      distributed: HOST:PORT,PROCESSES,PROCESS. If None, a launcher, a TPU pod
         or Kubernetes provides it, and without any of them the run has one process.
       timeout: seconds to wait for all processes.
       explain: prints an exception, returns the exit status.
@@ -47,11 +51,11 @@ def initialized(
     if not _connect(distributed, timeout):
         yield
         return
-    process, processes = kv_store.process_id(), kv_store.num_processes()
+    process, processes = consensus.process_id(), consensus.num_processes()
     name = f"process {process} of {processes}"
     again = f"start all {processes} again and they continue from the last checkpoint"
     watchdog = Watchdog(
-        kv_store.Folder("watchdog"),
+        consensus.Folder("watchdog"),
         process_id=process,
         num_processes=processes,
         timeout=heartbeat_timeout,
@@ -59,7 +63,7 @@ def initialized(
     )
     watchdog.start()
     abort_message = f"error: {name} stops: it has lost the others, see above; {again}\n"
-    with consensus.watched_by(watchdog), _message_on_abort(abort_message):
+    with watched_by(watchdog), _message_on_abort(abort_message):
         try:
             check_host_name()
             yield
@@ -110,7 +114,7 @@ def _connect(text: str | None, timeout: float) -> bool:
         ) from error
     finally:
         timer.cancel()
-    return kv_store.num_processes() > 1
+    return consensus.num_processes() > 1
 
 
 def _check_port(port: int) -> None:
@@ -168,7 +172,7 @@ def _fail(
 def _stop_after_loss(message: str) -> NoReturn:
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
-    if kv_store.process_id() == 0:
+    if consensus.process_id() == 0:
         time.sleep(_GRACE)  # the others learn of it through this process
     _exit(1)
 
@@ -176,8 +180,8 @@ def _stop_after_loss(message: str) -> NoReturn:
 def _wait_for_others(watchdog: Watchdog) -> None:
     """Makes process 0 the last one to exit: it holds the store."""
     began = time.monotonic()
-    while kv_store.process_id() == 0 and time.monotonic() - began < 2 * _GRACE:
-        if len(watchdog.finished() | {0}) == kv_store.num_processes():
+    while consensus.process_id() == 0 and time.monotonic() - began < 2 * _GRACE:
+        if len(watchdog.finished() | {0}) == consensus.num_processes():
             break
         time.sleep(0.2)
 
@@ -209,3 +213,152 @@ def _message_on_abort(text: str) -> Iterator[None]:
         yield
     finally:
         libc.signal(ctypes.c_int(signal.SIGABRT), ctypes.c_void_p(None))
+
+
+_PORTS = range(61440, 65536)  # jax derives ports from job ids in the same range
+
+
+class ProcessInfo(NamedTuple):
+    """The arguments of `jax.distributed.initialize`.
+
+    Attributes:
+      coordinator_address: HOST:PORT of process 0.
+      num_processes: of the run.
+      process_id: of this process, from 0.
+      local_device_id: of the one device of its machine that it drives; None for all, or for those
+        that jax chooses.
+    """
+
+    coordinator_address: str
+    num_processes: int
+    process_id: int
+    local_device_id: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "ProcessInfo":
+        """Parses HOST:PORT,PROCESSES,PROCESS.
+
+        Raises:
+          ValueError: it does not have this form.
+        """
+        try:
+            address, count, number = text.split(",")
+            host, port = address.rsplit(":", 1)
+            info = cls(address, int(count), int(number))
+            valid = host and 0 < int(port) < 65536 and 0 <= info.process_id < info.num_processes
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ValueError(
+                f"--distributed={text} is not HOST:PORT,PROCESSES,PROCESS with PROCESS from 0 to "
+                "PROCESSES-1; e.g. for the second of four: --distributed=10.0.0.1:1234,4,1"
+            )
+        return info
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launcher:
+    """The environment variables with which a launcher describes a process."""
+
+    name: str
+    size: str
+    rank: str
+    local_size: str
+    local_rank: str
+    job: str = ""  # the same in all processes of a job, different in the next job
+
+
+_OPEN_MPI = _Launcher(
+    "Open MPI",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "PMIX_NAMESPACE",
+)
+# Launchers that jax does not detect; Open MPI it detects by a variable that version 5 lacks.
+_LAUNCHERS = (
+    _OPEN_MPI,
+    _Launcher(
+        "MVAPICH",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+    ),
+    _Launcher("MPICH", "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    _Launcher(
+        "torchrun", "WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"
+    ),
+)
+_OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"
+_SINGLE = ProcessInfo("", 1, 0)
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def from_launcher(environment: Mapping[str, str]) -> ProcessInfo | None:
+    """Reads a launcher's environment variables, unless jax can do so by itself.
+
+    The innermost launcher counts: Open MPI and MPICH are often started within a SLURM job, whose
+    own variables then count something else.
+
+    Args:
+      environment: of the process.
+
+    Returns:
+      Of a run of one process if this is the only one; None if jax detects the launcher, or if
+      there is none.
+
+    Raises:
+      ValueError: there are other processes, and nothing says where process 0 is.
+    """
+    by_srun = all(name in environment for name in _SLURM)
+    for launcher in _LAUNCHERS:
+        size, rank = (_number(environment, name) for name in (launcher.size, launcher.rank))
+        if size is None or rank is None:
+            continue
+        if size == 1 and launcher is _OPEN_MPI:
+            return _SINGLE
+        if launcher is _OPEN_MPI and _OPEN_MPI_4 in environment:
+            return None
+        if launcher is not _OPEN_MPI and by_srun and environment["SLURM_NTASKS"] == str(size):
+            return None  # srun also sets the variables of PMI
+        if size > 1:
+            return _from_variables(launcher, environment, size, rank)
+    size, rank = (_number(environment, name) for name in ("SLURM_NTASKS", "SLURM_PROCID"))
+    if size == 1:
+        return _SINGLE
+    if size is not None and rank is not None and not by_srun:
+        raise ValueError(
+            f"SLURM has {size} processes (SLURM_NTASKS={size}), but srun did not start this one; "
+            f"start it by srun, or give --distributed=HOST:PORT,{size},{rank}; for a run of one "
+            "process give --distributed=localhost:1234,1,0"
+        )
+    return None
+
+
+def _from_variables(
+    launcher: _Launcher, environment: Mapping[str, str], size: int, rank: int
+) -> ProcessInfo:
+    device = _number(environment, launcher.local_rank)
+    if "JAX_LOCAL_DEVICE_IDS" in environment:
+        device = None  # jax reads it itself
+    address = environment.get("JAX_COORDINATOR_ADDRESS")
+    if address is None and _number(environment, launcher.local_size) == size:
+        job = environment.get(launcher.job, "").encode()  # all are on this machine
+        port = environment.get("JAX_COORDINATOR_PORT") or _PORTS[zlib.crc32(job) % len(_PORTS)]
+        address = f"127.0.0.1:{port}"
+    if address is None:
+        raise ValueError(
+            f"{launcher.name} says that this is process {rank} of {size} ({launcher.size}={size}), "
+            f"but not where process 0 is; give --distributed=HOST:PORT,{size},{rank}, or set "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT for all"
+        )
+    return ProcessInfo.parse(f"{address},{size},{rank}")._replace(local_device_id=device)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    try:
+        return int(environment[name])
+    except (KeyError, ValueError):
+        return None

@@ -5,12 +5,13 @@ therefore has a thread that writes heartbeats to the key-value store of jax's co
 and reads those of the others, their failures, and requests to stop.
 """
 
+import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from repvgg_jax.cluster.kv_store import Folder
+from repvgg_jax.cluster.consensus import Folder
 
 TIMEOUT = 60.0  # seconds without a heartbeat after which a process counts as lost
 INTERVAL = 0.5  # seconds between two heartbeats; more with many processes
@@ -160,3 +161,22 @@ class Watchdog:
 
     def _key(self, name: str) -> str:
         return f"{self._process_id}/{name}"
+
+
+_watchdog: Watchdog | None = None  # of this process; None in a single-process run
+
+
+@contextlib.contextmanager
+def watched_by(watchdog: Watchdog) -> Iterator[None]:
+    """A context in which `agree_to_stop` asks this watchdog."""
+    global _watchdog
+    _watchdog = watchdog
+    try:
+        yield
+    finally:
+        _watchdog = None
+
+
+def agree_to_stop(received: signal.Signals | None) -> signal.Signals | None:
+    """The signal to stop for, the same in all processes; see `Watchdog.agree_to_stop`."""
+    return received if _watchdog is None else _watchdog.agree_to_stop(received)

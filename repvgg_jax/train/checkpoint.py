@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from repvgg_jax.cluster import consensus
-from repvgg_jax.cluster.save_barrier import SaveBarrier
+from repvgg_jax.cluster.consensus import SaveBarrier
 from repvgg_jax.text import first_few
 from repvgg_jax.train.manifest import Manifest, checksums, topology
 from repvgg_jax.train.state import TrainState

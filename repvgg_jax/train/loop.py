@@ -10,7 +10,7 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from repvgg_jax.cluster import consensus
+from repvgg_jax.cluster import consensus, watchdog
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.reparam import fuse_params
 from repvgg_jax.train.checkpoint import Checkpoints
@@ -83,7 +83,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         # First, so that a signal during start-up waits for the first poll.
-        stop = stack.enter_context(StopRequest(consensus.agree_to_stop))
+        stop = stack.enter_context(StopRequest(watchdog.agree_to_stop))
         experiment = Experiment.from_config(settings)
         check_compiler_options(settings, experiment.mesh)
         if jax.process_index() == 0:
