@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from repvgg_jax.data.augment.base import SampledOps, image_keys
 from repvgg_jax.data.augment.ops import apply_op
 from repvgg_jax.data.augment.policies import RandAugment
-from repvgg_jax.data.photos import crops
+from repvgg_jax.data.sources import photo_crops
 
 
 def together(images: jax.Array, sampled: SampledOps) -> jax.Array:
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    images = jnp.asarray(crops(args.size, args.batch))
+    images = jnp.asarray(photo_crops(args.size, args.batch))
     policy = RandAugment(ops=1, probability=1.0)
     samples = jax.vmap(policy.sample)(image_keys(jax.random.key(0), args.batch))
     sampled = jax.tree.map(lambda field: field[:, 0], samples)

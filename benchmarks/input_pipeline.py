@@ -49,11 +49,11 @@ def make_files(count: int) -> dict[str, list[bytes]]:
     """JPEG files by kind."""
     from PIL import Image
 
-    from repvgg_jax.data import photos
     from repvgg_jax.data.prepare.shards import Encoding
+    from repvgg_jax.data.sources import photo_crops
 
     originals = []
-    for crop in photos.crops(375, count):
+    for crop in photo_crops(375, count):
         file = io.BytesIO()
         Image.fromarray(crop).resize((500, 375), Image.Resampling.BICUBIC).save(
             file, "JPEG", quality=90
@@ -100,7 +100,7 @@ def passes(kind: str, path: str):
     if kind == "ours":
         import numpy as np
 
-        from repvgg_jax.data.crops import RandomResizedCrop
+        from repvgg_jax.data.images import RandomResizedCrop
 
         crop, rng = RandomResizedCrop(), np.random.default_rng(0)
         return lambda: [crop({"encoded": file}, 224, rng) for file in files]

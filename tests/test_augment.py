@@ -19,15 +19,15 @@ from repvgg_jax.data.augment import (
 )
 from repvgg_jax.data.augment.base import Stage
 from repvgg_jax.data.augment.policies import AutoAugment, RandAugment, Raug15
-from repvgg_jax.data.photos import crops
 from repvgg_jax.data.settings import AugmentSettings
+from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.normalize import Normalize
 from tests.helpers.jit import quick_jit
 from tests.helpers.sharding import OVER_BATCH
 
 COLOR = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GRAY = Normalize((0.5,), (0.25,))
-PHOTOS = crops(40, 16)[:, :, :33]
+PHOTOS = photo_crops(40, 16)[:, :, :33]
 KEY = jax.random.key(0)
 
 

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from repvgg_jax.data.augment import onehot
 from repvgg_jax.data.augment.base import Op, SampledOps
-from repvgg_jax.data.augment.ops import apply_op, look_up
+from repvgg_jax.data.augment.ops import apply_op, look_up, matmul_tables
 from repvgg_jax.data.augment.policies import Raug15
 from repvgg_jax.data.augment.warp import GEOMETRIC_OPS, warp
-from repvgg_jax.data.photos import crops
+from repvgg_jax.data.sources import photo_crops
 from tests.helpers.jit import quick_jit
 
 FILL = (124, 116, 104)
@@ -95,7 +94,7 @@ def photos_and_edge_cases():
     edge[4] = rng.integers(0, 256, edge[4].shape)  # noise
     edge[5, :20] = 255  # two colors
     edge[6, 7, 9] = 255  # a dot
-    photos = crops(max(HEIGHT, WIDTH), 4)[:, :HEIGHT, :WIDTH]
+    photos = photo_crops(max(HEIGHT, WIDTH), 4)[:, :HEIGHT, :WIDTH]
     return np.concatenate([photos, edge])
 
 
@@ -262,7 +261,7 @@ def test_warps_on_a_tpu_are_those_of_the_gathers(monkeypatch, size, channels, re
 def test_table_lookups_on_a_tpu_are_those_of_the_gathers():
     images, tables = some_images(5, 9, 14, 3), some_images(5, 3, 256)
     gathered = look_up(images, tables)
-    np.testing.assert_array_equal(onehot.look_up(images, tables), gathered)
+    np.testing.assert_array_equal(matmul_tables(images, tables), gathered)
     np.testing.assert_array_equal(gathered[2, 3, 4, 1], tables[2, 1, images[2, 3, 4, 1]])
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from repvgg_jax.data.batches import eval_batches, train_batches
-from repvgg_jax.data.crops import CenterCrop
 from repvgg_jax.data.dataset import load
+from repvgg_jax.data.images import CenterCrop
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import ArraySource
 from repvgg_jax.data.transforms import BadImages, TrainSizes

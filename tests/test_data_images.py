@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repvgg_jax.data.crops import CenterCrop, RandomResizedCrop, fast_resize
-from repvgg_jax.data.decode import REDUCTIONS, UndecodableError, decode, image_size
+from repvgg_jax.data.images import (
+    REDUCTIONS,
+    CenterCrop,
+    RandomResizedCrop,
+    UndecodableError,
+    decode,
+    fast_resize,
+    image_size,
+)
 from tests.helpers.pictures import damaged, encoded, photo, pixels
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from repvgg_jax.data import records
 from repvgg_jax.data.dataset import load
-from repvgg_jax.data.decode import is_plain_jpeg
-from repvgg_jax.data.prepare import disk, inputs
+from repvgg_jax.data.images import is_plain_jpeg
+from repvgg_jax.data.prepare import inputs
 from repvgg_jax.data.prepare import prepare as preparing
 from repvgg_jax.data.prepare.shards import Encoding
 from repvgg_jax.data.settings import DataSettings
@@ -178,7 +178,7 @@ class TestPreparing:
             prepare(source, output, encoding=encoding)
             estimate = float(re.search(r"take about ([\d.]+) MB", messages())[1]) * 1e6
             taken = sum(path.stat().st_size for path in output.glob("*.array_record"))
-            assert taken <= estimate < taken + 5 * disk.SHARD
+            assert taken <= estimate < taken + 5 * preparing.SHARD_OVERHEAD
 
     def test_verifying_finds_a_flipped_bit(self, tmp_path):
         prepare(write_tree(tmp_path / "in", FILES), tmp_path / "out")
@@ -326,4 +326,4 @@ if __name__ == "__main__":
         )
         assert 30 < float(re.fullmatch(message, err)[1]) < 60
         assert not (tmp_path / "a").exists()
-        assert 144e9 < disk.estimate_imagenet(Encoding(), 2048) < 160e9
+        assert 144e9 < preparing.estimate_imagenet(Encoding(), 2048) < 160e9

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repvgg_jax.data.augment import gallery as picture
+from repvgg_jax.data.augment import __main__ as picture
 from tests.flags import xla_flags
 from tests.helpers.commands import run
 from tests.helpers.pictures import images, write_tars

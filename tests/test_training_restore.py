@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax import fuse_params, save_weights
-from repvgg_jax.data import photos
+from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.train import loop
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.restore import load_run, starting_state, validation_images
@@ -58,7 +58,7 @@ class TestLoadRun:
         assert run.classes == tuple("0123456789")
         images, _ = validation_images(run, 9)
         assert (images.shape[1:], images.dtype) == ((8, 8, 1), np.uint8)
-        np.testing.assert_allclose(images, photos.crops(8).mean(-1, keepdims=True), atol=0.5)
+        np.testing.assert_allclose(images, photo_crops(8).mean(-1, keepdims=True), atol=0.5)
 
     def test_starting_from_it(self, small_run, elsewhere):
         config = small_config(init_from=str(elsewhere), optimizer__name="adamw")
@@ -74,7 +74,7 @@ class TestLoadRun:
         metadata["eval_shape"] = [32, 32, 3]
         (elsewhere / "metadata.json").write_text(json.dumps(metadata))
         images, source = validation_images(load_run(elsewhere), 100)
-        np.testing.assert_array_equal(images, photos.crops(32))
+        np.testing.assert_array_equal(images, photo_crops(32))
         assert "photographs" in source
         assert "/data/that/is/not/here" in source
 

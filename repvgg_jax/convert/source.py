@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from repvgg_jax.data import photos
+from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import plural
@@ -86,7 +86,7 @@ def from_weights(name: str, *, image_size: int = 224) -> Source:
             f"{name} takes images of {loaded.in_channels} channels, but the built-in proof images "
             "have 3; convert the training run that it came from"
         )
-    images = photos.crops(image_size)
+    images = photo_crops(image_size)
     image_source = f"{plural(len(images), 'crop')} of built-in photographs"
     return Source(
         title=f"RepVGG {loaded} of {name}",

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from repvgg_jax import text
-from repvgg_jax.data import folder, records, tfds
-from repvgg_jax.data.crops import CenterCrop, RandomResizedCrop
+from repvgg_jax.data import records, tfds
+from repvgg_jax.data.images import CenterCrop, RandomResizedCrop
 from repvgg_jax.data.settings import DataSettings
-from repvgg_jax.data.sources import ArraySource, Source, Splits, load_digits, load_fake
+from repvgg_jax.data.sources import ArraySource, Source, Splits, load_digits, load_fake, load_folder
 from repvgg_jax.data.transforms import BadImages, EvalTransform
 
 
@@ -63,7 +63,7 @@ _LOADERS: Mapping[str, Callable[[str, DataSettings], Splits]] = {
         train_split=settings.train_split,
         eval_split=settings.eval_split,
     ),
-    "folder:": lambda path, settings: folder.load(pathlib.Path(path).expanduser()),
+    "folder:": lambda path, settings: load_folder(pathlib.Path(path).expanduser()),
     "records:": lambda path, settings: records.load(pathlib.Path(path).expanduser()),
 }
 

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_jax import text
-from repvgg_jax.data.crops import CenterCrop, RandomResizedCrop
-from repvgg_jax.data.decode import UndecodableError, decode
+from repvgg_jax.data.images import CenterCrop, RandomResizedCrop, UndecodableError, decode
 from repvgg_jax.data.sources import Source
 
 logger = logging.getLogger(__name__)

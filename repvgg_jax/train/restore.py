@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from repvgg_jax.data import photos
 from repvgg_jax.data.dataset import load
+from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.model import RepVGG
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import one_line
@@ -115,7 +115,7 @@ def validation_images(run: RunWeights, count: int) -> tuple[np.ndarray, str]:
     except (ImportError, OSError, ValueError) as error:  # only training needs some libraries
         if channels not in (1, 3):
             raise
-        images = photos.crops(max(height, width))[:, :height, :width]
+        images = photo_crops(max(height, width))[:, :height, :width]
         if channels == 1:
             images = images.mean(-1, keepdims=True).round().astype(np.uint8)
         reason = one_line(error)

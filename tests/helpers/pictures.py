@@ -7,9 +7,9 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from repvgg_jax.data import photos, records
+from repvgg_jax.data import records
 from repvgg_jax.data.dataset import Dataset
-from repvgg_jax.data.sources import Source
+from repvgg_jax.data.sources import Source, photo_crops
 
 CLASSES = ("n01", "n02", "n03")
 
@@ -44,7 +44,7 @@ def write_records(root: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
 
 def photo(number: int, height: int = 60, width: int = 80) -> Image.Image:
     """A crop of a photograph, another one for every number."""
-    crop = photos.crops(120 + 10 * (number % 9), 16)[number % 16]
+    crop = photo_crops(120 + 10 * (number % 9), 16)[number % 16]
     return Image.fromarray(crop).resize((width, height), Image.Resampling.BICUBIC)
 
 

@@ -1,7 +1,13 @@
 """Augmentation on the device, inside the compiled step: `docs/augmentation.md`."""
 
-from repvgg_jax.data.augment.pipeline import Augmentation, make_augmentation, make_mixing
-from repvgg_jax.data.augment.transforms import Mixing, RandomAffine, RandomErasing
+from repvgg_jax.data.augment.pipeline import (
+    Augmentation,
+    Mixing,
+    RandomAffine,
+    RandomErasing,
+    make_augmentation,
+    make_mixing,
+)
 
 __all__ = [
     "Augmentation",

@@ -32,8 +32,15 @@ VERIFY = flags.DEFINE_string(
 
 def main(_: Sequence[str]) -> int:
     """Prepares or verifies; returns the exit status."""
-    from repvgg_jax.data.prepare import disk, inputs, shards
-    from repvgg_jax.data.prepare.prepare import Settings, prepare, verify
+    from repvgg_jax.data.prepare import inputs, shards
+    from repvgg_jax.data.prepare.prepare import (
+        Settings,
+        estimate_imagenet,
+        format_bytes,
+        free_bytes,
+        prepare,
+        verify,
+    )
 
     processes = PROCESSES.value or os.cpu_count() or 1
     if VERIFY.value is not None:
@@ -51,10 +58,10 @@ def main(_: Sequence[str]) -> int:
     try:
         found = inputs.find(pathlib.Path(SOURCE.value))
     except inputs.MissingError as error:
-        needed = disk.estimate_imagenet(encoding, SHARD_IMAGES.value)
+        needed = estimate_imagenet(encoding, SHARD_IMAGES.value)
         raise ValueError(
             f"{error}; prepared with --short_side={encoding.short_side}, all of ImageNet takes "
-            f"about {disk.format_bytes(needed)}, {disk.format_bytes(disk.free(output))} are free "
+            f"about {format_bytes(needed)}, {format_bytes(free_bytes(output))} are free "
             f"in {output}"
         ) from error
     manifest = prepare(

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 
 from repvgg_jax import text
-from repvgg_jax.data import folder
+from repvgg_jax.data.sources import FOLDER_SPLITS, load_folder
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
@@ -102,9 +102,9 @@ def _missing_tars(root: pathlib.Path) -> list[str]:
 
 
 def _tree(root: pathlib.Path) -> Inputs:
-    *sources, classes = folder.load(root)
+    *sources, classes = load_folder(root)
     splits = {}
-    for split, source in zip(folder.SPLITS, sources, strict=True):
+    for split, source in zip(FOLDER_SPLITS, sources, strict=True):
         splits[split] = [
             Item(
                 name=f"{split}/{os.fsdecode(source.names[i])}",

@@ -2,22 +2,37 @@
 
 import concurrent.futures
 import dataclasses
+import io
 import logging
 import multiprocessing
 import pathlib
+import random
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from repvgg_jax import files, text
 from repvgg_jax.data import records
-from repvgg_jax.data.prepare import disk, shards
+from repvgg_jax.data.images import UndecodableError
+from repvgg_jax.data.prepare import shards
 from repvgg_jax.data.prepare.inputs import Inputs
 from repvgg_jax.data.prepare.shards import Done, Encoding, Job
+from repvgg_jax.data.sources import photo_crops
 
 logger = logging.getLogger(__name__)
+
+IMAGENET = {"train": 1_281_167, "val": 50_000}
+"""Number of images by split."""
+_IMAGENET_BYTES = 144e9  # of all its files
+_IMAGENET_SHAPE, _IMAGENET_QUALITY = (500, 375), 95  # usual ones, width first
+_SAMPLE = 64  # images that are encoded for the estimate
+_MARGIN = 1.05  # of the estimate over the sample's mean
+_RECORD_OVERHEAD = 256  # bytes of a record's name, label and index
+SHARD_OVERHEAD = 1 << 17  # bytes of a shard's index, and of the padding of its last block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +67,8 @@ def prepare(inputs: Inputs, output: pathlib.Path, settings: Settings) -> records
     counts = {split: len(items) for split, items in inputs.splits.items()}
     for split, count in counts.items():
         logger.info("%s: %s of %s", split, text.plural(count, "image"), _classes(inputs))
-    if len(inputs.classes) == 1000 and counts != disk.IMAGENET:
-        logger.info("note: all of ImageNet is {train:,} and {val:,} images".format(**disk.IMAGENET))
+    if len(inputs.classes) == 1000 and counts != IMAGENET:
+        logger.info("note: all of ImageNet is {train:,} and {val:,} images".format(**IMAGENET))
     output.mkdir(parents=True, exist_ok=True)
     files.remove_leftovers(output)
     _check_space(todo, len(jobs), output)
@@ -130,18 +145,18 @@ def _jobs(inputs: Inputs, split: str, output: pathlib.Path, settings: Settings) 
 
 
 def _check_space(todo: Sequence[Job], total: int, output: pathlib.Path) -> None:
-    needed, free = disk.estimate(todo), disk.free(output)
+    needed, free = estimate_bytes(todo), free_bytes(output)
     logger.info(
         "%d of %d shards are finished; the others take about %s, %s are free in %s",
         total - len(todo),
         total,
-        disk.format_bytes(needed),
-        disk.format_bytes(free),
+        format_bytes(needed),
+        format_bytes(free),
         output,
     )
     if needed > free:
         raise ValueError(
-            f"{output} has {disk.format_bytes(free)} free, about {disk.format_bytes(needed)} are "
+            f"{output} has {format_bytes(free)} free, about {format_bytes(needed)} are "
             f"needed; free disk space, choose another --output, or store smaller images with "
             f"--short_side=256"
         )
@@ -208,3 +223,62 @@ def _manifest(
         },
         details={**dataclasses.asdict(encoding), "changed_to_rgb_jpeg": changed, "bad": bad},
     )
+
+
+def estimate_bytes(jobs: Sequence[Job]) -> float:
+    """Bytes that these shards will take, estimated from a sample of their images.
+
+    Raises:
+      OSError: an image cannot be read.
+    """
+    items = [item for job in jobs for item in job.items]
+    if not items:
+        return 0.0
+    sample = random.Random(0).sample(items, min(_SAMPLE, len(items)))
+    encoding = jobs[0].encoding
+    ratio = _ratio(encoding, (item.read() for item in sample)) if encoding.short_side else 1.0
+    return _total(sum(item.size for item in items) * ratio, len(items), len(jobs))
+
+
+def estimate_imagenet(encoding: Encoding, shard_images: int) -> float:
+    """Bytes that all of ImageNet will take, estimated without it from two photographs."""
+    ratio = _ratio(encoding, _photographs()) if encoding.short_side else 1.0
+    shards = sum(-(-images // shard_images) for images in IMAGENET.values())
+    return _total(_IMAGENET_BYTES * ratio, sum(IMAGENET.values()), shards)
+
+
+def free_bytes(directory: pathlib.Path) -> int:
+    """Free bytes on the disk of a directory, which need not exist yet."""
+    directory = directory.absolute()
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def format_bytes(count: float) -> str:
+    """E.g. `1.5 GB` or `0.25 MB`."""
+    return f"{count / 1e9:,.1f} GB" if count > 1e8 else f"{count / 1e6:,.2f} MB"
+
+
+def _total(content: float, images: int, shards: int) -> float:
+    return content * _MARGIN + _RECORD_OVERHEAD * images + SHARD_OVERHEAD * shards
+
+
+def _ratio(encoding: Encoding, contents: Iterable[bytes]) -> float:
+    before = after = 1
+    for content in contents:
+        try:
+            stored = encoding.apply(content)
+        except UndecodableError:
+            continue
+        before, after = before + len(content), after + len(stored)
+    return after / before
+
+
+def _photographs() -> list[bytes]:
+    encoded = []
+    for crop in photo_crops(_IMAGENET_SHAPE[1], 2):
+        file = io.BytesIO()
+        photograph = Image.fromarray(crop).resize(_IMAGENET_SHAPE, Image.Resampling.BICUBIC)
+        photograph.save(file, "JPEG", quality=_IMAGENET_QUALITY)
+        encoded.append(file.getvalue())
+    return encoded

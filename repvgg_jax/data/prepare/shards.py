@@ -11,8 +11,7 @@ from PIL import Image
 
 from repvgg_jax import files
 from repvgg_jax.data import records
-from repvgg_jax.data.crops import resize
-from repvgg_jax.data.decode import UndecodableError, decode, is_plain_jpeg
+from repvgg_jax.data.images import UndecodableError, decode, is_plain_jpeg, resize
 from repvgg_jax.data.prepare.inputs import Item
 
 DONE = ".done.json"
