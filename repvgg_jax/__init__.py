@@ -2,11 +2,10 @@
 
 from repvgg_jax._version import __version__
 from repvgg_jax.block import ReparamBlock, RepVGGBlock, fuse_model
-from repvgg_jax.cost import Cost, cost
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.nnx import to_nnx
 from repvgg_jax.reparam import fuse_linear, fuse_params, unfuse_params
-from repvgg_jax.variants import VARIANTS, SqueezeExcite, Variant, get_variant
+from repvgg_jax.variants import VARIANTS, Cost, SqueezeExcite, Variant, cost, get_variant
 from repvgg_jax.weights import (
     Weights,
     load_pretrained,
