@@ -13,10 +13,8 @@ import pytest
 from flax import linen as nn
 
 from repvgg_jax import create_model, files, fuse_params, load_weights, save_weights
-from repvgg_jax.convert import source
 from repvgg_jax.convert.deployed import Output, load_deployed
-from repvgg_jax.convert.pipeline import convert
-from repvgg_jax.convert.source import Source
+from repvgg_jax.convert.pipeline import Source, convert, from_run, from_weights
 from repvgg_jax.export import FORMATS, Normalize, Target, parse_targets
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import build_model
@@ -297,13 +295,13 @@ class TestSource:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         with pytest.raises((ValueError, OSError), match=message):
-            source.from_weights(name, **options)
+            from_weights(name, **options)
 
     def test_a_file_for_images_of_another_depth(self, tmp_path):
         variables = random_variables(create_model("A0", num_classes=3), channels=1)
         save_weights(tmp_path / "gray.npz", variables, family="flax", variant="A0")
         with pytest.raises(ValueError, match="1 channels"):
-            source.from_weights(str(tmp_path / "gray.npz"))
+            from_weights(str(tmp_path / "gray.npz"))
 
     def test_a_run_without_its_data_and_its_optimizer(self, tmp_path):
         """It has the built-in photographs instead of its validation images, and says so."""
@@ -320,7 +318,7 @@ class TestSource:
         with Checkpoints(workdir.checkpoints) as checkpoints:
             checkpoints.save(jax.device_put(state), wait=True)
 
-        given = source.from_run(workdir.path)
+        given = from_run(workdir.path)
         assert given.images.shape[1:] == (24, 24, 3)
         assert given.labels == nets.LABELS
         assert given.normalize == normalize
@@ -333,13 +331,13 @@ class TestSource:
 
     def test_a_run_without_a_checkpoint(self, tmp_path):
         with pytest.raises(ValueError, match="no-run"):
-            source.from_run(tmp_path / "no-run")
+            from_run(tmp_path / "no-run")
         with pytest.raises(ValueError, match=r"config\.json"):
-            source.from_run(tmp_path)
+            from_run(tmp_path)
         shutil.copytree(OLD / "run", tmp_path / "run")
         shutil.rmtree(tmp_path / "run" / "checkpoints")
         with pytest.raises(ValueError, match="no checkpoint"):
-            source.from_run(tmp_path / "run")
+            from_run(tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -349,7 +347,7 @@ def test_a_checkpoint_of_another_project(family, tmp_path):
     trained = random_variables(create_model("A0", num_classes=7))
     path = tmp_path / "a0.safetensors"
     save_weights(path, trained, family=family)
-    given = source.from_weights(str(path), image_size=64)
+    given = from_weights(str(path), image_size=64)
     assert f"A0, training form, 7 classes, {family}" in given.title
     targets = parse_targets(["safetensors", "torch-timm", "orbax"])
     done = convert(given, Output(tmp_path / "deploy"), targets=targets)
@@ -361,7 +359,7 @@ def test_a_checkpoint_of_another_project(family, tmp_path):
     chex.assert_trees_all_equal(again.variables, fuse_params(trained))
 
     # What came fused stays as it is.
-    given = source.from_weights(str(tmp_path / "deploy" / "model.timm.safetensors"), image_size=64)
+    given = from_weights(str(tmp_path / "deploy" / "model.timm.safetensors"), image_size=64)
     assert convert(given, Output(tmp_path / "again"), targets=DEFAULT).proof is None
     chex.assert_trees_all_equal(load_deployed(tmp_path / "again").variables, deployed.variables)
 
@@ -383,7 +381,7 @@ class TestCommand:
         assert "same class on 100.00% of 360 images" in lines[4]
         assert lines[5] == "proof images: 360 validation images of digits"
         # This process has eight devices, that one had one.
-        given = source.from_run(tmp_path / "run")
+        given = from_run(tmp_path / "run")
         assert given.details["step"] == 66
         convert(given, Output(tmp_path / "deploy8"), targets=DEFAULT)
         one, eight = (load_deployed(tmp_path / name) for name in ("deploy", "deploy8"))

@@ -34,18 +34,17 @@ def main(_: Sequence[str]) -> int:
             "give --workdir, the directory of a training run, or --from, a checkpoint file, "
             "and --output, the directory to write"
         )
-    from repvgg_jax.convert import source
     from repvgg_jax.convert.deployed import Output
-    from repvgg_jax.convert.pipeline import convert
+    from repvgg_jax.convert.pipeline import convert, from_run, from_weights
     from repvgg_jax.export import parse_targets
 
     targets = parse_targets(FORMAT.value)
     output = Output(pathlib.Path(OUTPUT.value))
     if workdir is not None:
-        network = source.from_run(pathlib.Path(workdir))
+        network = from_run(pathlib.Path(workdir))
     else:
         assert weights is not None
-        network = source.from_weights(weights, image_size=IMAGE_SIZE.value)
+        network = from_weights(weights, image_size=IMAGE_SIZE.value)
     done = convert(
         network,
         output,
