@@ -16,10 +16,10 @@ import pytest
 from repvgg_jax.cluster import lock
 from repvgg_jax.train import step as step_module
 from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.hooks import parse_steps
 from repvgg_jax.train.loop import train
 from repvgg_jax.train.manifest import Manifest
 from repvgg_jax.train.metrics import MetricsWriter
-from repvgg_jax.train.profile import parse_steps
 from repvgg_jax.train.workdir import Workdir
 from tests.helpers.runs import (
     final_state,

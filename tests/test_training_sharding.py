@@ -9,8 +9,7 @@ from jax.sharding import PartitionSpec
 
 from repvgg_jax import Variant
 from repvgg_jax.train.checkpoint import Checkpoints
-from repvgg_jax.train.sharding import data_mesh, split_largest, state_sharding
-from repvgg_jax.train.state import TrainState
+from repvgg_jax.train.state import TrainState, data_mesh, split_largest, state_sharding
 from tests.helpers.runs import small_experiment
 
 # Large enough for kernels that are worth splitting over eight devices.

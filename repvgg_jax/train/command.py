@@ -62,8 +62,8 @@ def main(_: Sequence[str]) -> int:
 
     from repvgg_jax.cluster.initialize import initialized
     from repvgg_jax.train.evaluate import evaluate_only
+    from repvgg_jax.train.hooks import parse_steps
     from repvgg_jax.train.loop import train
-    from repvgg_jax.train.profile import parse_steps
 
     recipe = _recipe()
     if COMPILE_ONLY.value is not None:

@@ -14,9 +14,9 @@ from repvgg_jax.model import RepVGG
 from repvgg_jax.reparam import fuse_params
 from repvgg_jax.text import differences
 from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.hooks import StopRequest
 from repvgg_jax.train.restore import load_run, run_directory, starting_weights
 from repvgg_jax.train.settings import Settings
-from repvgg_jax.train.signals import StopRequest
 from repvgg_jax.train.step import EvalStep
 from repvgg_jax.train.validate import check_batches
 from repvgg_jax.train.workdir import Workdir

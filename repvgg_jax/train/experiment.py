@@ -17,8 +17,7 @@ from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.train.optimizer import make_optimizer
 from repvgg_jax.train.settings import Settings
-from repvgg_jax.train.sharding import data_mesh, state_sharding
-from repvgg_jax.train.state import TrainState, initial_state
+from repvgg_jax.train.state import TrainState, data_mesh, initial_state, state_sharding
 from repvgg_jax.train.step import Classification, TrainStep
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -16,11 +16,10 @@ from repvgg_jax.reparam import fuse_params
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.evaluate import Evaluator, counted, metrics_row
 from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.hooks import Profile, StopRequest
 from repvgg_jax.train.metrics import MetricsWriter, StepMetrics
-from repvgg_jax.train.profile import Profile
 from repvgg_jax.train.restore import starting_state
 from repvgg_jax.train.settings import Settings
-from repvgg_jax.train.signals import StopRequest
 from repvgg_jax.train.state import TrainState
 from repvgg_jax.train.step import Batch, Sums
 from repvgg_jax.train.validate import check_batches, check_compiler_options
