@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 from repvgg_jax.data.batches import eval_batches, train_batches
-from repvgg_jax.data.dataset import load
+from repvgg_jax.data.dataset import BadImages, TrainSizes, load
 from repvgg_jax.data.images import CenterCrop
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import ArraySource
-from repvgg_jax.data.transforms import BadImages, TrainSizes
 from tests.helpers.pictures import damaged, images, in_memory, write_tree
 from tests.helpers.sharding import OVER_BATCH
 

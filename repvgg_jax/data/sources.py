@@ -4,7 +4,7 @@
     ROOT/val/n01440764/ILSVRC2012_val_00000293.JPEG
 
 Classes and images are in the order of their names, whatever the order of the file system.
-`records.py` and `tfds.py` read prepared data sets.
+`records.py` reads data sets that were prepared as ArrayRecord files.
 """
 
 import dataclasses
