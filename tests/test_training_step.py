@@ -9,8 +9,7 @@ import pytest
 
 from repvgg_jax import create_model
 from repvgg_jax.reparam import decay_mask, equivalent_l2
-from repvgg_jax.train.experiment import Experiment
-from repvgg_jax.train.optimizer import make_optimizer, schedule
+from repvgg_jax.train.experiment import Experiment, make_optimizer, schedule
 from repvgg_jax.train.settings import OptimizerSettings, Settings
 from repvgg_jax.train.step import Classification, EvalStep
 from repvgg_jax.train.validate import check_batches

@@ -68,7 +68,10 @@ class StopRequest:
 
 
 class Profile:
-    """Traces the steps of a range, for TensorBoard or Perfetto; a context manager that ends a trace that is still open."""
+    """Traces the steps of a range, for TensorBoard or Perfetto.
+
+    A context manager that ends a trace that is still open.
+    """
 
     def __init__(self, path: pathlib.Path, steps: range):
         """Prepares a trace.
