@@ -2,9 +2,9 @@
 
     python benchmarks/export.py --models A0 B1g4 B3 D2se --formats onnx --write
 
-Every row is a process of its own, since memory is counted as the largest resident size of the
-process, with Python, JAX, the network in memory, the writer and the runtimes that read the
-artifact back. Weights are random, of a size that keeps activations sane; neither time nor
+Every row is measured in its own process, since memory is the largest resident size of the process,
+with Python, JAX, the network in memory, the writer and the runtimes that read the artifact back.
+Weights are random, of a size that keeps activations in a normal range; neither time nor
 memory depends on their values.
 """
 
@@ -26,7 +26,7 @@ COLUMNS = ("M params", "MB", "seconds", "peak MiB", "relative", "error")
 
 
 def main() -> None:
-    """Exports what was asked for, one process each, and reports."""
+    """Exports what the flags select, one process each, and reports."""
     parser = harness.arguments(__doc__)
     parser.add_argument("--models", nargs="+", default=["A0", "B1g4", "B3", "D2se"])
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=["onnx"])

@@ -2,7 +2,7 @@
 
 Every turn starts the whole program twice on scikit-learn's digits: first with an empty
 compilation cache, then with the one that the first start filled. The clock runs from before
-the interpreter starts until step 1 stands in `metrics.jsonl`; then the run is killed.
+the interpreter starts until step 1 is in `metrics.jsonl`; then the run is killed.
 
     python benchmarks/first_step.py --rounds 5 --write
 """
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def seconds_to_first_step(config: str, cache: str, timeout: float) -> float:
-    """Starts training with that compilation cache, stops it after a step, and says how long."""
+    """Seconds from the start of training with that compilation cache to the end of step 1."""
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder, "run")
         metrics = workdir / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""What every benchmark shares: who ran it on what, taking turns, tables, result files."""
+"""Shared by all benchmarks: versions and hardware, interleaved timing, tables, result files."""
 
 import argparse
 import datetime
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# The package need not be installed: it lies beside this folder.
+# The package need not be installed: it is in the parent directory.
 sys.path.insert(1, str(pathlib.Path(__file__).parents[1]))
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -39,17 +39,17 @@ def versions() -> dict[str, str]:
 
 
 def origin() -> dict[str, str | None]:
-    """The day, and the commit of these sources.
+    """The date, and the commit of these sources.
 
-    A "+" after it says that files differ from it; outside git it is None.
+    The commit ends with "+" if files differ from it; outside git it is None.
     """
     date = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        described = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return {"date": date, "commit": None}
-    return {"date": date, "commit": told.stdout.strip()}
+    return {"date": date, "commit": described.stdout.strip()}
 
 
 def hardware() -> dict[str, Any]:
@@ -69,7 +69,7 @@ def hardware() -> dict[str, Any]:
 def take_turns(
     runs: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float = 0.0
 ) -> dict[str, list[float]]:
-    """Times every run once a round, A B C A B C …, after one round that is not counted.
+    """Times every run once per round, A B C A B C …, after a warm-up round.
 
     Noise that lasts longer than a round then hits all alike, and ratios within one call
     stay comparable on a busy machine.
@@ -101,15 +101,15 @@ def take_turns_apart(
 ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
     """`take_turns` with a process for each run, of which one works at a time.
 
-    Libraries that share a process share its threads' and its allocator's state: on two cores
-    a train step in JAX took 1.4 times as long in a process where PyTorch had run. And one
-    that crashes takes no other with it. Between two runs is a pause, in which the threads of the
-    first stop waiting for more work. A run that is repeated has one beforehand that is not timed:
-    its threads and its memory, too, have been asleep.
+    In one process, libraries would share the state of threads and allocator: on two cores a train
+    step in JAX took 1.4 times as long in a process where PyTorch had run. Besides, a crash ends
+    only its own process. During the pause between two runs the threads of the first stop waiting
+    for more work. A repeated run is preceded by one that is not timed, since its threads and its
+    memory have been idle, too.
 
     Args:
       build: called as build(name, *arguments) in the process, a function at the top level of
-        a module; returns what to time and one fact about it, say its memory.
+        a module; returns what to time and one fact about it, e.g. its memory.
       names: of the runs.
       arguments: sent to every process.
       rounds: as in `take_turns`.
@@ -156,7 +156,7 @@ def milliseconds(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def ratio(took: Mapping[str, Mapping[str, float]], name: str, to: str) -> float | None:
-    """Of two medians among summaries; None where the second is missing."""
+    """Of two medians among summaries; None if the second is missing."""
     return took[name]["median"] / took[to]["median"] if to in took else None
 
 
@@ -175,7 +175,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what all benchmarks understand."""
+    """A parser with the flags of all benchmarks."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -191,11 +191,11 @@ def report(
     """Prints the versions, the hardware and the table, and saves them if asked to.
 
     Args:
-      name: of the benchmark; the file is results/NAME-DATE-DEVICE.md beside this one.
+      name: of the benchmark; the file is benchmarks/results/NAME-DATE-DEVICE.md.
       rows: of the table.
       note: what was measured and how, for a reader who has only this.
       write: whether to save.
-      **details: further facts, say shapes.
+      **details: further facts, e.g. shapes.
     """
     facts = hardware()
     date = datetime.datetime.now(datetime.UTC)
@@ -214,12 +214,11 @@ def report(
     text = "\n".join(lines)
     print(text, flush=True)
     if write:
-        RESULTS.mkdir(exist_ok=True)
+        from repvgg_jax.files import write_text
+
         device = "gpu" if facts["gpu"] else "cpu"
         path = RESULTS / f"{name}-{date:%Y%m%d-%H%M}-{device}.md"
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(text)
-        unfinished.replace(path)
+        write_text(path, text)
         print(f"saved {path}", flush=True)
 
 
@@ -229,7 +228,7 @@ def in_subprocess(
     """Runs `script --job JSON` in a fresh process, and returns the JSON of its last line.
 
     Returns:
-      What it printed, or {"error": …} where it failed or ran out of time.
+      What it printed, or {"error": …} if it failed or timed out.
     """
     command = [sys.executable, script, "--job", json.dumps(job)]
     try:
@@ -252,7 +251,7 @@ def in_subprocess(
 def _serve(
     pipe: Any, build: Callable[..., Any], name: str, arguments: tuple[Any, ...], seconds: float
 ) -> None:
-    """A worker of `take_turns_apart`: builds, then times a run whenever it is asked to."""
+    """A worker of `take_turns_apart`: builds, then times a run per request."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU's memory
     run, fact = build(name, *arguments)
     pipe.send(fact)

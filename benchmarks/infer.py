@@ -84,7 +84,7 @@ def exported(kind: str, name: str, images: np.ndarray) -> Callable[[], Any]:
     """The deployed network as ONNX in another runtime, in a process where JAX never ran.
 
     JAX's threads would stay beside the runtime's, who then takes 1.1 times as long. The images
-    lie in memory as the runtime wants them before the clock runs, like PyTorch's.
+    have the runtime's memory layout before the clock runs, like PyTorch's.
     """
     from repvgg_jax.export import get_format
 
@@ -120,7 +120,7 @@ def write_onnx(name: str, path: pathlib.Path, images: np.ndarray) -> None:
 
 
 def main() -> None:
-    """Measures what was asked for and reports."""
+    """Measures what the flags select and reports."""
     parser = harness.arguments(__doc__)
     parser.add_argument("--models", nargs="+", default=["A0"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])

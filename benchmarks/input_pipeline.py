@@ -4,7 +4,7 @@ Every contender is a process of its own on the same core, with one thread, and r
 files from memory. A turn is one pass over them: a random resized crop of every image to 224
 pixels, uint8, without the flip; `decode` rows decode whole images and do nothing else. tf.data
 runs `sample_distorted_bounding_box`, `decode_and_crop_jpeg` and a bilinear resize that is not
-antialiased; ours is. Images are pieces of two real photographs, enlarged, 500x375 pixels at
+antialiased; ours is. Images are crops of two real photographs, enlarged, 500x375 pixels at
 quality 90; `short side N` are the same as `prepare --short_side=N --quality=90` writes them.
 `batches` rows are this package's whole way, from records on disk through Grain's threads to arrays
 on the CPU's device, of a data set as long as ImageNet. PyTurboJPEG (below 2) decodes where it and

@@ -1,19 +1,17 @@
 """What the train step of every network takes on slices of TPUs, counted without a TPU.
 
 Compiles the very train step of a run (`train.py --compile_only`) for each network and slice,
-32 images a chip in bfloat16, batch normalisation over 32, and keeps the compiler's counts: one
-row a program, added to `results/scaling.jsonl` as soon as it is there. A program takes minutes
-of CPU; what is there already is not compiled again, so a stopped table is continued by the same
-command.
+32 images per chip in bfloat16, batch normalization over 32, and stores the compiler's counts: one
+row per program, appended to `results/scaling.jsonl` at once. A program takes minutes of CPU time;
+programs that have a row are skipped, so the same command continues a run that was interrupted.
 
     python benchmarks/scaling.py                             # all fifteen and the larger slices
     python benchmarks/scaling.py --models A0 --topologies v5e:2x2
-    python benchmarks/scaling.py --table --write             # only put what is there on the page
+    python benchmarks/scaling.py --table --write             # only update the page
 
-The settings are those of the network's recipe in configs/, the defaults where it has none. Rows
-of other versions, or from before a network had its recipe, count as not there. Every row says
-on what day and at which commit it was compiled, and the table repeats it: an older commit is for
-the reader to judge. The first rows were written without.
+The settings are those of the network's recipe in configs/, or the defaults if it has none. Rows of
+other versions, or from before a network had its recipe, are ignored. Every row has the date and the
+commit of its compilation, which the table shows; the oldest rows lack them.
 """
 
 import argparse
@@ -36,13 +34,13 @@ MORE_MODELS = ("A0", "B1", "B3")
 
 
 def recipe_of(model: str) -> pathlib.Path | None:
-    """The recipe of `model` in configs/, or None where there is none."""
+    """The recipe of `model` in configs/, or None."""
     path = CONFIGS / f"{model.lower().replace('-', '_')}.py"
     return path if path.exists() else None
 
 
 def config_of(model: str, topology: str) -> Any:
-    """The recipe of `model`, 32 images a chip of the slice; without one, the default settings."""
+    """The recipe of `model`, or the default settings, with 32 images per chip of the slice."""
     from repvgg_jax.train.aot import chips_in
     from repvgg_jax.train.config import default_config
 
@@ -74,7 +72,7 @@ def row_of(model: str, topology: str, timeout: float) -> dict[str, Any]:
 
 
 def facts_of(model: str) -> dict[str, Any]:
-    """What a row depends on beside its program's name."""
+    """What a row depends on besides the name of its program."""
     recipe = recipe_of(model)
     return {"recipe": recipe.name if recipe else None, "versions": harness.versions()}
 
@@ -100,8 +98,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             "compiled",
         )  # fmt: skip
         if "error" in row:
-            told = {"collectives": row["error"][:80], "compiled": _compiled(row)}
-            cells.append(cell | dict.fromkeys(names) | told)
+            failed = {"collectives": row["error"][:80], "compiled": _compiled(row)}
+            cells.append(cell | dict.fromkeys(names) | failed)
             continue
         kinds = [f"{count} {kind}" for kind, count in sorted(row["collectives"].items())]
         values = (

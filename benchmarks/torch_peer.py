@@ -1,7 +1,7 @@
 """RepVGG in PyTorch as its users run it: the peer of the benchmarks.
 
 Written from the paper, from the same table of architectures. `torch` and `timm` are imported
-when asked for; timm runs without torchvision, whose transforms it does not need here.
+on request; timm runs without torchvision, whose transforms are not needed here.
 """
 
 import importlib.util

@@ -142,7 +142,7 @@ def activations(job: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    """Compiles what was asked for, one process each, and reports."""
+    """Compiles what the flags select, one process each, and reports."""
     parser = harness.arguments(__doc__)
     parser.add_argument("--models", nargs="*", default=["A0"], help="whole train steps")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)

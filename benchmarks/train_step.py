@@ -76,7 +76,7 @@ def torch_runner(
 def runner(
     kind: str, name: str, images: np.ndarray, labels: np.ndarray
 ) -> tuple[Callable[[], None], float | None]:
-    """One step of any kind, and its memory in MiB where it is known."""
+    """One step of any kind, and its memory in MiB if known."""
     if kind.partition(" ")[0] not in ("torch", "timm"):
         return jax_runner(kind, name, images, labels)
     run = torch_runner(kind, name, images, labels)
@@ -109,7 +109,7 @@ def measure(
 
 
 def main() -> None:
-    """Measures what was asked for and reports."""
+    """Measures what the flags select and reports."""
     parser = harness.arguments(__doc__)
     parser.add_argument("--models", nargs="+", default=["A0"])
     parser.add_argument("--batch", nargs="+", type=int, default=[32])

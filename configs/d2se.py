@@ -1,6 +1,6 @@
 """RepVGG-D2se on ImageNet: the recipe of the paper's Table 5, 200 epochs.
 
-The authors published weights, not the recipe; the name of their file says 200 epochs. Expected
+The authors published weights, not the recipe; 200 epochs are in the name of their file. Expected
 top-1: 83.55 % at 320 pixels, 81.82 % at 224 (their weights, evaluated by timm and by
 mmpretrain); not measured here.
 

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whatever happens."""
+"""Atomic writes: a file is either the old one or the new one, also after a crash."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary name beside `path`, which takes its place if the body succeeds.
+    """A temporary name next to `path`, which takes its place if the body succeeds.
 
     The body writes a file or a directory of that name. A file is flushed to disk before the
     rename; an existing directory at `path` is replaced. After an error nothing is left behind,

@@ -12,11 +12,11 @@ class Normalize:
 
     Computed as `(pixels - offset) * factor` in float32. A subtraction followed by a
     multiplication cannot be contracted to a fused multiply-add, so NumPy, XLA and the runtimes
-    of exported graphs all give the same bits.
+    of exported graphs all give bitwise identical results.
 
     Attributes:
       mean: per channel, or a single one for all channels, of pixels scaled to 0 … 1.
-      std: likewise.
+      std: standard deviations, per channel or a single one.
 
     Raises:
       ValueError: different numbers of means and deviations, or values that are not finite and

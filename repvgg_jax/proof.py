@@ -22,7 +22,7 @@ class Proof:
       images: how many images were compared.
       max_abs_delta: largest |Δlogit|.
       max_abs_logit: largest |logit| of the reference.
-      argmax_agreement: share of images on which both give the same class.
+      argmax_agreement: fraction of images on which both give the same class.
       tolerance: what `relative` may be at most.
     """
 

@@ -100,7 +100,7 @@ class Variant:
     stem_stride: int = 2
 
     def __post_init__(self) -> None:
-        # Lists (from a config file, say) become tuples: a Variant must be hashable.
+        # Lists, e.g. from a config file, become tuples: a Variant must be hashable.
         for field in ("depths", "channels", "auxiliary", "strides", "groups"):
             value = getattr(self, field)
             if isinstance(value, list):

@@ -45,7 +45,7 @@ def initialized(
       heartbeat_timeout: seconds without a heartbeat after which a process counts as lost.
 
     Raises:
-      ValueError: `distributed` is malformed, or there are other processes and nothing says where.
+      ValueError: `distributed` is malformed, or there are other processes at an unknown address.
       OSError: the port is taken.
     """
     if not _connect(distributed, timeout):
@@ -109,8 +109,8 @@ def _connect(text: str | None, timeout: float) -> bool:
         if info is None and "coordinator_address should be defined" in str(error):
             return False  # neither a launcher nor an environment that jax detects
         raise ValueError(
-            f"jax cannot join other processes: {error} --distributed=HOST:PORT,PROCESSES,PROCESS "
-            "says where they are"
+            f"jax cannot join other processes: {error}; give "
+            "--distributed=HOST:PORT,PROCESSES,PROCESS"
         ) from error
     finally:
         timer.cancel()
@@ -297,7 +297,7 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 
 
 def from_launcher(environment: Mapping[str, str]) -> ProcessInfo | None:
-    """Reads a launcher's environment variables, unless jax can do so by itself.
+    """Reads a launcher's environment variables, unless jax reads them itself.
 
     The innermost launcher counts: Open MPI and MPICH are often started within a SLURM job, whose
     own variables then count something else.
@@ -310,7 +310,7 @@ def from_launcher(environment: Mapping[str, str]) -> ProcessInfo | None:
       there is none.
 
     Raises:
-      ValueError: there are other processes, and nothing says where process 0 is.
+      ValueError: there are other processes, and the address of process 0 is unknown.
     """
     by_srun = all(name in environment for name in _SLURM)
     for launcher in _LAUNCHERS:
@@ -350,8 +350,8 @@ def _from_variables(
         address = f"127.0.0.1:{port}"
     if address is None:
         raise ValueError(
-            f"{launcher.name} says that this is process {rank} of {size} ({launcher.size}={size}), "
-            f"but not where process 0 is; give --distributed=HOST:PORT,{size},{rank}, or set "
+            f"this is process {rank} of {size} of {launcher.name} ({launcher.size}={size}), but "
+            f"the address of process 0 is unknown; give --distributed=HOST:PORT,{size},{rank}, or set "
             "JAX_COORDINATOR_ADDRESS=HOST:PORT for all"
         )
     return ProcessInfo.parse(f"{address},{size},{rank}")._replace(local_device_id=device)

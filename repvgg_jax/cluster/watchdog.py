@@ -1,4 +1,4 @@
-"""Failure detection and coordinated stopping, beside the collectives of a run.
+"""Failure detection and coordinated stopping, without collectives.
 
 A collective waits for all processes, so if one is gone the others hang in it. Each process
 therefore has a thread that writes heartbeats to the key-value store of jax's coordination service
@@ -72,7 +72,7 @@ class Watchdog:
         self._store.put(self._key("beat"), _FINISHED)
 
     def fail(self, reason: str) -> None:
-        """Tells the others why this process stops, and ignores from now on what they do."""
+        """Publishes why this process stops, and ignores the others from now on."""
         self._on_loss = lambda what: None
         self._store.put(self._key("failure"), reason)
 
@@ -94,7 +94,7 @@ class Watchdog:
 
         Every process calls it at the same places of the program, e.g. once per step, though not
         at the same time: if a process is ahead when a signal arrives, it waits here until all
-        have said how far they are.
+        have published their progress.
 
         Args:
           received: the signal that asked this process to stop, if any.

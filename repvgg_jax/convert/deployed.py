@@ -117,7 +117,7 @@ def _verify(path: pathlib.Path, proof: Mapping[str, Any], *, needed: Sequence[st
         )
     if (proof.get("fused") or {}).get("holds") is False:
         raise ValueError(
-            f"{path / 'proof.json'} says that the fused network differs; convert again"
+            f"{path / 'proof.json'} records that the fused network differs; convert again"
         )
 
 
@@ -163,7 +163,7 @@ def write_description(
     proof: Proof | None,
     source: Mapping[str, Any],
 ) -> None:
-    """Writes `metadata.json` and `proof.json` beside the artifacts.
+    """Writes `metadata.json` and `proof.json` next to the artifacts.
 
     Args:
       directory: the deploy directory.

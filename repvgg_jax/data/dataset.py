@@ -1,6 +1,6 @@
 """A data set: its sources of images, and what is done with each image in the workers.
 
-An image that cannot be decoded never raises there: it is reported beside the example, and the main
+An image that cannot be decoded never raises there: it is reported with the example, and the main
 process, which counts over all workers, decides (`BadImages`). `load` has the table of data sets.
 """
 

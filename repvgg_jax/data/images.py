@@ -5,7 +5,7 @@ device. This is the only place that chooses a decoder: JPEG files go to simplejp
 those that `benchmarks/input_pipeline.py` compares, and the only fast one that reports damaged
 data. Everything else goes to Pillow: CMYK JPEGs, which other decoders do not convert, PNG and all
 other formats, and whatever simplejpeg rejects, because it also rejects harmless oddities. An image
-is undecodable if Pillow says so.
+is undecodable if Pillow rejects it.
 
 EXIF rotations are not applied, as in other frameworks' ImageNet pipelines.
 """

@@ -238,7 +238,7 @@ def load_tfds(
       name: in TFDS, e.g. `imagenet2012` or `imagenette/320px-v2`.
       directory: where it was prepared; empty for the default of TFDS.
       train_split: in the syntax of TFDS, e.g. `train[:90%]`.
-      eval_split: likewise.
+      eval_split: in the same syntax.
 
     Raises:
       ValueError: not prepared there, not as ArrayRecord, no such split, shards that are missing,

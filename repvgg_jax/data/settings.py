@@ -30,10 +30,10 @@ class DataSettings(Section, path="config.data"):
     )
     eval_size: int = setting(0, "height and width in evaluation, pixels; 0: train_size", least=0)
     eval_crop: float = setting(
-        0.875, "share of the resized image's short side that evaluation sees", above=0, most=1
+        0.875, "fraction of the resized image's short side that evaluation sees", above=0, most=1
     )
     crop_scale: tuple[float, float] = setting(
-        (0.08, 1.0), "share of the image's area in a random training crop, smallest and largest"
+        (0.08, 1.0), "fraction of the image's area in a random training crop, smallest and largest"
     )
     crop_ratio: tuple[float, float] = setting(
         (3 / 4, 4 / 3), "width over height of a random training crop, smallest and largest"
@@ -109,7 +109,7 @@ class JitterSettings(Section, path="config.augment.jitter"):
     brightness: float = setting(0.0, "largest change of the factor", least=0)
     contrast: float = setting(0.0, "largest change of the factor", least=0)
     saturation: float = setting(0.0, "largest change of the factor", least=0)
-    hue: float = setting(0.0, "largest change, share of the color circle", least=0, most=0.5)
+    hue: float = setting(0.0, "largest change, fraction of the color circle", least=0, most=0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class AffineSettings(Section, path="config.augment.affine"):
     rotation: float = setting(0.0, "degrees")
     scale: float = setting(0.0, "relative change of height and of width")
     shear: float = setting(0.0, "columns per row")
-    shift: float = setting(0.0, "share of the image's size")
+    shift: float = setting(0.0, "fraction of the image's size")
 
 
 def _parse_erase_mode(name: str, value: Any) -> Any:
@@ -137,8 +137,8 @@ class EraseSettings(Section, path="config.augment.erase"):
         choices=ERASE_MODES,
         parse=_parse_erase_mode,
     )
-    least_area: float = setting(0.02, "smallest area, share of the image", least=0, most=1)
-    most_area: float = setting(1 / 3, "largest area, share of the image", least=0, most=1)
+    least_area: float = setting(0.02, "smallest area, fraction of the image", least=0, most=1)
+    most_area: float = setting(1 / 3, "largest area, fraction of the image", least=0, most=1)
     least_aspect: float = setting(
         0.3, "smallest height over width; the largest is its inverse", above=0, most=1
     )

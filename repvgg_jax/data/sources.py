@@ -191,8 +191,8 @@ def photo_crops(size: int, count: int = 16) -> np.ndarray:
     """Square crops of two photographs that come with scikit-learn: uint8 (count, size, size, 3).
 
     For proofs and pictures without a data set: a temple and a flower, 427x640 pixels; © their
-    authors, under the licenses that scikit-learn states beside them. The crops are spread evenly
-    over the photographs. Above a size of 427, pixels are repeated.
+    authors, under the licenses in scikit-learn. The crops are spread evenly over the
+    photographs. Above a size of 427, pixels are repeated.
     """
     from sklearn.datasets import load_sample_images
 

@@ -167,9 +167,9 @@ def parse_targets(texts: Iterable[str]) -> tuple[Target, ...]:
 def export(name: str, network: Network, path: str | Path, *, dtype: str | None = None) -> Artifact:
     """Writes a deploy network in one format and verifies it; see `Target.write`.
 
-    The artifact is written under a temporary name beside `path` and renamed once it is verified.
+    The artifact is written under a temporary name next to `path` and renamed once it is verified.
     If anything fails, an older artifact at `path` stays. If a runtime is not installed, the
-    result says that the artifact is unproven there.
+    result marks the artifact as unproven there.
 
     Args:
       name: one of `FORMATS`.

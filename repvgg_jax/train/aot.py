@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of the train step for TPUs that are not attached.
 
 libtpu contains the compiler and needs no TPU. It serves one program at a time and aborts its
-process on failure, so each program is compiled in a process of its own:
+process on failure, so each program is compiled in its own process:
 `python -m repvgg_jax.train.aot`, with the job as JSON on standard input.
 """
 
@@ -73,7 +73,7 @@ class Program:
 
     Attributes:
       title: what was compiled for what, in one line.
-      batch: the share of a device, in one line.
+      batch: images per device, in one line.
       devices: number of devices.
       parameters: number of parameters.
       arguments: bytes of the state and the batch.

@@ -372,7 +372,7 @@ def _quiet_orbax() -> None:
     """Suppresses what Orbax reports about failures that are raised anyway.
 
     After a failed save Orbax abandons its work on other arrays. Each piece prints a traceback
-    when it ends, some hundred lines around the one line that says what happened.
+    when it ends, some hundred lines around the one line with the cause.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").addFilter(_not_abandoned)  # adding it twice is harmless

@@ -153,7 +153,7 @@ class Experiment:
         Args:
           size: height and width of the images; default: that of the data set.
         """
-        # Every device has its share of every microbatch, if need be of groups that others share.
+        # Every microbatch is sharded over all devices; groups may span devices.
         microbatch_sharding = NamedSharding(self.mesh, PartitionSpec(None, "data"))
         jitted = jax.jit(
             dataclasses.replace(self.train_step, microbatch_sharding=microbatch_sharding),
@@ -190,7 +190,7 @@ class Experiment:
         }
 
     def state_sharding(self) -> TrainState:
-        """The sharding of every leaf of the state, as `config.train.shard_optimizer` says."""
+        """The sharding of every leaf of the state, by `config.train.shard_optimizer`."""
         shapes = jax.eval_shape(self._init, jax.random.key(0))
         return state_sharding(
             shapes, self.mesh, shard_optimizer=self.settings.train.shard_optimizer

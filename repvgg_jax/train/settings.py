@@ -98,7 +98,7 @@ class TrainSettings(Section, path="config.train"):
     epochs: int = setting(120, "length of the run", least=1)
     accumulate: int = setting(1, "microbatches per step", least=1)
     label_smoothing: float = setting(
-        0.0, "share of the target that goes to all classes evenly", least=0, below=1
+        0.0, "fraction of the target that goes to all classes evenly", least=0, below=1
     )
     shard_optimizer: bool = setting(False, "shard momentum and EMA over the devices (ZeRO stage 1)")
     auxiliary_weight: float = setting(0.1, "of each auxiliary head's loss (plus-L2pse)", least=0)

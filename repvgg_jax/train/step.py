@@ -24,7 +24,7 @@ class Classification:
 
     Attributes:
       num_classes: number of classes.
-      label_smoothing: share of the target that goes to all classes evenly.
+      label_smoothing: fraction of the target that goes to all classes evenly.
       auxiliary_weight: weight of each auxiliary head's loss.
     """
 

@@ -3,12 +3,12 @@
 config.json        the configuration
 metadata.json      classes, image shapes and normalization: what using the weights takes
 checkpoints/       one directory per checkpoint, named by its step
-unsound/           checkpoints that were found corrupt, if there ever were any
+unsound/           checkpoints that were found corrupt, if any
 metrics.jsonl      one JSON object per row
 tensorboard/       the same for TensorBoard
 curves.png         the same as a picture
 report.html        the same as a page, with the configuration and the machine
-profile/           a trace, if one was asked for
+profile/           a trace, with --profile_steps
 owner.json         which process holds the directory, while a run is at work
 """
 
@@ -33,7 +33,7 @@ class RunMetadata:
     Attributes:
       classes: class names, by label.
       image_shape: (height, width, channels) of training images.
-      eval_shape: likewise of validation images.
+      eval_shape: the same of validation images.
       normalize: pixels to the network's input.
     """
 

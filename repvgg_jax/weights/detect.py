@@ -86,8 +86,8 @@ def detect(
 
     Raises:
       ValueError: no network has exactly these arrays. The message lists missing, unexpected
-        and misshaped keys with respect to the nearest one, or says which other architecture
-        this is.
+        and misshaped keys with respect to the nearest one, or names the other architecture
+        that this is.
     """
     considered = [variant] if variant is not None else VARIANTS.values()
     # Every block has its form's main kernel: the naming and the form with the most of them.

@@ -215,7 +215,7 @@ def _record(buffer: mmap.mmap, info: zipfile.ZipInfo) -> memoryview:
     # The local header repeats the name and adds padding, with lengths of its own.
     header = _slice(buffer, info.header_offset, 30)
     if bytes(header[:4]) != b"PK\x03\x04":
-        raise ValueError(f"record {info.filename!r} is not where the archive's directory says")
+        raise ValueError(f"record {info.filename!r} is not at its offset in the directory")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     start = info.header_offset + 30 + name_length + extra_length
     data = _slice(buffer, start, info.file_size)

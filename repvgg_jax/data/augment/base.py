@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Op(enum.IntEnum):
-    """One operation on one image; the comment says what its argument is."""
+    """One operation on one image; the comment describes its argument."""
 
     IDENTITY = 0
     AUTO_CONTRAST = 1
@@ -41,8 +41,8 @@ class SampledOps(NamedTuple):
       op: int32, values of `Op`.
       argument: float32, see `Op`.
       cubic: bool, whether geometric operations resample bicubically instead of bilinearly.
-      row: float32 in [0, 1), center of a cutout.
-      column: likewise.
+      row: center of a cutout, float32 in [0, 1).
+      column: center of a cutout, float32 in [0, 1).
     """
 
     op: jax.Array

@@ -194,12 +194,12 @@ def source_coordinates(
     """Source columns and rows of output pixels, float32 (images, rows, columns).
 
     The edges of the image are at 0 and at its size, so the center of a pixel is at a half. The
-    displacement is computed by itself and added last, to lose no float32 precision.
+    displacement is computed separately and added last, to lose no float32 precision.
 
     Args:
       sampled: the operation of each image.
       row: output rows, float32, of a shape that broadcasts.
-      column: output columns, likewise.
+      column: output columns, float32, of a shape that broadcasts.
       height: of the images.
       width: of the images.
     """

@@ -20,7 +20,7 @@ VAL_LABELS = "val_labels.txt"
 
 
 class MissingError(ValueError):
-    """Required files do not exist; the text says which."""
+    """Required files do not exist; the message lists them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def find(root: pathlib.Path) -> Inputs:
     """Images of a directory with ImageNet's tar files, or else of a class-per-folder tree.
 
     Raises:
-      MissingError: neither; says all that is missing.
+      MissingError: neither; lists all that is missing.
       ValueError: no such directory, or something in it is damaged or does not fit.
     """
     if not root.is_dir():

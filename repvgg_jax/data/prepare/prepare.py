@@ -186,7 +186,7 @@ def _results(
             except BrokenProcessPool as error:
                 raise OSError(
                     "a worker process died, perhaps for lack of memory; the same command "
-                    "continues, with fewer processes if --processes says so"
+                    "continues; --processes sets the number of workers"
                 ) from error
             progress.advance(bar, sizes[future])
 
