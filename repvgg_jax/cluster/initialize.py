@@ -351,8 +351,8 @@ def _from_variables(
     if address is None:
         raise ValueError(
             f"this is process {rank} of {size} of {launcher.name} ({launcher.size}={size}), but "
-            f"the address of process 0 is unknown; give --distributed=HOST:PORT,{size},{rank}, or set "
-            "JAX_COORDINATOR_ADDRESS=HOST:PORT for all"
+            f"the address of process 0 is unknown; give --distributed=HOST:PORT,{size},{rank}, or "
+            "set JAX_COORDINATOR_ADDRESS=HOST:PORT for all"
         )
     return ProcessInfo.parse(f"{address},{size},{rank}")._replace(local_device_id=device)
 

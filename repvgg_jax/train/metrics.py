@@ -15,7 +15,7 @@ import rich.live
 from tensorboardX import SummaryWriter
 
 from repvgg_jax.files import write_text
-from repvgg_jax.text import tree_path
+from repvgg_jax.text import named_leaves
 from repvgg_jax.train import report
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import Experiment
@@ -205,10 +205,7 @@ class StepMetrics:
         optimizer = self._experiment.settings.optimizer
         what = f"the loss is {loss}"
         if math.isfinite(loss):
-            leaves, _ = jax.tree_util.tree_flatten_with_path(
-                self._experiment.abstract_state().params
-            )
-            name = tree_path(leaves[bad_leaf][0])
+            name = list(named_leaves(self._experiment.abstract_state().params))[bad_leaf]
             what = f"the gradient of {name} is not finite (the loss is {loss:g})"
         saved = self._checkpoints.newest()
         return (

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from repvgg_jax.reparam import unfuse_params
-from repvgg_jax.reparam.algebra import EPSILON
+from repvgg_jax.reparam import EPSILON, unfuse_params
 from repvgg_jax.text import did_you_mean, first_few, one_line
 from repvgg_jax.variants import Variant, get_variant
 from repvgg_jax.weights import files
