@@ -350,9 +350,9 @@ def _from_variables(
         address = f"127.0.0.1:{port}"
     if address is None:
         raise ValueError(
-            f"this is process {rank} of {size} of {launcher.name} ({launcher.size}={size}), but "
-            f"the address of process 0 is unknown; give --distributed=HOST:PORT,{size},{rank}, or "
-            "set JAX_COORDINATOR_ADDRESS=HOST:PORT for all"
+            f"{launcher.name} started this process as {rank} of {size} ({launcher.size}={size}), "
+            f"but the address of process 0 is unknown; give --distributed=HOST:PORT,{size},{rank}, "
+            "or set JAX_COORDINATOR_ADDRESS=HOST:PORT for all"
         )
     return ProcessInfo.parse(f"{address},{size},{rank}")._replace(local_device_id=device)
 

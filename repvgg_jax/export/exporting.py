@@ -225,7 +225,7 @@ def _check_identical(name: str, written: object, read: object) -> None:
             np.ascontiguousarray(values).view(np.uint8),
             np.ascontiguousarray(found[leaf]).view(np.uint8),
         ):
-            raise ValueError(f"{name}: {leaf} was read back with other bits; it was not written")
+            raise ValueError(f"{name}: {leaf} differs after reading it back; it was not written")
 
 
 @functools.cache
