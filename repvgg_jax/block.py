@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from repvgg_jax import cpu_conv
@@ -62,7 +63,7 @@ class ReparamBlock(nn.Module):
     Attributes:
       features: output channels.
       stride: spatial stride.
-      dilation: dilation of kernels larger than 1x1, which are padded by as much.
+      dilation: dilation of kernels and poolings larger than 1x1, padded by as much.
       groups: channel groups of the convolutions.
       identity: whether the terms in `SameShape` exist; None for where the shapes agree.
       se: squeeze-and-excite, or None.
@@ -173,7 +174,7 @@ class ReparamBlock(nn.Module):
         if isinstance(term, AvgPool):
             stride = self.stride if term.strided else 1
             padded = self._padded(term, x, _value(zero, x.shape[-1]))
-            return nn.avg_pool(padded, term.kernel_size, (stride, stride)), zero
+            return _avg_pool(padded, term.kernel_size, stride, self.dilation), zero
         if isinstance(term, Scale):
             scale: Callable[[jax.Array], jax.Array] = lambda x: x  # noqa: E731
             if term.name is not None:
@@ -194,7 +195,7 @@ class ReparamBlock(nn.Module):
 
     def _reach(self, term: Conv | AvgPool) -> tuple[int, int]:
         """Pixels that a kernel reaches to each side."""
-        dilation = self.dilation * term.dilation if isinstance(term, Conv) else 1
+        dilation = self.dilation * (term.dilation if isinstance(term, Conv) else 1)
         height, width = (dilation * (size // 2) for size in term.kernel_size)
         return height, width
 
@@ -353,6 +354,21 @@ def fuse_model(
         fused["params"] = _replaced(fused["params"], path, deployed)
         stats = _replaced(stats, path, None)
     return {**fused, "batch_stats": stats} if stats else fused
+
+
+def _avg_pool(x: jax.Array, size: tuple[int, int], stride: int, dilation: int) -> jax.Array:
+    """Means over windows of pixels that are `dilation` apart, without padding."""
+    zero = np.zeros((), x.dtype)
+    total = jax.lax.reduce_window(
+        x,
+        zero,
+        jax.lax.add,
+        window_dimensions=(1, *size, 1),
+        window_strides=(1, stride, stride, 1),
+        padding="VALID",
+        window_dilation=(1, dilation, dilation, 1),
+    )
+    return total / (size[0] * size[1])
 
 
 def _value(zero: Response | None, channels: int) -> jax.Array:

@@ -31,6 +31,7 @@ SPECS = {
     "ACB, groups": (ACB, {"stride": 2, "groups": 2}),
     "DBB": (DBB, {}),
     "DBB, stride and groups": (DBB, {"stride": 2, "groups": 2}),
+    "DBB, dilation": (DBB, {"dilation": 2}),
     "MobileOne depthwise": (mobileone(3, branches=3), {"groups": 4}),
     "MobileOne depthwise, stride": (mobileone(3, branches=2), {"groups": 4, "stride": 2}),
     "MobileOne pointwise": (mobileone(1, branches=2), {}),
@@ -274,10 +275,30 @@ class TestSpecs:
         with pytest.raises(ValueError, match="strided=False"):
             reparam.BlockSpec("x", reparam.Chain(convs))
 
+    def test_one_term_of_a_chain_sees_neighbors_along_an_axis(self):
+        conv = reparam.Conv("a", (3, 3), strided=False)
+        for other in (reparam.Conv("b", (3, 3)), reparam.AvgPool((1, 3))):
+            with pytest.raises(ValueError, match="along the same axis"):
+                reparam.BlockSpec("x", reparam.Chain((conv, other)))
+        row, column = reparam.Conv("a", (1, 3), strided=False), reparam.Conv("b", (3, 1))
+        assert reparam.BlockSpec("x", reparam.Chain((row, column)))
+
     def test_a_module_and_a_spec_that_do_not_fit(self):
         block = ReparamBlock(8, spec=reparam.BlockSpec("x", reparam.Norm("a")))
         with pytest.raises(ValueError, match=r"4 channels.*8"):
             block.init(jax.random.key(0), jnp.zeros((1, 8, 8, 4)))
+
+
+def test_gradients_of_a_dilated_pooling_are_those_of_its_kernel():
+    with jax.enable_x64(True):
+        block, variables = block_and_variables(DBB, {"dilation": 2, "stride": 2})
+        fused = fuse_params(variables)
+        x = jnp.asarray(random_images((1, 9, 8, 4), dtype=np.float64))
+        trained, deployed = (
+            jax.grad(lambda x, f=form, v=v: jnp.sin(f.apply(v, x)).sum())(x)
+            for form, v in ((block, variables), (block.clone(deploy=True), fused))
+        )
+        chex.assert_trees_all_close(trained, deployed, atol=1e-11)
 
 
 @pytest.mark.parametrize("activation", [nn.relu, nn.silu, None])

@@ -106,6 +106,13 @@ class BlockSpec:
 
     def _check_chain(self, chain: Chain) -> None:
         strided = False
+        sizes = [kernel_size(term) for term in chain.terms]
+        if any(sum(size > 1 for size in axis) > 1 for axis in zip(*sizes, strict=True)):
+            raise ValueError(
+                f"block {self.name}: two terms of a chain see neighboring pixels along the same "
+                "axis; the second one would need values outside the image at its borders, so the "
+                "chain is not one convolution"
+            )
         for term in chain.terms:
             spatial = max(kernel_size(term)) > 1
             if spatial and strided:
