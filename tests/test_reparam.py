@@ -1,5 +1,7 @@
 """Blocks as expressions: each spec against the impulse response of the module that trains it."""
 
+import collections
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,21 @@ MINE = reparam.BlockSpec(
         )
     ),
 )
+SEPARABLE = reparam.BlockSpec(
+    "separable",
+    reparam.Sum(
+        (
+            reparam.Chain(
+                (
+                    reparam.Conv("depthwise", (3, 3), groups=4, expansion=1),
+                    reparam.Norm("bn"),
+                    reparam.Conv("pointwise", (1, 1), strided=False),
+                )
+            ),
+            reparam.Conv("direct", (1, 1), bias=True),
+        )
+    ),
+)
 SPECS = {
     "RepVGG": (REPVGG, {}),
     "RepVGG, stride and groups": (REPVGG, {"stride": 2, "groups": 2}),
@@ -39,13 +56,15 @@ SPECS = {
     "QARepVGG, stride and groups": (QAREPVGG, {"stride": 2, "groups": 2}),
     "large kernel": (large_kernel(31, 5), {"groups": 4}),
     "pre-norm, dilated, subtracted": (MINE, {}),
+    "depthwise, then pointwise": (SEPARABLE, {}),
+    "depthwise, then pointwise, groups": (SEPARABLE, {"stride": 2, "groups": 2}),
 }
 
 
 def block_and_variables(spec, options, *, activation=None, features=4):
     """A block in float64 with random parameters and statistics."""
+    options = {"features": features, **options}
     block = ReparamBlock(
-        features,
         spec=spec,
         activation=activation,
         dtype=jnp.float64,
@@ -193,6 +212,99 @@ class TestRecognition:
         traced = jax.jit(lambda: fuse_params(variables))()
         chex.assert_trees_all_close(traced, fuse_params(variables), rtol=1e-6)
 
+    def test_lists_keep_their_places(self, backbone):
+        norm = {"scale": np.ones(4), "bias": np.zeros(4)}
+        moments = {"mean": np.ones(4), "var": np.ones(4)}
+        for make in (list, tuple, lambda pair: collections.namedtuple("Pair", "a b")(*pair)):
+            tree = {
+                "params": {"layers": make([backbone["params"], {"bn": norm}])},
+                "batch_stats": {"layers": make([backbone["batch_stats"], {"bn": moments}])},
+            }
+            fused = fuse_params(tree, expect=1)
+            assert fused["batch_stats"]["layers"][0] == {}
+            assert fused["batch_stats"]["layers"][1]["bn"] is moments
+            again = reparam.unfuse_params(fused, like=tree)
+            chex.assert_trees_all_equal_shapes(again, tree)
+
+    def test_a_list_of_nothing_but_blocks_has_no_statistics(self, backbone):
+        tree = {name: {"layers": [backbone[name]] * 2} for name in ("params", "batch_stats")}
+        assert set(fuse_params(tree, expect=2)) == {"params"}
+
+    @pytest.mark.parametrize("wrap", [lambda tree: tree, lambda tree: {"net": tree}])
+    def test_blocks_without_norms_need_no_statistics(self, wrap):
+        spec = reparam.BlockSpec("x", reparam.Conv("a", (1, 1), bias=True))
+        child = {"kernel": np.ones((1, 1, 2, 3)), "bias": np.ones(3)}
+        fused = fuse_params({"params": wrap({"a": child})}, blocks=(spec,))
+        chex.assert_trees_all_equal(fused, {"params": wrap({"reparam": child})})
+
+    def test_specs_that_differ_in_kernel_sizes_alone(self):
+        specs = (large_kernel(7, 3), large_kernel(5, 3))
+        _, variables = block_and_variables(specs[1], {})
+        fused = fuse_params(variables, blocks=specs)
+        assert fused["params"]["reparam"]["kernel"].shape == (5, 5, 4, 4)
+
+    def test_empty_mappings_are_not_blocks(self, backbone):
+        optional = reparam.BlockSpec("x", reparam.SameShape(reparam.Norm("a")))
+        tree = {name: {"block": backbone[name], "empty": {}} for name in backbone}
+        assert fuse_params(tree, blocks=(REPVGG, optional), expect=1)["params"]["empty"] == {}
+
+    def test_without_convolutions_there_are_no_groups_to_see(self):
+        spec = reparam.BlockSpec("x", reparam.Norm("a"))
+        block, x = ReparamBlock(4, spec=spec), jnp.zeros((1, 8, 8, 4))
+        variables = block.init(jax.random.key(0), x)
+        with pytest.raises(ValueError, match="fuse_model"):
+            fuse_params(variables, blocks=(spec,))
+        fused = fuse_model(block, variables, x)
+        assert fused["params"]["reparam"]["kernel"].shape == (1, 1, 4, 4)
+
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("depthwise, then pointwise", {}),
+            ("depthwise, then pointwise", {"groups": 2, "features": 8}),
+            ("pre-norm", {"groups": 2, "features": 8}),
+            ("two convolutions", {"groups": 4, "stride": 2}),
+        ],
+    )
+    def test_groups_that_only_inner_terms_show(self, name, options):
+        pre = (reparam.Norm("pre"), reparam.Conv("a", (3, 3)))
+        two = (reparam.Conv("a", (3, 3)), reparam.Norm("n"), reparam.Conv("b", (1, 1), False))
+        spec = {
+            "depthwise, then pointwise": SEPARABLE,
+            "pre-norm": reparam.BlockSpec("x", reparam.Chain(pre)),
+            "two convolutions": reparam.BlockSpec("x", reparam.Chain(two)),
+        }[name]
+        with jax.enable_x64(True):
+            block, variables = block_and_variables(spec, dict(options))
+            x = jnp.zeros((1, 8, 8, 4), jnp.float64)
+            expected = fuse_model(block, variables, x)
+            got = fuse_params(variables, blocks=(spec,))
+        chex.assert_trees_all_close(got, expected, atol=1e-14)
+
+    @pytest.mark.parametrize("collection", ["params", "batch_stats"])
+    def test_arrays_in_the_place_of_mappings(self, backbone, collection):
+        damaged = {**backbone, collection: {**backbone[collection], "bn_identity": np.ones(4)}}
+        with pytest.raises(ValueError, match="bn_identity is a ndarray, expected a mapping"):
+            fuse_params(damaged)
+
+    def test_stacks_of_every_block_without_implicit_broadcasting(self):
+        pool = reparam.Chain((reparam.AvgPool((5, 5)), reparam.Norm("bn_pool")))
+        spec = reparam.BlockSpec("x", reparam.Sum((pool, reparam.AvgPool((7, 7)), REPVGG.train)))
+        for known in (REPVGG, DBB, spec):
+            _, variables = block_and_variables(known, {})
+            with jax.enable_x64(True):
+                parts = [randomise(variables, seed) for seed in range(6)]
+                stack = jax.tree.map(
+                    lambda *leaves: jnp.stack(leaves).reshape(2, 3, *leaves[0].shape), *parts
+                )
+                expected = [fuse_params(part, blocks=(known,))["params"] for part in parts]
+                expected = jax.tree.map(
+                    lambda *leaves: np.stack(leaves).reshape(2, 3, *leaves[0].shape), *expected
+                )
+                for tree in (stack, jax.device_get(stack)):
+                    got = fuse_params(tree, blocks=(known,))["params"]
+                    chex.assert_trees_all_close(got, expected, atol=1e-12)
+
     def test_nothing_is_mutated(self, backbone):
         before = jax.tree.map(np.copy, backbone)
         fuse_params(backbone)
@@ -283,6 +395,33 @@ class TestSpecs:
         row, column = reparam.Conv("a", (1, 3), strided=False), reparam.Conv("b", (3, 1))
         assert reparam.BlockSpec("x", reparam.Chain((row, column)))
 
+    @pytest.mark.parametrize(
+        ("term", "message"),
+        [
+            (reparam.Conv("a", 3), "must be a tuple"),
+            (reparam.Conv("a", (3,)), "must be a tuple"),
+            (reparam.Conv("a", (3, 3), dilation=0), "dilation=0"),
+            (reparam.Conv("a", (3, 3), groups=0), "groups=0"),
+            (reparam.Sum((reparam.Norm("a"), "b")), "'b' is not a term"),
+            (reparam.Identity(), "no term has parameters"),
+        ],
+    )
+    def test_mistakes_in_a_term(self, term, message):
+        with pytest.raises(ValueError, match=message):
+            reparam.BlockSpec("x", term)
+
+    def test_kept_children_have_names_of_their_own(self):
+        with pytest.raises(ValueError, match="must be a set"):
+            reparam.BlockSpec("x", reparam.Norm("a"), keep="se")
+        with pytest.raises(ValueError, match="occurs more than once"):
+            reparam.BlockSpec("x", reparam.Norm("a"), keep={"a"})
+
+    def test_a_convolution_does_not_mix_the_groups_of_its_block(self):
+        convs = (reparam.Conv("a", (1, 1), strided=False), reparam.Conv("b", (3, 3), groups=1))
+        block = ReparamBlock(4, groups=2, spec=reparam.BlockSpec("x", reparam.Chain(convs)))
+        with pytest.raises(ValueError, match="b has 1 groups.*mix"):
+            block.init(jax.random.key(0), jnp.zeros((1, 8, 8, 4)))
+
     def test_a_module_and_a_spec_that_do_not_fit(self):
         block = ReparamBlock(8, spec=reparam.BlockSpec("x", reparam.Norm("a")))
         with pytest.raises(ValueError, match=r"4 channels.*8"):
@@ -299,6 +438,41 @@ def test_gradients_of_a_dilated_pooling_are_those_of_its_kernel():
             for form, v in ((block, variables), (block.clone(deploy=True), fused))
         )
         chex.assert_trees_all_close(trained, deployed, atol=1e-11)
+
+
+class TestEquivalentL2:
+    def test_dilated_kernels_are_added_where_they_deploy(self):
+        branches = [
+            reparam.Chain(
+                (reparam.Conv(name, (3, 3), dilation=dilation), reparam.Norm(f"bn{name}"))
+            )
+            for name, dilation in (("a", 2), ("b", 1))
+        ]
+        spec = reparam.BlockSpec("x", reparam.Sum(branches))
+        _, variables = block_and_variables(spec, {})
+        expected, (params, stats) = 0.0, (variables["params"], variables["batch_stats"])
+        t = {n: params[f"bn{n}"]["scale"] / np.sqrt(stats[f"bn{n}"]["var"] + 1e-5) for n in "ab"}
+        for row, column in np.ndindex(5, 5):
+            there = {}
+            if row % 2 == 0 and column % 2 == 0:
+                there["a"] = params["a"]["kernel"][row // 2, column // 2]
+            if 1 <= row <= 3 and 1 <= column <= 3:
+                there["b"] = params["b"]["kernel"][row - 1, column - 1]
+            if there:
+                total = sum(kernel * t[n] for n, kernel in there.items())
+                expected += (total**2 / sum(t[n] ** 2 for n in there)).sum()
+        got = reparam.equivalent_l2(variables, blocks=(spec,))
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+    def test_blocks_without_such_kernels_have_no_penalty(self):
+        _, variables = block_and_variables(QAREPVGG, {})
+        assert reparam.equivalent_l2(variables) == 0
+        assert reparam.equivalent_l2({"params": {}}) == 0
+
+    def test_statistics_are_needed(self):
+        _, variables = block_and_variables(REPVGG, {})
+        with pytest.raises(ValueError, match="block has no running statistics of bn3x3"):
+            reparam.equivalent_l2({"params": {"block": variables["params"]}})
 
 
 @pytest.mark.parametrize("activation", [nn.relu, nn.silu, None])
