@@ -305,6 +305,26 @@ class TestRecognition:
                     got = fuse_params(tree, blocks=(known,))["params"]
                     chex.assert_trees_all_close(got, expected, atol=1e-12)
 
+    @pytest.mark.parametrize("spec", [REPVGG, DBB], ids=lambda s: s.name)
+    @pytest.mark.parametrize("axes", [(None, "b"), ("a", "b")], ids=str)
+    def test_explicitly_sharded_arrays(self, spec, axes):
+        """`jax.make_mesh` makes explicit meshes by default."""
+        mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+        block = ReparamBlock(4, spec=spec)
+        x = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
+        variables = randomise(jax.eval_shape(block.init, jax.random.key(0), x))
+
+        def put(leaf):
+            spec = (None, None, *axes) if leaf.ndim == 4 else ("b",)
+            return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*spec)))
+
+        for fuse in (fuse_params, jax.jit(fuse_params)):
+            fused = fuse(jax.tree.map(put, variables))
+            kernel = fused["params"]["reparam"]["kernel"]
+            assert kernel.sharding.spec == jax.P(None, None, *axes)
+            got = jax.device_get(fused)
+            chex.assert_trees_all_close(got, fuse_params(variables), atol=1e-5)
+
     def test_nothing_is_mutated(self, backbone):
         before = jax.tree.map(np.copy, backbone)
         fuse_params(backbone)
@@ -419,7 +439,7 @@ class TestSpecs:
     def test_a_convolution_does_not_mix_the_groups_of_its_block(self):
         convs = (reparam.Conv("a", (1, 1), strided=False), reparam.Conv("b", (3, 3), groups=1))
         block = ReparamBlock(4, groups=2, spec=reparam.BlockSpec("x", reparam.Chain(convs)))
-        with pytest.raises(ValueError, match="b has 1 groups.*mix"):
+        with pytest.raises(ValueError, match=r"b has 1 groups.*mix"):
             block.init(jax.random.key(0), jnp.zeros((1, 8, 8, 4)))
 
     def test_a_module_and_a_spec_that_do_not_fit(self):

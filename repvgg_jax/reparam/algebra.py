@@ -83,7 +83,38 @@ def affine(
         for name, leaf in params[child].items()
     )
     start = _Partial(None, None, in_per_group, geometry.in_channels, max(axes, default=0))
-    return _follow(resolved, start, params, stats, epsilon).materialize(params)
+
+    def fold(params: Params, stats: Params) -> Affine:
+        return _follow(resolved, start, params, stats, epsilon).materialize(params)
+
+    own = {child: params[child] for child in names(resolved) & params.keys()}
+    moments = {child: stats[child] for child in names(resolved) & stats.keys()}
+    sharding = _explicit_sharding(own, (in_per_group, geometry.features))
+    if sharding is None:
+        return fold(own, moments)
+    # Composed kernels have no sharding that follows from those of the operands.
+    return jax.sharding.auto_axes(fold, out_sharding=sharding)(own, moments)
+
+
+def _explicit_sharding(params: Params, channels: tuple[int, int]) -> Affine | None:
+    """How to shard a kernel and a bias of these channels; None outside of explicit meshes."""
+    mesh, chosen = None, None
+    for leaf in jax.tree.leaves(params):
+        if not isinstance(leaf, jax.Array):
+            continue
+        sharding = jax.typeof(leaf).sharding
+        if sharding.mesh.explicit_axes:
+            mesh = mesh or sharding.mesh
+            size = leaf.shape[-4:-2]
+            if leaf.ndim >= 4 and leaf.shape[-2:] == channels and (not chosen or size > chosen[0]):
+                chosen = size, (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
+    if mesh is None:
+        return None
+    spec = chosen[1] if chosen else (None,) * 4
+    lead = spec[:-4]
+    kernel = jax.sharding.PartitionSpec(*lead, None, None, *spec[-2:])
+    bias = jax.sharding.PartitionSpec(*lead, spec[-1])
+    return Affine(*(jax.sharding.NamedSharding(mesh, axes) for axes in (kernel, bias)))
 
 
 def parallel(maps: Sequence[Affine]) -> Affine:

@@ -105,9 +105,12 @@ def _sizes_fit(train: Linear, params: Mapping[str, Any]) -> bool:
     """Whether all kernels have the height and width that the expression says."""
     for term in walk(train):
         child = params.get(term.name) if isinstance(term, Conv) else None
-        if isinstance(term, Conv) and isinstance(child, Mapping):
-            if getattr(child.get("kernel"), "shape", ())[-4:-2] != term.kernel_size:
-                return False
+        if (
+            isinstance(term, Conv)
+            and isinstance(child, Mapping)
+            and getattr(child.get("kernel"), "shape", ())[-4:-2] != term.kernel_size
+        ):
+            return False
     return True
 
 
@@ -156,7 +159,7 @@ def _geometry(train: Linear, params: Mapping[str, Any]) -> Geometry:
             f"{in_per_group} do not divide {in_channels} channels"
         )
     guess = Geometry(in_channels, features or in_channels, groups=groups, same_shape=same_shape)
-    if same_shape and (first or convs)[0].groups is None or _fits(train, guess, sized):
+    if (same_shape and (first or convs)[0].groups is None) or _fits(train, guess, sized):
         return guess
     # Norms, and convolutions behind the first one, may show that there are groups.
     for groups in (g for g in range(1, guess.features + 1) if guess.features % g == 0):
@@ -276,7 +279,8 @@ def check_leaves(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
     """Raises ValueError unless `found` has the expected leaf names and shapes."""
     if found.keys() != expected.keys():
         raise ValueError(
-            f"{where} has [{', '.join(sorted(map(str, found)))}], expected [{', '.join(sorted(expected))}]"
+            f"{where} has [{', '.join(sorted(map(str, found)))}], "
+            f"expected [{', '.join(sorted(expected))}]"
         )
     for leaf, shape in expected.items():
         if (have := getattr(found[leaf], "shape", None)) != shape:
