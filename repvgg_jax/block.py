@@ -49,7 +49,9 @@ from repvgg_jax.reparam import (
     fuse_block,
     leaves,
 )
-from repvgg_jax.reparam.linear import present
+from repvgg_jax.reparam.fuse import check_variances
+from repvgg_jax.reparam.linear import names, present
+from repvgg_jax.reparam.tree import is_auxiliary_head, path_name
 from repvgg_jax.variants import SqueezeExcite
 
 TrainForm = Literal["branches", "covariance"]
@@ -318,10 +320,12 @@ def fuse_model(
       **kwargs: of `model.apply`, e.g. `method`.
 
     Returns:
-      The variables of the same model with every block in deploy form.
+      The variables of the same model with every block in deploy form, without the auxiliary
+      heads beside blocks, as in `fuse_params`.
 
     Raises:
-      ValueError: no block, not as many as expected, or a block whose leaves do not fit.
+      ValueError: no block, not as many as expected, a block whose leaves do not fit, or (for
+        concrete values) a negative variance.
     """
     blocks: dict[tuple[str, ...], tuple[ReparamBlock, Geometry]] = {}
 
@@ -342,6 +346,14 @@ def fuse_model(
         )
     fused = {name: tree for name, tree in variables.items() if name != "batch_stats"}
     stats = variables.get("batch_stats", {})
+    check_variances(
+        [
+            (path_name((*path, norm)), leaf["var"])
+            for path, (block, _) in blocks.items()
+            for norm, leaf in _at(stats, path).items()
+            if norm in names(block.spec.train) and "var" in leaf
+        ]
+    )
     for path, (block, geometry) in blocks.items():
         deployed = fuse_block(
             block.spec,
@@ -353,6 +365,10 @@ def fuse_model(
         )
         fused["params"] = _replaced(fused["params"], path, deployed)
         stats = _replaced(stats, path, None)
+        head = (*path[:-1], f"aux_{path[-1]}") if path else ()
+        if path and is_auxiliary_head(_at(fused["params"], head)):
+            fused["params"] = _replaced(fused["params"], head, None)
+            stats = _replaced(stats, head, None)
     return {**fused, "batch_stats": stats} if stats else fused
 
 

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from repvgg_jax import ReparamBlock, RepVGGBlock, fuse_linear, fuse_model, fuse_params, reparam
+from repvgg_jax import (
+    ReparamBlock,
+    RepVGGBlock,
+    create_model,
+    fuse_linear,
+    fuse_model,
+    fuse_params,
+    reparam,
+)
 from repvgg_jax.reparam import ACB, DBB, QAREPVGG, REPVGG, large_kernel, mobileone
-from tests.trees import random_images, randomise
+from tests.trees import TINY_AUXILIARY, random_images, random_variables, randomise
 
 pytestmark = pytest.mark.core
 
@@ -157,6 +165,16 @@ def test_unfusing_inverts_fusing(spec):
         )
         kept = sorted(spec.required | spec.optional)[0]
         assert kept in again["params"]
+
+
+def test_the_inverse_solves_for_any_term_that_it_can():
+    scaled = reparam.Chain((reparam.Conv("a", (3, 3)), reparam.Scale("gain")))
+    normed = reparam.Chain((reparam.Conv("b", (3, 3)), reparam.Norm("bn")))
+    spec = reparam.BlockSpec("x", reparam.Sum((scaled, normed)))
+    _, target = block_and_variables(spec, {})
+    deployed = fuse_params(target, blocks=(spec,))
+    again = reparam.unfuse_params(deployed, like=randomise(target, seed=1), blocks=(spec,))
+    chex.assert_trees_all_close(fuse_params(again, blocks=(spec,)), deployed, atol=1e-12)
 
 
 def test_a_block_without_an_inverse_says_so():
@@ -363,6 +381,20 @@ class TestFuseModel:
         with pytest.raises(ValueError, match=r"3 blocks.*expected 2"):
             fuse_model(model, variables, x, expect=2)
 
+    def test_auxiliary_heads_are_dropped(self):
+        model = create_model(TINY_AUXILIARY, num_classes=3)
+        variables = random_variables(model)
+        fused = fuse_model(model, variables, random_images((1, 32, 32, 3)))
+        chex.assert_trees_all_equal_shapes(fused, fuse_params(variables))
+
+    @pytest.mark.parametrize("given_as", [np.asarray, jnp.asarray])
+    def test_impossible_variances(self, given_as):
+        x = random_images((2, 8, 8, 3))
+        variables = randomise(jax.eval_shape(self.Net().init, jax.random.key(0), x))
+        variables["batch_stats"]["first"]["bn"]["var"][0] = -1
+        with pytest.raises(ValueError, match="first/bn/var"):
+            fuse_model(self.Net(), jax.tree.map(given_as, variables), x)
+
 
 class TestFuseLinear:
     @pytest.mark.parametrize(
@@ -380,6 +412,25 @@ class TestFuseLinear:
     def test_what_is_not_a_convolution_is_refused(self, function, message):
         with pytest.raises(ValueError, match=message):
             fuse_linear(function, in_channels=2, max_kernel=5)
+
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
+            (lambda x: x * jnp.nan, "NaN"),
+            (lambda x: 1e6 + jax.nn.relu(x), "not affine"),
+            (lambda x: x[:, ::2], "stride"),
+            (lambda x: x[:, :5, :5], "stride that divides"),
+        ],
+    )
+    def test_what_cannot_be_read_off_is_refused(self, function, message):
+        with pytest.raises(ValueError, match=message):
+            fuse_linear(function, in_channels=2, max_kernel=5)
+
+    def test_half_precision_has_its_own_tolerance(self):
+        found = fuse_linear(lambda x: 3 * x + 1, in_channels=2, dtype=jnp.bfloat16)
+        np.testing.assert_allclose(found.kernel[0, 0].astype(np.float32), 3 * np.eye(2))
+        with pytest.raises(ValueError, match="not affine"):
+            fuse_linear(jax.nn.relu, in_channels=2, dtype=jnp.bfloat16)
 
     def test_a_strided_convolution(self):
         kernel = random_images((3, 3, 2, 5))

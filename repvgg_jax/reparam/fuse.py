@@ -172,12 +172,17 @@ class _Fusing(Walk):
                 "there is no block to fuse in this tree: expected {'params': …, 'batch_stats': …} "
                 f"with mappings that have exactly the children of a block ({known}){near}"
             )
-        # Values are known only outside of traces, and on this process. They are fetched
-        # together: one transfer for the whole network, not one per block.
-        known_values = [(name, var) for name, var in self.variances if _is_known(var)]
-        fetched = jax.device_get([var for _, var in known_values])
-        for (name, _), var in zip(known_values, fetched, strict=True):
-            _check_variance(name, var)
+        check_variances(self.variances)
+
+
+def check_variances(variances: Sequence[tuple[str, Any]]) -> None:
+    """Raises ValueError if a variance, given with its name, is known and cannot be one."""
+    # Values are known only outside of traces, and on this process. They are fetched
+    # together: one transfer for the whole network, not one per block.
+    known_values = [(name, var) for name, var in variances if _is_known(var)]
+    fetched = jax.device_get([var for _, var in known_values])
+    for (name, _), var in zip(known_values, fetched, strict=True):
+        _check_variance(name, var)
 
 
 def _check_variance(name: str, var: np.ndarray) -> None:

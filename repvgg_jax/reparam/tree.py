@@ -79,7 +79,7 @@ class Walk:
         block = str(key).removeprefix("aux_")
         return (
             block != key
-            and _is_auxiliary_head(siblings[key])
+            and is_auxiliary_head(siblings[key])
             and self.is_block(siblings.get(block), (*path, block))
         )
 
@@ -271,7 +271,8 @@ def _is_affine(node: Tree) -> bool:
     return isinstance(node, Mapping) and node.keys() == {"kernel", "bias"}
 
 
-def _is_auxiliary_head(node: Tree) -> bool:
+def is_auxiliary_head(node: Tree) -> bool:
+    """Whether this node has the children of an auxiliary classifier."""
     return isinstance(node, Mapping) and node.keys() == {"conv", "bn", "logits"}
 
 

@@ -190,12 +190,17 @@ class _Inverse:
             return {**inner, norm: neutral}
         if isinstance(term, Sum):
             size = target.kernel.shape[-4:-2]
-            free = next((t for t in term.terms if kernel_size(t) == size and names(t)), None)
-            if free is None:
-                raise ValueError(f"no term of the sum has the whole kernel of size {size}")
-            others = [self._affine(t) for t in term.terms if t is not free]
-            negated = [Affine(-other.kernel, -other.bias) for other in others]
-            return self.solve(free, parallel([target, *negated]))
+            error = ValueError(f"no term of the sum has the whole kernel of size {size}")
+            for free in term.terms:
+                if kernel_size(free) != size or not names(free):
+                    continue
+                others = [self._affine(t) for t in term.terms if t is not free]
+                negated = [Affine(-other.kernel, -other.bias) for other in others]
+                try:
+                    return self.solve(free, parallel([target, *negated]))
+                except ValueError as reason:
+                    error = reason
+            raise error
         raise ValueError(f"{type(term).__name__} cannot be solved for")
 
     def _affine(self, term: Linear) -> Affine:
