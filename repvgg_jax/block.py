@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from repvgg_jax import cpu_conv
@@ -48,7 +49,9 @@ from repvgg_jax.reparam import (
     fuse_block,
     leaves,
 )
-from repvgg_jax.reparam.linear import present
+from repvgg_jax.reparam.fuse import check_variances
+from repvgg_jax.reparam.linear import names, present
+from repvgg_jax.reparam.tree import is_auxiliary_head, path_name
 from repvgg_jax.variants import SqueezeExcite
 
 TrainForm = Literal["branches", "covariance"]
@@ -62,7 +65,7 @@ class ReparamBlock(nn.Module):
     Attributes:
       features: output channels.
       stride: spatial stride.
-      dilation: dilation of kernels larger than 1x1, which are padded by as much.
+      dilation: dilation of kernels and poolings larger than 1x1, padded by as much.
       groups: channel groups of the convolutions.
       identity: whether the terms in `SameShape` exist; None for where the shapes agree.
       se: squeeze-and-excite, or None.
@@ -173,7 +176,7 @@ class ReparamBlock(nn.Module):
         if isinstance(term, AvgPool):
             stride = self.stride if term.strided else 1
             padded = self._padded(term, x, _value(zero, x.shape[-1]))
-            return nn.avg_pool(padded, term.kernel_size, (stride, stride)), zero
+            return _avg_pool(padded, term.kernel_size, stride, self.dilation), zero
         if isinstance(term, Scale):
             scale: Callable[[jax.Array], jax.Array] = lambda x: x  # noqa: E731
             if term.name is not None:
@@ -194,7 +197,7 @@ class ReparamBlock(nn.Module):
 
     def _reach(self, term: Conv | AvgPool) -> tuple[int, int]:
         """Pixels that a kernel reaches to each side."""
-        dilation = self.dilation * term.dilation if isinstance(term, Conv) else 1
+        dilation = self.dilation * (term.dilation if isinstance(term, Conv) else 1)
         height, width = (dilation * (size // 2) for size in term.kernel_size)
         return height, width
 
@@ -317,10 +320,12 @@ def fuse_model(
       **kwargs: of `model.apply`, e.g. `method`.
 
     Returns:
-      The variables of the same model with every block in deploy form.
+      The variables of the same model with every block in deploy form, without the auxiliary
+      heads beside blocks, as in `fuse_params`.
 
     Raises:
-      ValueError: no block, not as many as expected, or a block whose leaves do not fit.
+      ValueError: no block, not as many as expected, a block whose leaves do not fit, or (for
+        concrete values) a negative variance.
     """
     blocks: dict[tuple[str, ...], tuple[ReparamBlock, Geometry]] = {}
 
@@ -341,6 +346,14 @@ def fuse_model(
         )
     fused = {name: tree for name, tree in variables.items() if name != "batch_stats"}
     stats = variables.get("batch_stats", {})
+    check_variances(
+        [
+            (path_name((*path, norm)), leaf["var"])
+            for path, (block, _) in blocks.items()
+            for norm, leaf in _at(stats, path).items()
+            if norm in names(block.spec.train) and "var" in leaf
+        ]
+    )
     for path, (block, geometry) in blocks.items():
         deployed = fuse_block(
             block.spec,
@@ -352,7 +365,26 @@ def fuse_model(
         )
         fused["params"] = _replaced(fused["params"], path, deployed)
         stats = _replaced(stats, path, None)
+        head = (*path[:-1], f"aux_{path[-1]}") if path else ()
+        if path and is_auxiliary_head(_at(fused["params"], head)):
+            fused["params"] = _replaced(fused["params"], head, None)
+            stats = _replaced(stats, head, None)
     return {**fused, "batch_stats": stats} if stats else fused
+
+
+def _avg_pool(x: jax.Array, size: tuple[int, int], stride: int, dilation: int) -> jax.Array:
+    """Means over windows of pixels that are `dilation` apart, without padding."""
+    zero = np.zeros((), x.dtype)
+    total = jax.lax.reduce_window(
+        x,
+        zero,
+        jax.lax.add,
+        window_dimensions=(1, *size, 1),
+        window_strides=(1, stride, stride, 1),
+        padding="VALID",
+        window_dilation=(1, dilation, dilation, 1),
+    )
+    return total / (size[0] * size[1])
 
 
 def _value(zero: Response | None, channels: int) -> jax.Array:

@@ -32,6 +32,7 @@ from repvgg_jax.reparam.linear import (
     Norm,
     Scale,
     Sum,
+    names,
     present,
 )
 
@@ -68,13 +69,52 @@ def affine(
 
     Returns:
       Kernel and bias, float64 from NumPy arrays, in at least float32 from JAX arrays.
+
+    Raises:
+      ValueError: nothing is left of the expression, or its terms do not fit together.
     """
     resolved = present(term, geometry.has_same_shape)
     if resolved is None:
         raise ValueError("nothing is left of the expression without the terms in SameShape")
     in_per_group = geometry.in_channels // geometry.groups
-    start = _Partial(None, None, in_per_group, geometry.in_channels)
-    return _follow(resolved, start, params, stats, epsilon).materialize(params)
+    axes = (
+        leaf.ndim - (4 if name == "kernel" else 1)
+        for child in names(resolved) & params.keys()
+        for name, leaf in params[child].items()
+    )
+    start = _Partial(None, None, in_per_group, geometry.in_channels, max(axes, default=0))
+
+    def fold(params: Params, stats: Params) -> Affine:
+        return _follow(resolved, start, params, stats, epsilon).materialize(params)
+
+    own = {child: params[child] for child in names(resolved) & params.keys()}
+    moments = {child: stats[child] for child in names(resolved) & stats.keys()}
+    sharding = _explicit_sharding(own, (in_per_group, geometry.features))
+    if sharding is None:
+        return fold(own, moments)
+    # Composed kernels have no sharding that follows from those of the operands.
+    return jax.sharding.auto_axes(fold, out_sharding=sharding)(own, moments)
+
+
+def _explicit_sharding(params: Params, channels: tuple[int, int]) -> Affine | None:
+    """How to shard a kernel and a bias of these channels; None outside of explicit meshes."""
+    mesh, chosen = None, None
+    for leaf in jax.tree.leaves(params):
+        if not isinstance(leaf, jax.Array):
+            continue
+        sharding = jax.typeof(leaf).sharding
+        if sharding.mesh.explicit_axes:
+            mesh = mesh or sharding.mesh
+            size = leaf.shape[-4:-2]
+            if leaf.ndim >= 4 and leaf.shape[-2:] == channels and (not chosen or size > chosen[0]):
+                chosen = size, (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
+    if mesh is None:
+        return None
+    spec = chosen[1] if chosen else (None,) * 4
+    lead = spec[:-4]
+    kernel = jax.sharding.PartitionSpec(*lead, None, None, *spec[-2:])
+    bias = jax.sharding.PartitionSpec(*lead, spec[-1])
+    return Affine(*(jax.sharding.NamedSharding(mesh, axes) for axes in (kernel, bias)))
 
 
 def parallel(maps: Sequence[Affine]) -> Affine:
@@ -94,6 +134,9 @@ def _summed(maps: Sequence[Affine], *, copy: bool) -> Affine:
     height, width = (max(m.kernel.shape[axis] for m in maps) for axis in (-4, -3))
     largest = max(maps, key=lambda m: (m.kernel.shape[-4:-2] == (height, width), m.kernel.ndim))
     kernel = largest.kernel.astype(_wide_dtype(largest.kernel), copy=copy)
+    lead = np.broadcast_shapes(*(m.kernel.shape[:-4] for m in maps))
+    if kernel.shape[:-4] != lead:  # e.g. of a pooling, which has no parameters to be stacked
+        kernel = _namespace(kernel).broadcast_to(kernel, (*lead, *kernel.shape[-4:])).copy()
     if kernel.shape[-4:-2] != (height, width):  # e.g. of a 1x3 and a 3x1 kernel
         shape = (*kernel.shape[:-4], height, width, *kernel.shape[-2:])
         kernel = _add_at_center(_namespace(kernel).zeros(shape, kernel.dtype), kernel)
@@ -163,6 +206,7 @@ class _Partial(NamedTuple):
     bias: Array | None
     in_per_group: int
     in_channels: int
+    lead: int  # how many leading axes there are
     is_input: bool = False  # whether the kernel is an array of the caller
 
     def materialize(self, params: Params) -> Affine:
@@ -171,6 +215,7 @@ class _Partial(NamedTuple):
         if kernel is None:
             dtype = np.result_type(*[leaf.dtype for leaf in jax.tree.leaves(params)])
             kernel = identity_kernel(self.in_channels, self.in_per_group, dtype)
+            kernel = kernel.reshape((1,) * self.lead + kernel.shape)
         if bias is None:
             shape = (*kernel.shape[:-4], kernel.shape[-1])
             bias = _namespace(kernel).zeros(shape, _wide_dtype(kernel))
@@ -206,7 +251,9 @@ def _follow(term: Linear, x: _Partial, params: Params, stats: Params, epsilon: f
             return x._replace(kernel=widened(kernel) * term.factor, bias=bias * term.factor)
         return x.scaled(widened(params[term.name]["scale"]) * term.factor, None, params)
     if isinstance(term, Conv):
-        kernel = _dilated(params[term.name]["kernel"], term.dilation)
+        kernel = dilated(params[term.name]["kernel"], term.dilation)
+        channels = x.in_channels if x.kernel is None else x.kernel.shape[-1]
+        kernel = _regrouped(kernel, channels, x.in_channels // x.in_per_group)
         bias = widened(params[term.name]["bias"]) if term.bias else None
         own = x._replace(kernel=kernel, bias=bias, is_input=True)
         if x.kernel is None and x.bias is None:
@@ -216,15 +263,16 @@ def _follow(term: Linear, x: _Partial, params: Params, stats: Params, epsilon: f
     if isinstance(term, AvgPool):
         first = x.materialize(params)
         channels, taps = first.kernel.shape[-1], term.kernel_size[0] * term.kernel_size[1]
-        pool = np.full((*term.kernel_size, 1, channels), 1 / taps, _wide_dtype(first.kernel))
-        bias = np.zeros(channels, pool.dtype)
+        shape = (*(1,) * x.lead, *term.kernel_size, 1, channels)
+        pool = np.full(shape, 1 / taps, _wide_dtype(first.kernel))
+        bias = np.zeros((*shape[: x.lead], channels), pool.dtype)
         return x._replace(**compose(first, Affine(pool, bias))._asdict())
     if isinstance(term, Identity):
         return x
     raise TypeError(f"not a term of a linear expression: {term!r}")
 
 
-def _dilated(kernel: Array, dilation: int) -> Array:
+def dilated(kernel: Array, dilation: int) -> Array:
     """The kernel with `dilation - 1` zeros between its taps."""
     if dilation == 1:
         return kernel
@@ -236,6 +284,31 @@ def _dilated(kernel: Array, dilation: int) -> Array:
         out[..., rows, columns, :, :] = kernel
         return out
     return jnp.zeros(shape, kernel.dtype).at[..., rows, columns, :, :].set(kernel)
+
+
+def _regrouped(kernel: Array, in_channels: int, groups: int) -> Array:
+    """The same convolution in fewer groups, its kernel padded with zeros between channels.
+
+    Args:
+      kernel: (…, height, width, in_channels / own groups, out_channels).
+      in_channels: channels of its input.
+      groups: that it gets.
+
+    Raises:
+      ValueError: `groups` do not divide its own.
+    """
+    per_group, out_channels = kernel.shape[-2:]
+    own = in_channels // per_group
+    if own == groups:
+        return kernel
+    if own % groups or out_channels % own:
+        raise ValueError(f"a convolution in {own} groups cannot be one in {groups} groups")
+    inside = own // groups
+    position = np.arange(out_channels) * own // out_channels % inside
+    mask = np.arange(inside)[:, None] == position  # (inside, out_channels)
+    mask = mask.reshape(*(1,) * (kernel.ndim - 2), inside, 1, out_channels)
+    spread = kernel[..., None, :, :] * mask.astype(kernel.dtype)
+    return spread.reshape(*kernel.shape[:-2], inside * per_group, out_channels)
 
 
 def _add_at_center(kernel: Array, smaller: Array) -> Array:

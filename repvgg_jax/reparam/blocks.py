@@ -53,7 +53,11 @@ class BlockSpec:
     fast_train: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, str):
+            raise ValueError(f"block {self.name}: keep={self.keep!r} must be a set of names")
         object.__setattr__(self, "keep", frozenset(self.keep))
+        for term in walk(self.train):
+            self._check_numbers(term)
         self._check_names()
         for term in walk(self.train):
             sizes = term.kernel_size if isinstance(term, (Conv, AvgPool)) else ()
@@ -91,12 +95,32 @@ class BlockSpec:
         resolved = present(self.train, geometry.has_same_shape)
         return (1, 1) if resolved is None else kernel_size(resolved)
 
+    def _check_numbers(self, term: Linear) -> None:
+        if not isinstance(term, Linear):
+            raise ValueError(f"block {self.name}: {term!r} is not a term of an expression")
+        if isinstance(term, (Conv, AvgPool)):
+            size: Any = term.kernel_size
+            if not isinstance(size, tuple) or [type(side) for side in size] != [int, int]:
+                raise ValueError(
+                    f"block {self.name}: kernel size {size} must be a tuple (height, width)"
+                )
+        if isinstance(term, Conv):
+            for option in ("dilation", "groups", "expansion"):
+                value = getattr(term, option)
+                if value is not None and value < 1:
+                    raise ValueError(
+                        f"block {self.name}: {term.name} has {option}={value}, must be 1 or more"
+                    )
+
     def _check_names(self) -> None:
         every = [
             term.name
             for term in walk(self.train)
             if isinstance(term, (Conv, Norm, Scale)) and term.name is not None
         ]
+        if not every:
+            raise ValueError(f"block {self.name}: no term has parameters")
+        every += [*self.keep]
         twice = sorted({name for name in every if every.count(name) > 1})
         if twice or {self.deploy} & {*every}:
             raise ValueError(
@@ -106,6 +130,13 @@ class BlockSpec:
 
     def _check_chain(self, chain: Chain) -> None:
         strided = False
+        sizes = [kernel_size(term) for term in chain.terms]
+        if any(sum(size > 1 for size in axis) > 1 for axis in zip(*sizes, strict=True)):
+            raise ValueError(
+                f"block {self.name}: two terms of a chain see neighboring pixels along the same "
+                "axis; the second one would need values outside the image at its borders, so the "
+                "chain is not one convolution"
+            )
         for term in chain.terms:
             spatial = max(kernel_size(term)) > 1
             if spatial and strided:

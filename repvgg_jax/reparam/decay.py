@@ -6,10 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from repvgg_jax.reparam.algebra import EPSILON, Affine, parallel
+from repvgg_jax.reparam.algebra import EPSILON, Affine, dilated, parallel
 from repvgg_jax.reparam.blocks import BUILT_IN, BlockSpec
 from repvgg_jax.reparam.linear import Chain, Conv, Norm, Sum, walk
-from repvgg_jax.reparam.tree import Tree, children_of, matching_block, rebuild
+from repvgg_jax.reparam.tree import (
+    Path,
+    Tree,
+    children_of,
+    matching_block,
+    path_name,
+    rebuild,
+)
 
 
 def equivalent_l2(
@@ -36,10 +43,15 @@ def equivalent_l2(
 
     Returns:
       A float32 scalar, 0 if there is no block.
+
+    Raises:
+      ValueError: a block has no running statistics.
     """
     total = jnp.zeros((), jnp.float32)
-    for spec, params, stats in _blocks(variables["params"], variables["batch_stats"], blocks):
-        total += _block_l2(_penalized(spec), params, stats, epsilon)
+    found = _blocks(variables["params"], variables.get("batch_stats"), blocks, ())
+    for spec, params, stats in found:
+        if pairs := _penalized(spec):
+            total += _block_l2(pairs, params, stats, epsilon)
     return total
 
 
@@ -99,12 +111,14 @@ def _block_l2(pairs: list[tuple[Conv, Norm]], params: Any, stats: Any, epsilon: 
     """The penalty of one block, or of a stack of blocks."""
     kernels, squares, masks = [], [], []
     for conv, norm in pairs:
-        kernel = params[conv.name]["kernel"]
+        kernel = dilated(params[conv.name]["kernel"], conv.dilation)
         t = params[norm.name]["scale"] / jnp.sqrt(stats[norm.name]["var"] + epsilon)
         t = jax.lax.stop_gradient(t)[..., None, None, None, :]
         kernels.append((kernel, kernel * t))
-        squares.append(jnp.broadcast_to(jnp.square(t), kernel.shape))
-        masks.append(jnp.ones(kernel.shape, jnp.float32))
+        taps = jnp.ones(params[conv.name]["kernel"].shape, jnp.float32)
+        taps = dilated(taps, conv.dilation)
+        squares.append(jnp.square(t) * taps)
+        masks.append(taps)
 
     def total(arrays: Sequence[jax.Array]) -> jax.Array:
         bias = jnp.zeros((arrays[0].shape[-1],))
@@ -117,16 +131,20 @@ def _block_l2(pairs: list[tuple[Conv, Norm]], params: Any, stats: Any, epsilon: 
 
 
 def _blocks(
-    params: Any, stats: Any, blocks: Sequence[BlockSpec]
+    params: Any, stats: Any, blocks: Sequence[BlockSpec], path: Path
 ) -> Iterator[tuple[BlockSpec, Any, Any]]:
     """Every training-form block inside a tree, with its statistics."""
     if spec := matching_block(params, blocks):
+        if absent := [norm.name for _, norm in _penalized(spec) if norm.name not in (stats or {})]:
+            raise ValueError(
+                f"{path_name(path)} has no running statistics of {', '.join(absent)}; give the "
+                "whole variables, {'params': …, 'batch_stats': …}"
+            )
         yield spec, params, stats
         return
     below = dict(children_of(stats))
     for key, child in children_of(params):
-        if key in below:
-            yield from _blocks(child, below[key], blocks)
+        yield from _blocks(child, below.get(key), blocks, (*path, key))
 
 
 def _is_leaf(node: Tree) -> bool:

@@ -122,7 +122,7 @@ class _Fusing(Walk):
                 else:
                     self.variances.append((where, leaf["var"]))
             fused = fuse_block(spec, params, stats, epsilon=self.epsilon, path=path)
-            return rebuild(params, fused), {}
+            return rebuild(params, fused), None if stats is None else {}
         self.note_near_miss(params, path)
 
         children = dict(children_of(params))
@@ -132,8 +132,10 @@ class _Fusing(Walk):
             if isinstance(params, Mapping) and self.is_auxiliary_head(key, params, path):
                 continue
             fused[key], after = self.inside_params(child, before, (*path, key))
-            if after is not None and not _emptied(before, after):
-                remaining[key] = after
+            if after is not None and not (isinstance(stats, Mapping) and _emptied(before, after)):
+                remaining[key] = after  # in lists also where nothing is left: places must not move
+        if stats and not isinstance(stats, Mapping) and all(map(_is_empty, remaining.values())):
+            return rebuild(params, fused), ()
         return rebuild(params, fused), rebuild(stats, remaining)
 
     def note_near_miss(self, node: Tree, path: Path) -> None:
@@ -170,12 +172,17 @@ class _Fusing(Walk):
                 "there is no block to fuse in this tree: expected {'params': …, 'batch_stats': …} "
                 f"with mappings that have exactly the children of a block ({known}){near}"
             )
-        # Values are known only outside of traces, and on this process. They are fetched
-        # together: one transfer for the whole network, not one per block.
-        known_values = [(name, var) for name, var in self.variances if _is_known(var)]
-        fetched = jax.device_get([var for _, var in known_values])
-        for (name, _), var in zip(known_values, fetched, strict=True):
-            _check_variance(name, var)
+        check_variances(self.variances)
+
+
+def check_variances(variances: Sequence[tuple[str, Any]]) -> None:
+    """Raises ValueError if a variance, given with its name, is known and cannot be one."""
+    # Values are known only outside of traces, and on this process. They are fetched
+    # together: one transfer for the whole network, not one per block.
+    known_values = [(name, var) for name, var in variances if _is_known(var)]
+    fetched = jax.device_get([var for _, var in known_values])
+    for (name, _), var in zip(known_values, fetched, strict=True):
+        _check_variance(name, var)
 
 
 def _check_variance(name: str, var: np.ndarray) -> None:
@@ -196,4 +203,8 @@ def _is_known(array: Any) -> bool:
 
 def _emptied(before: Tree, after: Tree) -> bool:
     """Whether nothing is left of what was there."""
-    return bool(before) and isinstance(after, (Mapping, list, tuple)) and len(after) == 0
+    return bool(before) and _is_empty(after)
+
+
+def _is_empty(node: Tree) -> bool:
+    return isinstance(node, (Mapping, list, tuple)) and len(node) == 0

@@ -22,7 +22,7 @@ class Conv:
       strided: whether it takes the block's stride. In a chain exactly one term does; terms with
         a larger kernel than 1x1 come no later than that one.
       dilation: as a multiple of the block's.
-      groups: channel groups; None for the block's.
+      groups: channel groups, a multiple of the block's; None for the block's.
       expansion: output channels as a multiple of the input's; None for the block's features.
       bias: whether it has a bias.
     """
@@ -287,6 +287,16 @@ def _visit(
         out = channels
         if isinstance(part, Conv):
             out = geometry.features if part.expansion is None else channels * part.expansion
+            groups = part.groups or geometry.groups
+            if groups % geometry.groups:
+                raise ValueError(
+                    f"{part.name} has {groups} groups, not a multiple of the block's "
+                    f"{geometry.groups}, so that its deploy form would mix the block's groups"
+                )
+            if channels % groups or out % groups:
+                raise ValueError(
+                    f"{part.name} cannot have {channels} -> {out} channels in {groups} groups"
+                )
         if isinstance(part, (Conv, AvgPool)) and part.strided:
             stride *= geometry.stride
         visit(part, channels, out, stride)

@@ -79,7 +79,7 @@ class Walk:
         block = str(key).removeprefix("aux_")
         return (
             block != key
-            and _is_auxiliary_head(siblings[key])
+            and is_auxiliary_head(siblings[key])
             and self.is_block(siblings.get(block), (*path, block))
         )
 
@@ -89,19 +89,37 @@ def matching_block(node: Tree, blocks: Sequence[BlockSpec]) -> BlockSpec | None:
     if not isinstance(node, Mapping):
         return None
     keys = node.keys()
-    for spec in blocks:
-        if spec.required <= keys <= spec.required | spec.optional | spec.keep and all(
-            isinstance(node[key], Mapping) for key in spec.required
+    matches = [
+        spec
+        for spec in blocks
+        if spec.required <= keys <= spec.required | spec.optional | spec.keep
+        and keys & (spec.required | spec.optional)
+        and all(isinstance(node[key], Mapping) for key in spec.required)
+    ]
+    # Specs may differ in nothing but the sizes of their kernels.
+    fitting = [spec for spec in matches if len(matches) == 1 or _sizes_fit(spec.train, node)]
+    return next(iter(fitting or matches), None)
+
+
+def _sizes_fit(train: Linear, params: Mapping[str, Any]) -> bool:
+    """Whether all kernels have the height and width that the expression says."""
+    for term in walk(train):
+        child = params.get(term.name) if isinstance(term, Conv) else None
+        if (
+            isinstance(term, Conv)
+            and isinstance(child, Mapping)
+            and getattr(child.get("kernel"), "shape", ())[-4:-2] != term.kernel_size
         ):
-            return spec
-    return None
+            return False
+    return True
 
 
 def input_channels(spec: BlockSpec, params: Mapping[str, Any]) -> int | None:
     """Input channels per group of a block in either form; None if the parameters do not show it."""
     if spec.deploy in params:
         return int(params[spec.deploy]["kernel"].shape[-2])
-    if not spec.required <= params.keys():
+    convs = {term.name for term in walk(spec.train) if isinstance(term, Conv)}
+    if not spec.required <= params.keys() or not convs & params.keys():
         return None
     geometry = _geometry(spec.train, params)
     return geometry.in_channels // geometry.groups
@@ -118,6 +136,11 @@ def _geometry(train: Linear, params: Mapping[str, Any]) -> Geometry:
                 sized[name] = tuple(getattr(child[leaf], "shape", ()))
     resolved = present(train, same_shape)
     assert resolved is not None, "a block with children has terms"
+    if not any(isinstance(term, Conv) for term in walk(resolved)):
+        raise ValueError(
+            "without a convolution its parameters do not show the groups of the block; use "
+            "fuse_model(model, variables, images)"
+        )
     convs = [t for t in walk(resolved) if isinstance(t, Conv) and len(sized.get(t.name, ())) >= 4]
     if not convs:
         channels = next((shape[-1] for shape in sized.values() if shape), 1)
@@ -135,7 +158,29 @@ def _geometry(train: Linear, params: Mapping[str, Any]) -> Geometry:
             f"an identity branch needs as many input as output channels, but groups of "
             f"{in_per_group} do not divide {in_channels} channels"
         )
-    return Geometry(in_channels, features or in_channels, groups=groups, same_shape=same_shape)
+    guess = Geometry(in_channels, features or in_channels, groups=groups, same_shape=same_shape)
+    if (same_shape and (first or convs)[0].groups is None) or _fits(train, guess, sized):
+        return guess
+    # Norms, and convolutions behind the first one, may show that there are groups.
+    for groups in (g for g in range(1, guess.features + 1) if guess.features % g == 0):
+        inputs = in_per_group * ((first or convs)[0].groups or groups)
+        other = dataclasses.replace(guess, in_channels=inputs, groups=groups)
+        if _fits(train, other, sized):
+            return other
+    return guess
+
+
+def _fits(train: Linear, geometry: Geometry, sized: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether kernels and scales of these shapes are those of a block."""
+    try:
+        expected = leaves(train, geometry)
+    except ValueError:
+        return False
+    return all(
+        sized[leaf.name][-len(leaf.shape) :] == leaf.shape
+        for leaf in expected
+        if leaf.name in sized and leaf.leaf in ("kernel", "scale")
+    )
 
 
 def _on_input(term: Linear) -> list[Linear]:
@@ -185,13 +230,18 @@ def check_block(
                 f"{where} looks like a {spec.name} block, whose parameters do not show whether it "
                 "has an identity branch; use fuse_model(model, variables, images)"
             )
-        geometry = _geometry(spec.train, params)
+        try:
+            geometry = _geometry(spec.train, params)
+        except ValueError as error:
+            raise ValueError(f"{where} cannot be a {spec.name} block: {error}") from error
     expected: dict[str, dict[str, tuple[int, ...]]] = collections.defaultdict(dict)
     try:
         for leaf in leaves(spec.train, geometry):
             expected[leaf.name][leaf.leaf] = leaf.shape
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{where} cannot be a {spec.name} block: {error}") from error
+    if stats is not None and not isinstance(stats, Mapping):
+        raise ValueError(f"{where} in batch_stats is {summary(stats)}, expected a mapping")
     norms = {leaf.name for leaf in leaves(spec.train, geometry) if leaf.collection == "batch_stats"}
     if norms and not stats:
         raise ValueError(
@@ -201,7 +251,7 @@ def check_block(
     absent = sorted(expected.keys() - params.keys())
     absent += [f"{norm} in batch_stats" for norm in sorted(norms - stats.keys())] if norms else []
     extra = sorted(params.keys() - expected.keys() - spec.keep)
-    extra += [f"{norm} in batch_stats" for norm in sorted((stats or {}).keys() - norms)]
+    extra += [f"{norm} in batch_stats" for norm in sorted(map(str, (stats or {}).keys() - norms))]
     if absent or extra:
         raise ValueError(
             f"{where} is not a complete {spec.name} block: missing [{', '.join(absent)}], "
@@ -209,6 +259,9 @@ def check_block(
         )
     lead = leading_axes(spec.train, params)
     for name, shapes in expected.items():
+        for child in (params[name], (stats or {}).get(name, {})):
+            if not isinstance(child, Mapping):
+                raise ValueError(f"{where}/{name} is {summary(child)}, expected a mapping")
         found = {**params[name], **((stats or {}).get(name, {}) if name in norms else {})}
         check_leaves(found, {k: (*lead, *s) for k, s in shapes.items()}, f"{where}/{name}")
     return geometry
@@ -218,7 +271,8 @@ def _is_affine(node: Tree) -> bool:
     return isinstance(node, Mapping) and node.keys() == {"kernel", "bias"}
 
 
-def _is_auxiliary_head(node: Tree) -> bool:
+def is_auxiliary_head(node: Tree) -> bool:
+    """Whether this node has the children of an auxiliary classifier."""
     return isinstance(node, Mapping) and node.keys() == {"conv", "bn", "logits"}
 
 
@@ -226,7 +280,8 @@ def check_leaves(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
     """Raises ValueError unless `found` has the expected leaf names and shapes."""
     if found.keys() != expected.keys():
         raise ValueError(
-            f"{where} has [{', '.join(sorted(found))}], expected [{', '.join(sorted(expected))}]"
+            f"{where} has [{', '.join(sorted(map(str, found)))}], "
+            f"expected [{', '.join(sorted(expected))}]"
         )
     for leaf, shape in expected.items():
         if (have := getattr(found[leaf], "shape", None)) != shape:

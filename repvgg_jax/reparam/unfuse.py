@@ -27,8 +27,10 @@ from repvgg_jax.reparam.tree import (
     Walk,
     check_block,
     check_leaves,
+    children_of,
     leading_axes,
     path_name,
+    rebuild,
     summary,
 )
 
@@ -97,26 +99,36 @@ class _Unfusing(Walk):
                     f"found {summary(deployed)}"
                 )
             return self.block(spec, geometry, like, stats, deployed, where)
-        if not isinstance(like, Mapping):
-            check_leaves({where: deployed}, {where: like.shape}, "`deployed`")
+        if not isinstance(like, (Mapping, list, tuple)):
+            check_leaves({where: deployed}, {where: getattr(like, "shape", None)}, "`deployed`")
             return deployed
+        if isinstance(deployed, Mapping) != isinstance(like, Mapping) or not isinstance(
+            deployed, (Mapping, list, tuple)
+        ):
+            raise ValueError(
+                f"{where}: expected {summary(like)} in `deployed`, found {summary(deployed)}"
+            )
+        ours, theirs = dict(children_of(like)), dict(children_of(deployed))
+        below = dict(children_of(stats))
         absent = [
-            key
-            for key in like
-            if key not in deployed and not self.is_auxiliary_head(key, like, path)
+            str(key)
+            for key in ours
+            if key not in theirs
+            and not (isinstance(like, Mapping) and self.is_auxiliary_head(key, like, path))
         ]
-        extra = [key for key in deployed if key not in like]
+        extra = [str(key) for key in theirs if key not in ours]
         if absent or extra:
             raise ValueError(
                 f"{where}: `deployed` lacks [{', '.join(absent)}] of `like` "
                 f"and has [{', '.join(extra)}] beyond it"
             )
-        return {
-            key: self.node(child, (stats or {}).get(key), deployed[key], (*path, key))
-            if key in deployed
+        children = {
+            key: self.node(child, below.get(key), theirs[key], (*path, key))
+            if key in theirs
             else child
-            for key, child in like.items()
+            for key, child in ours.items()
         }
+        return children if isinstance(like, Mapping) else rebuild(like, children)
 
     def block(
         self,
@@ -178,12 +190,17 @@ class _Inverse:
             return {**inner, norm: neutral}
         if isinstance(term, Sum):
             size = target.kernel.shape[-4:-2]
-            free = next((t for t in term.terms if kernel_size(t) == size and names(t)), None)
-            if free is None:
-                raise ValueError(f"no term of the sum has the whole kernel of size {size}")
-            others = [self._affine(t) for t in term.terms if t is not free]
-            negated = [Affine(-other.kernel, -other.bias) for other in others]
-            return self.solve(free, parallel([target, *negated]))
+            error = ValueError(f"no term of the sum has the whole kernel of size {size}")
+            for free in term.terms:
+                if kernel_size(free) != size or not names(free):
+                    continue
+                others = [self._affine(t) for t in term.terms if t is not free]
+                negated = [Affine(-other.kernel, -other.bias) for other in others]
+                try:
+                    return self.solve(free, parallel([target, *negated]))
+                except ValueError as reason:
+                    error = reason
+            raise error
         raise ValueError(f"{type(term).__name__} cannot be solved for")
 
     def _affine(self, term: Linear) -> Affine:
@@ -197,9 +214,11 @@ def _astype(leaves_: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
 
 def _merge(like: Tree, deployed: Tree) -> Tree:
     """The statistics of `like`, except those that the deploy-form tree still has."""
-    if not isinstance(like, Mapping):
+    if not isinstance(like, (Mapping, list, tuple)):
         return deployed
-    return {
-        key: _merge(child, deployed[key]) if key in deployed else child
-        for key, child in like.items()
+    theirs = dict(children_of(deployed))
+    children = {
+        key: _merge(child, theirs[key]) if key in theirs else child
+        for key, child in children_of(like)
     }
+    return children if isinstance(like, Mapping) else rebuild(like, children)
