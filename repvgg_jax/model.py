@@ -17,7 +17,7 @@ from repvgg_jax.block import Activation, ReparamBlock, RepVGGBlock, TrainForm
 from repvgg_jax.cpu_conv import Lowering
 from repvgg_jax.layers import torch_bias_init, torch_kernel_init
 from repvgg_jax.norm import BatchNorm
-from repvgg_jax.reparam import EPSILON, REPVGG, input_channels
+from repvgg_jax.reparam import EPSILON, REPVGG, fuse_params, input_channels
 from repvgg_jax.variants import Layer, Variant, get_variant
 
 
@@ -157,6 +157,19 @@ class RepVGG(nn.Module):
                 if not self.is_initializing():
                     self.put_variable("auxiliary", head, logits)
         return maps
+
+    def fuse(self, variables: Any) -> Any:
+        """The variables of `self.clone(deploy=True)`: `fuse_params` with this model's blocks.
+
+        Raises:
+          ValueError: as `fuse_params`; every block of the model must be there.
+        """
+        return fuse_params(
+            variables,
+            blocks=tuple({layer.block for layer in self.layers}),
+            expect=len(self.layers),
+            epsilon=self.epsilon,
+        )
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from repvgg_jax.model import RepVGG
-from repvgg_jax.reparam import fuse_params
 
 TOLERANCE = 1e-5
 """Largest |Δlogit| allowed, relative to the largest |logit|, in float32."""
@@ -96,7 +95,7 @@ def prove(
       batch_size: images per batch.
     """
     if deployed is None:
-        deployed = fuse_params(variables, epsilon=model.epsilon)
+        deployed = model.fuse(variables)
     fused = model.clone(deploy=True)
     return compare(
         logits(model.apply, variables, images, batch_size=batch_size),

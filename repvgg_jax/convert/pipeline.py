@@ -17,7 +17,6 @@ from repvgg_jax.export.operators import activation_kind
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.proof import TOLERANCE, Forward, Proof, compare
-from repvgg_jax.reparam import fuse_params
 from repvgg_jax.text import plural
 from repvgg_jax.train.restore import load_run, validation_images
 from repvgg_jax.weights import load_file_or_pretrained
@@ -200,12 +199,7 @@ def convert(
     fused, proof = source.variables, None
     forms: dict[str, Forward] = {}
     if not source.model.deploy:
-        fused = fuse_params(
-            source.variables,
-            blocks=tuple({layer.block for layer in source.model.layers}),
-            expect=len(source.model.layers),
-            epsilon=source.model.epsilon,
-        )
+        fused = source.model.fuse(source.variables)
         forms["trained"] = Forward(source.model.apply, source.variables, batch_size=BATCH)
     forms["fused"] = Forward(deployed.apply, fused, batch_size=BATCH)
     if "trained" in forms:

@@ -249,7 +249,7 @@ def check_block(
             "model.init gives both, and training updates both"
         )
     absent = sorted(expected.keys() - params.keys())
-    absent += [f"{norm} in batch_stats" for norm in sorted(norms - stats.keys())] if norms else []
+    absent += [f"{norm} in batch_stats" for norm in sorted(norms - (stats or {}).keys())]
     extra = sorted(params.keys() - expected.keys() - spec.keep)
     extra += [f"{norm} in batch_stats" for norm in sorted(map(str, (stats or {}).keys() - norms))]
     if absent or extra:

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from repvgg_jax.cluster import consensus
 from repvgg_jax.data.batches import eval_batches
 from repvgg_jax.model import RepVGG
-from repvgg_jax.reparam import fuse_params
 from repvgg_jax.text import differences
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.hooks import StopRequest
@@ -173,7 +172,7 @@ def evaluate_only(
     variables = jax.device_put(variables, experiment.replicated)
     evaluator = Evaluator(experiment)
     trained = evaluator(experiment.model, variables)
-    fused = evaluator(experiment.model.clone(deploy=True), fuse_params(variables))
+    fused = evaluator(experiment.model.clone(deploy=True), experiment.model.fuse(variables))
     assert trained is not None
     assert fused is not None
     dataset = experiment.dataset

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from repvgg_jax.cluster import consensus, watchdog
 from repvgg_jax.data.batches import train_batches
-from repvgg_jax.reparam import fuse_params
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.evaluate import Evaluator, counted, metrics_row
 from repvgg_jax.train.experiment import Experiment
@@ -248,7 +247,10 @@ def _finish(
 ) -> Outcome:
     step = int(state.step)
     trained = evaluator(experiment.model, state.result, stop)
-    fused_model, fused_params = experiment.model.clone(deploy=True), fuse_params(state.result)
+    fused_model, fused_params = (
+        experiment.model.clone(deploy=True),
+        experiment.model.fuse(state.result),
+    )
     fused = evaluator(fused_model, fused_params, stop)
     if trained is None or fused is None:
         return Outcome(step, stopped_by=stop.signal)
