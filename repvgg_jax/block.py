@@ -161,8 +161,13 @@ class ReparamBlock(nn.Module):
                 name=term.name,
             )
             channels = x.shape[-1]
-            # By running statistics and without gradient, as the authors of DBB do.
-            return norm(x, train), lambda: jax.lax.stop_gradient(norm(_value(zero, channels)))
+
+            def at_zero() -> jax.Array:
+                # By running statistics, in training without gradient, as the authors of DBB do.
+                response = norm(_value(zero, channels))
+                return jax.lax.stop_gradient(response) if train else response
+
+            return norm(x, train), at_zero
         if isinstance(term, Conv):
             conv = self._conv(term, x.shape[-1], padded=zero is not None)
             channels = x.shape[-1]

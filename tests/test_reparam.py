@@ -570,3 +570,33 @@ def test_epsilon_is_respected():
         chex.assert_trees_all_close(
             block.clone(deploy=True).apply(fused, x), block.apply(variables, x), atol=1e-12
         )
+
+
+def test_gradients_of_a_block_with_padded_borders_are_those_of_its_fused_form():
+    with jax.enable_x64(True):
+        block, variables = block_and_variables(DBB, {})
+        variables = jax.tree.map(jnp.asarray, variables)
+        x = jnp.asarray(random_images((1, 5, 5, 4), dtype=np.float64))
+
+        def trained(variables):
+            return jnp.square(block.apply(variables, x)).sum()
+
+        def fused(variables):
+            deployed = fuse_params(variables)
+            return jnp.square(block.clone(deploy=True).apply(deployed, x)).sum()
+
+        chex.assert_trees_all_close(
+            jax.grad(trained)(variables), jax.grad(fused)(variables), rtol=1e-9, atol=1e-9
+        )
+
+
+def test_the_dtype_of_a_fused_kernel_is_that_of_the_kernels():
+    _, variables = block_and_variables(REPVGG, {})
+    mixed = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(jnp.bfloat16 if path[-1].key == "kernel" else np.float32),
+        variables,
+    )
+    fused = fuse_params(mixed)
+    assert fused["params"]["reparam"]["kernel"].dtype == jnp.bfloat16
+    again = reparam.unfuse_params(fused, like=mixed)
+    assert jax.tree.map(lambda a: a.dtype, again) == jax.tree.map(lambda a: a.dtype, mixed)

@@ -79,7 +79,8 @@ def fuse_block(
     """
     geometry = check_block(spec, params, stats, geometry=geometry, path=path)
     own = {name: params[name] for name in sorted(names(spec.train)) if name in params}
-    dtype = next(iter(jax.tree.leaves(own))).dtype
+    kernels = [child["kernel"] for child in own.values() if "kernel" in child]
+    dtype = np.result_type(*[leaf.dtype for leaf in kernels or jax.tree.leaves(own)])
     kernel, bias = affine(spec.train, geometry, own, stats or {}, epsilon=epsilon)
     kept = {key: child for key, child in params.items() if key in spec.keep}
     return {spec.deploy: {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}, **kept}

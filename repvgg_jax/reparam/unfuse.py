@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -153,10 +152,9 @@ class _Unfusing(Walk):
             changed = inverse.solve(train, wide)
         except ValueError as error:
             raise ValueError(f"{where}: a {spec.name} block has no inverse: {error}") from error
-        dtype = jax.tree.leaves({name: like[name] for name in names(train)})[0].dtype
         return {
             **like,
-            **{n: {**like[n], **_astype(leaves_, dtype)} for n, leaves_ in changed.items()},
+            **{n: {**like[n], **_astype(leaves_, like[n])} for n, leaves_ in changed.items()},
             **{key: deployed[key] for key in deployed if key in spec.keep},
         }
 
@@ -208,8 +206,8 @@ class _Inverse:
         return affine(term, geometry, self.params, self.stats, epsilon=self.epsilon)
 
 
-def _astype(leaves_: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    return {name: leaf.astype(dtype) for name, leaf in leaves_.items()}
+def _astype(leaves_: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: leaf.astype(like[name].dtype) for name, leaf in leaves_.items()}
 
 
 def _merge(like: Tree, deployed: Tree) -> Tree:
