@@ -31,8 +31,7 @@ from repvgg_jax import cpu_conv
 from repvgg_jax.batch_stats import image_groups, updated_running
 from repvgg_jax.covariance import BlockSettings
 from repvgg_jax.cpu_conv import Lowering
-from repvgg_jax.layers import ChannelScale, SqueezeExciteGate, torch_kernel_init
-from repvgg_jax.norm import BatchNorm
+from repvgg_jax.layers import BatchNorm, ChannelScale, SqueezeExciteGate, torch_kernel_init
 from repvgg_jax.reparam import (
     EPSILON,
     REPVGG,

@@ -15,8 +15,7 @@ from flax import linen as nn
 from repvgg_jax import cpu_conv
 from repvgg_jax.block import Activation, ReparamBlock, RepVGGBlock, TrainForm
 from repvgg_jax.cpu_conv import Lowering
-from repvgg_jax.layers import torch_bias_init, torch_kernel_init
-from repvgg_jax.norm import BatchNorm
+from repvgg_jax.layers import BatchNorm, torch_bias_init, torch_kernel_init
 from repvgg_jax.reparam import EPSILON, REPVGG, fuse_params, input_channels
 from repvgg_jax.variants import Layer, Variant, get_variant
 

@@ -36,7 +36,7 @@ def to_nnx(model: RepVGG, variables: Mapping[str, Any]) -> "nnx.Module":
     class NNXRepVGG(nnx.bridge.ToNNX):
         def __call__(self, *args: Any, **options: Any) -> Any:
             train = options.get("train", len(args) > 1 and args[1])
-            if train:  # Linen wants to be told what may change; NNX users do not
+            if train:  # Linen needs the names of mutable collections
                 options.setdefault("mutable", ["batch_stats"])
             return super().__call__(*args, **options)
 

@@ -19,7 +19,7 @@ from repvgg_jax import (
     fuse_params,
     unfuse_params,
 )
-from repvgg_jax.norm import BatchNorm
+from repvgg_jax.layers import BatchNorm
 from tests.trees import (
     TINY,
     TINY_AUXILIARY,

@@ -101,7 +101,7 @@ def conv1x1_of_two(
 def outer(settings: BlockSettings, x: jax.Array, y: jax.Array) -> jax.Array:
     """Sums of x y' over the images and pixels of every group, (G, k, x's / k, y's / k)."""
     wide = wide_type(x.dtype)
-    # Accelerators multiply float32 with fewer bits unless told otherwise.
+    # The default matmul precision on accelerators is below float32.
     precision = "highest" if x.dtype == wide else None
     x, y = (
         a.reshape(
@@ -161,7 +161,7 @@ def apply(x: jax.Array, matrices: jax.Array) -> jax.Array:
 
 
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Products of matrices; accelerators would multiply with fewer bits unless told otherwise."""
+    """Matrix products in full precision; the default on accelerators is below float32."""
     return jnp.matmul(x, y, precision="highest")
 
 

@@ -95,7 +95,7 @@ class Folded(NamedTuple):
     Attributes:
       scale: of the 3x3 branch, (G, features).
       kernel: of the 1x1 branch, (G, k, channels / k, features / k).
-      skip: scale of the identity branch, (G, features); None where there is none.
+      skip: scale of the identity branch, (G, features); None if there is none.
       bias: (G, features).
     """
 
@@ -253,7 +253,7 @@ def _fold(
 
 
 def _seen(settings: BlockSettings, x: jax.Array) -> jax.Array:
-    """The pixels that a 1x1 kernel sees."""
+    """The strided input of the 1x1 branch."""
     if settings.stride == 1:
         return x
     # Five computations read these few pixels. Made once they cost less than reading all of x

@@ -40,7 +40,7 @@ class BlockSpec:
       keep: children that both forms have, such as squeeze-and-excite.
       fast_train: the expression in training, its activation included, computed in another way
         that is faster; see `repvgg_jax.covariance.train_block` for arguments and result. None
-        where there is none.
+        if there is none.
 
     Raises:
       ValueError: the expression is not one convolution, and why.

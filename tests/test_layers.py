@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax.norm import BatchNorm
+from repvgg_jax.layers import BatchNorm
 from tests.trees import random_images
 
 pytestmark = pytest.mark.core
