@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax.layers import BatchNorm
+from tests.helpers.jit import quick_jit
 from tests.trees import random_images
 
 pytestmark = pytest.mark.core
@@ -26,7 +27,9 @@ def test_training_statistics_of_groups_with_unbiased_running_variance(group_size
     x = 3 + 2 * random_images((8, 3, 5, 6))
     norm = BatchNorm(group_size=group_size)
     variables = norm.init(jax.random.key(0), x)
-    y, updated = norm.apply(variables, x, True, mutable=["batch_stats"])
+    y, updated = quick_jit(lambda v, x: norm.apply(v, x, True, mutable=["batch_stats"]))(
+        variables, x
+    )
     want, mean, var = expected(x, group_size or 8)
     np.testing.assert_allclose(y, want, atol=1e-5)
     np.testing.assert_allclose(updated["batch_stats"]["mean"], mean, rtol=1e-5)
@@ -111,10 +114,12 @@ def test_derivatives_are_those_of_the_definition_in_both_modes(groups):
             return plainly(x, params["scale"], params["bias"], groups)
 
         tangents = (dx, {"scale": params["bias"], "bias": params["scale"]})
-        forward = [jax.jvp(f, (x, params), tangents) for f in (ours, theirs)]
-        backward = [jax.vjp(f, x, params)[1](dx) for f in (ours, theirs)]
-        for a, b in (forward, backward):
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), a, b)
+
+        def derivatives(f):
+            return jax.jvp(f, (x, params), tangents), jax.vjp(f, x, params)[1](dx)
+
+        a, b = (quick_jit(lambda f=f: derivatives(f))() for f in (ours, theirs))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), a, b)
 
 
 @pytest.mark.parametrize("group_size", [None, 4])

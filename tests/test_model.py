@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax import VARIANTS, RepVGGBlock, Variant, cost, create_model, fuse_params
+from tests.helpers.jit import quick_jit
 from tests.trees import TINY, TINY_AUXILIARY, paths, random_images, random_variables
 
 pytestmark = pytest.mark.core
@@ -18,8 +19,12 @@ PINNED = json.loads(pathlib.Path(__file__).with_name("tree_names.json").read_tex
 NAMES, DIGESTS = PINNED["names"], PINNED["sha256"]
 
 
+def shapes_of(module, shape):
+    return jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
 def shapes(model, size=64):
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    return shapes_of(model, (1, size, size, 3))
 
 
 def lines(tree) -> list[str]:
@@ -58,7 +63,7 @@ def test_in_channels_follow_the_images(channels):
     model = create_model(TINY, num_classes=5)
     variables = random_variables(model, channels=channels)
     images = random_images((2, 32, 32, channels))
-    assert model.apply(variables, images).shape == (2, 5)
+    assert quick_jit(model.apply)(variables, images).shape == (2, 5)
 
 
 def test_no_classes_gives_pooled_features():
@@ -87,21 +92,27 @@ def test_feature_maps_at_every_output_stride_in_both_forms(stride, sizes, deploy
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_everything_else_in_float32():
     model = create_model(TINY, num_classes=5, dtype=jnp.bfloat16)
-    images = random_images((4, 32, 32, 3))
-    variables = model.init(jax.random.key(0), images)
-    logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    maps = model.apply(variables, images, method="features")
-    assert {leaf.dtype for leaf in jax.tree.leaves((variables, updated, logits))} == {
+    images = random_images((2, 32, 32, 3))
+    abstract = shapes(model, 32)
+
+    def both(variables, images):
+        logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return logits, updated, model.apply(variables, images, method="features")
+
+    logits, updated, maps = jax.eval_shape(both, abstract, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves((abstract, updated, logits))} == {
         jnp.dtype("float32")
     }
     assert {leaf.dtype for leaf in jax.tree.leaves(maps)} == {jnp.dtype("bfloat16")}
+    variables = quick_jit(model.init)(jax.random.key(0), images)
     exact = create_model(TINY, num_classes=5).apply(variables, images)
-    np.testing.assert_allclose(model.apply(variables, images), exact, atol=0.05)
+    found = quick_jit(model.apply)(variables, images)
+    np.testing.assert_allclose(found, exact, atol=0.05)
 
 
 def test_remat_changes_memory_not_values():
     """In float64, where two programs for the same function differ by nearly nothing."""
-    images = random_images((4, 32, 32, 3), dtype=np.float64)
+    images = random_images((4, 16, 16, 3), dtype=np.float64)
     wide = {"dtype": jnp.float64, "param_dtype": jnp.float64}
     plain, remat = (
         create_model(TINY, num_classes=5, remat=remat, **wide) for remat in (False, True)
@@ -116,7 +127,7 @@ def test_remat_changes_memory_not_values():
     with jax.enable_x64(True):
         variables = random_variables(plain)
         results = [
-            jax.jit(jax.value_and_grad(lambda p, m=model: loss(m, p), has_aux=True))(
+            quick_jit(jax.value_and_grad(lambda p, m=model: loss(m, p), has_aux=True))(
                 variables["params"]
             )
             for model in (plain, remat)
@@ -136,8 +147,9 @@ def test_evaluation_is_the_default_and_leaves_statistics_alone():
 def test_training_moves_every_statistic():
     model = create_model(TINY, num_classes=5)
     variables = random_variables(model)
-    _, after = model.apply(
-        variables, random_images((4, 32, 32, 3)), train=True, mutable=["batch_stats"]
+    images = random_images((4, 32, 32, 3))
+    _, after = quick_jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(
+        variables, images
     )
     before, moved = jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(after)
     assert len(before) == len(moved)
@@ -148,32 +160,34 @@ def test_auxiliary_heads_speak_in_training_when_asked_and_are_gone_in_deploy():
     model = create_model(TINY_AUXILIARY, num_classes=5)
     variables = random_variables(model)
     images = random_images((4, 32, 32, 3))
-    logits, updated = model.apply(
-        variables, images, train=True, mutable=["batch_stats", "auxiliary"]
-    )
+
+    def train(*collections):
+        return quick_jit(lambda v, x: model.apply(v, x, train=True, mutable=list(collections)))
+
+    logits, updated = train("batch_stats", "auxiliary")(variables, images)
     assert logits.shape == (4, 5)
     assert {name: aux.shape for name, aux in updated["auxiliary"].items()} == {
         "aux_stage1_block1": (4, 5),
         "aux_stage2_block0": (4, 5),
     }
-    plain, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    np.testing.assert_array_equal(plain, logits)
+    plain, updated = train("batch_stats")(variables, images)
+    assert updated.keys() == {"batch_stats"}
+    np.testing.assert_allclose(plain, logits, atol=1e-5 * np.abs(logits).max())
     assert not [p for p in paths(fuse_params(variables)) if "aux" in p]
     assert not [p for p in paths(shapes(model.clone(deploy=True))) if "aux" in p]
 
 
 def test_a_block_alone_decides_its_identity_by_shape():
     for features, stride, identity in ((8, 1, True), (8, 2, False), (16, 1, False)):
-        tree = RepVGGBlock(features, stride=stride).init(
-            jax.random.key(0), np.zeros((1, 4, 4, 8), np.float32)
-        )
+        tree = shapes_of(RepVGGBlock(features, stride=stride), (1, 4, 4, 8))
         assert ("bn_identity" in tree["params"]) is identity
 
 
 def test_initial_weights_are_pytorchs():
-    tree = create_model("A0").init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    kernel = np.asarray(tree["stage3_block3"]["conv3x3"]["kernel"])
-    bound = 1 / np.sqrt(9 * 192)
+    model = create_model(Variant("wide", (1,), (1280,), 16))
+    tree = quick_jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    kernel = np.asarray(tree["stage1_block0"]["conv3x3"]["kernel"])
+    bound = 1 / np.sqrt(9 * 16)
     assert np.abs(kernel).max() <= bound
     assert kernel.std() == pytest.approx(bound / np.sqrt(3), rel=0.01)
     head = tree["head"]
