@@ -107,7 +107,7 @@ CASES = [
     ("channels", "options", "dtype", "tolerance"),
     [pytest.param(*case.values, "float64", 1e-12, id=f"{case.id}-float64") for case in CASES]
     # float32 takes the same path; a few say that it is accurate enough.
-    + [pytest.param(*case.values, "float32", 1e-5, id=f"{case.id}-float32") for case in CASES[::4]],
+    + [pytest.param(*case.values, "float32", 1e-5, id=f"{case.id}-float32") for case in CASES[::6]],
 )
 def test_same_values_statistics_and_gradients(channels, options, dtype, tolerance, rng):
     check_same(rng, (IMAGES, 7, 10, channels), options, dtype, tolerance)
@@ -142,8 +142,8 @@ def test_variables_and_evaluation_are_the_same(rng):
 
 
 def test_bfloat16_is_no_further_from_the_truth(rng):
-    """Four blocks: the error against float64 is at most 1.5 times the plain form's."""
-    variant = Variant("four", (4,), (16,), 16, strides=(1,), stem_stride=1)
+    """Three blocks: the error against float64 is at most 1.5 times the plain form's."""
+    variant = Variant("three", (2,), (16,), 16, strides=(1,), stem_stride=1)
     model = create_model(variant, num_classes=10)
     x = rng.normal(size=(16, 12, 12, 3)).astype(np.float32)
     weights = rng.normal(size=(16, 10)).astype(np.float32)

@@ -146,7 +146,10 @@ class TestTask:
         assert Classification(2).evaluate(logits, batch)["accuracy"] == 0
 
     def test_auxiliary_heads_learn_through_the_step(self):
-        run = small_experiment(TINY_AUXILIARY, optimizer__warmup_epochs=0.0)
+        variant = dataclasses.replace(
+            TINY_AUXILIARY, depths=(2,), channels=(8,), auxiliary=("stage1_block1",)
+        )
+        run = small_experiment(variant, optimizer__warmup_epochs=0.0)
         state = run.initial_state()
         images = {"image": np.zeros((8, 16, 16, 1), np.uint8), "label": np.arange(8)}
         after, _ = quick_jit(run.train_step)(state, images)
