@@ -33,6 +33,7 @@ def test_evaluating_what_was_trained(digits_run, arguments, source):
     assert not (digits_run / "nowhere").exists()
 
 
+@pytest.mark.slow  # in one process: test_training_restore.py
 def test_training_from_what_was_trained(digits_run, tmp_path):
     source = f"--init_from={digits_run / 'runs' / 'digits'}"
     status, out, err = run("train.py", *SHORT, source, "--workdir=tuned", cwd=tmp_path)
@@ -107,6 +108,7 @@ def test_help_and_the_command_of_an_installed_package(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow  # in one process: test_checkpoint.py
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     """On a disk of 9 MB the run stops with an error, and earlier checkpoints are valid."""
     disk = tmp_path / "disk"

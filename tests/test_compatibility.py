@@ -85,7 +85,9 @@ def test_a_run_converts(variant, recorded, tmp_path):
     assert relative(recorded["deploy"], exported.call(recorded["images"])) <= 1e-5
 
 
-@pytest.mark.parametrize("source", ["--workdir=run", "--init_from=deploy"])
+@pytest.mark.parametrize(
+    "source", ["--workdir=run", pytest.param("--init_from=deploy", marks=pytest.mark.slow)]
+)
 def test_runs_and_conversions_are_evaluated(source, tmp_path):
     shutil.copytree(OLD / "run", tmp_path / "run")
     shutil.copytree(OLD / "deploy", tmp_path / "deploy")

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from repvgg_jax import RepVGGBlock, SqueezeExcite, Variant, create_model, fuse_params
+from tests.helpers.jit import quick_jit
 
 pytestmark = pytest.mark.core
 
@@ -65,7 +66,9 @@ def gradients(block):
         on_stats = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(stats))
         return jnp.sum((y * weights).astype(jnp.float32)) + 0.1 * on_stats, (y, stats)
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    # What float32 loses depends on the optimizations; the others take half as long without.
+    compiled = jax.jit if block.dtype == jnp.float32 else quick_jit
+    return compiled(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
 
 def everything(block, variables, x, weights):
@@ -104,7 +107,7 @@ CASES = [
     ("channels", "options", "dtype", "tolerance"),
     [pytest.param(*case.values, "float64", 1e-12, id=f"{case.id}-float64") for case in CASES]
     # float32 takes the same path; a few say that it is accurate enough.
-    + [pytest.param(*case.values, "float32", 1e-5, id=f"{case.id}-float32") for case in CASES[::4]],
+    + [pytest.param(*case.values, "float32", 1e-5, id=f"{case.id}-float32") for case in CASES[::6]],
 )
 def test_same_values_statistics_and_gradients(channels, options, dtype, tolerance, rng):
     check_same(rng, (IMAGES, 7, 10, channels), options, dtype, tolerance)
@@ -131,16 +134,16 @@ def check_same(rng, shape, options, dtype, tolerance):
 def test_variables_and_evaluation_are_the_same(rng):
     branches, fast = pair(8)
     x = jnp.asarray(rng.normal(size=(2, 5, 5, 8)), jnp.float32)
-    variables = branches.init(jax.random.key(3), x)
+    variables = quick_jit(branches.init)(jax.random.key(3), x)
     for train in (False, True):
-        other = fast.init(jax.random.key(3), x, train)
+        other = quick_jit(fast.init, static_argnums=2)(jax.random.key(3), x, train)
         jax.tree.map(np.testing.assert_array_equal, variables, other)
     np.testing.assert_array_equal(branches.apply(variables, x), fast.apply(variables, x))
 
 
 def test_bfloat16_is_no_further_from_the_truth(rng):
-    """Four blocks: the error against float64 is at most 1.5 times the plain form's."""
-    variant = Variant("four", (4,), (16,), 16, strides=(1,), stem_stride=1)
+    """Three blocks: the error against float64 is at most 1.5 times the plain form's."""
+    variant = Variant("three", (2,), (16,), 16, strides=(1,), stem_stride=1)
     model = create_model(variant, num_classes=10)
     x = rng.normal(size=(16, 12, 12, 3)).astype(np.float32)
     weights = rng.normal(size=(16, 10)).astype(np.float32)
@@ -190,8 +193,8 @@ def test_means_far_from_zero(ratio, channels, options, rng):
     x = np.asarray(x, np.float32)
     variables = some_variables(branches, x, rng)
 
-    def variances(block, variables, x):
-        _, new = jax.jit(lambda v, x: block.apply(v, x, train=True, mutable=["batch_stats"]))(
+    def variances(block, variables, x, compiled=jax.jit):
+        _, new = compiled(lambda v, x: block.apply(v, x, train=True, mutable=["batch_stats"]))(
             variables, x
         )
         stats = new["batch_stats"]
@@ -202,7 +205,7 @@ def test_means_far_from_zero(ratio, channels, options, rng):
     with jax.enable_x64(True):
         exact = branches.clone(dtype=jnp.float64, param_dtype=jnp.float64)
         wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), variables)
-        truth = variances(exact, wide, x.astype(np.float64))
+        truth = variances(exact, wide, x.astype(np.float64), quick_jit)
     for norm, var in truth.items():
         assert (np.abs(found[norm] - var) <= 1e-3 * var).all(), norm
 
@@ -212,11 +215,15 @@ def test_variances_never_go_below_zero(rng):
     _, fast = pair(8)
     x = np.repeat(rng.normal(500, 1, (IMAGES, 6, 6, 4)), 2, axis=-1).astype(np.float32)
     x[..., :2] = 1e4 / 3
-    variables = fast.init(jax.random.key(0), x)
+    variables = some_variables(fast, x, rng)
+    for stats in variables["batch_stats"].values():
+        stats["var"] = np.ones_like(stats["var"])
     kernel = np.array(variables["params"]["conv1x1"]["kernel"])
     kernel[:, :, 1::2] = -kernel[:, :, 0::2]
     variables["params"]["conv1x1"]["kernel"] = kernel
-    y, new = fast.apply(variables, x, train=True, mutable=["batch_stats"])
+    y, new = jax.jit(lambda v, x: fast.apply(v, x, train=True, mutable=["batch_stats"]))(
+        variables, x
+    )
     assert np.isfinite(y).all()
     for stats in new["batch_stats"].values():
         # 0.9 of the initial 1 plus a tenth of the batch's.
@@ -264,9 +271,9 @@ def test_a_whole_network_trains_the_same(remat, rng):
             dtype=jnp.float64,
             param_dtype=jnp.float64,
         )
-        variables = jax.jit(model.init)(jax.random.key(0), x)
+        variables = quick_jit(model.init)(jax.random.key(0), x)
 
-        @jax.jit
+        @quick_jit
         def step(variables, model=model):
             def loss_of(params):
                 logits, new = model.apply(
@@ -288,8 +295,8 @@ def test_a_whole_network_trains_the_same(remat, rng):
 
     deployed = model.clone(deploy=True)
     np.testing.assert_allclose(
-        jax.jit(deployed.apply)(fuse_params(variables), x),
-        jax.jit(model.apply)(variables, x),
+        quick_jit(deployed.apply)(fuse_params(jax.device_get(variables)), x),
+        quick_jit(model.apply)(variables, x),
         atol=1e-10,
     )
 
@@ -297,7 +304,7 @@ def test_a_whole_network_trains_the_same(remat, rng):
 def test_batch_that_the_groups_do_not_divide(rng):
     _, fast = pair(8, bn_group_size=3)
     x = jnp.asarray(rng.normal(size=(8, 5, 5, 8)), jnp.float32)
-    variables = fast.init(jax.random.key(0), x)
+    variables = some_variables(fast, x, rng)
     with pytest.raises(ValueError, match="groups of 3 images do not divide a batch of 8"):
         fast.apply(variables, x, train=True, mutable=["batch_stats"])
 
@@ -305,7 +312,7 @@ def test_batch_that_the_groups_do_not_divide(rng):
 def test_one_value_per_channel(rng):
     _, fast = pair(8)
     x = jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32)
-    variables = fast.init(jax.random.key(0), x)
+    variables = some_variables(fast, x, rng)
     with pytest.raises(ValueError, match="more than one value per channel"):
         fast.apply(variables, x, train=True, mutable=["batch_stats"])
 

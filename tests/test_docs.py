@@ -74,7 +74,6 @@ def test_every_page_with_code_is_tested():
     assert {page for page in pages if python(page)} == {*PYTHON_HERE, *PYTHON_ELSEWHERE}
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("page", PYTHON_HERE)
 def test_python_runs(page):
     """Top to bottom, in one namespace; `config` is what a recipe has."""

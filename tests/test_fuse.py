@@ -1,5 +1,7 @@
 """Fusing, held to an oracle that knows no formula: a block's response to unit impulses."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from repvgg_jax import (
     unfuse_params,
 )
 from repvgg_jax.layers import BatchNorm
+from tests.helpers.jit import quick_jit
 from tests.trees import (
     TINY,
     TINY_AUXILIARY,
@@ -43,11 +46,13 @@ def linear_response(block: RepVGGBlock, variables, x: np.ndarray) -> np.ndarray:
     with jax.enable_x64(True):
         variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), variables)
         block = block.clone(dtype=jnp.float64, param_dtype=jnp.float64)
-        _, state = block.apply(
-            variables,
-            jnp.asarray(x, jnp.float64),
-            capture_intermediates=lambda module, _: isinstance(module, BatchNorm),
-        )
+        _, state = quick_jit(
+            lambda variables, x: block.apply(
+                variables,
+                x,
+                capture_intermediates=lambda module, _: isinstance(module, BatchNorm),
+            )
+        )(variables, jnp.asarray(x, jnp.float64))
         branches = [child["__call__"][0] for child in state["intermediates"].values()]
         assert len(branches) in (2, 3)
         return np.asarray(sum(branches))
@@ -59,28 +64,23 @@ def impulse_kernel(
     """Kernel (3, 3, in/groups, out) and bias (out,) read off the block's responses."""
     reach = 2 * block.dilation * block.stride  # stays clear of the borders
     size = 2 * reach + 1
-    bias = linear_response(block, variables, np.zeros((1, size, size, in_channels)))
-    center = bias.shape[1] // 2
-    bias = bias[0, center, center]
-    out, per_group = bias.shape[0], in_channels // block.groups
-    kernel = np.zeros((3, 3, per_group, out))
+    center = -(-size // block.stride) // 2
     where = center * block.stride  # the input pixel under the output pixel in the middle
-    for row in range(3):
-        for column in range(3):
-            impulses = np.zeros((in_channels, size, size, in_channels))
-            for channel in range(in_channels):
-                impulses[
-                    channel,
-                    where + (row - 1) * block.dilation,
-                    where + (column - 1) * block.dilation,
-                    channel,
-                ] = 1
-            response = linear_response(block, variables, impulses)[:, center, center] - bias
-            for o in range(out):
-                first = o // (out // block.groups) * per_group
-                kernel[row, column, :, o] = response[first : first + per_group, o]
-                outside = np.delete(response[:, o], np.s_[first : first + per_group])
-                assert not outside.any(), "another group leaked in"
+    impulses = np.zeros((3, 3, in_channels, size, size, in_channels))
+    for row, column, channel in np.ndindex(3, 3, in_channels):
+        y, x = (where + (tap - 1) * block.dilation for tap in (row, column))
+        impulses[row, column, channel, y, x, channel] = 1
+    nothing = np.zeros((1, size, size, in_channels))
+    images = np.concatenate([nothing, impulses.reshape(-1, size, size, in_channels)])
+    bias, *responses = linear_response(block, variables, images)[:, center, center]
+    out, per_group = bias.shape[0], in_channels // block.groups
+    response = np.reshape(responses, (3, 3, in_channels, out)) - bias
+    kernel = np.zeros((3, 3, per_group, out))
+    for o in range(out):
+        first = o // (out // block.groups) * per_group
+        kernel[..., o] = response[:, :, first : first + per_group, o]
+        outside = np.delete(response[..., o], np.s_[first : first + per_group], axis=2)
+        assert not outside.any(), "another group leaked in"
     return kernel, bias
 
 
@@ -124,11 +124,21 @@ def shallow(name: str) -> Variant:
     )
 
 
+@functools.cache
+def applied(model):
+    """A compiled function of variables and images."""
+    return quick_jit(model.apply)
+
+
 def relative(a, b) -> float:
     return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+EVERY_KIND = ("A0", "B1g4", "plus-L2pse")
+ALL = [n if n in EVERY_KIND else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_all_fifteen_at_their_real_widths(name):
     model = create_model(shallow(name), num_classes=10)
     kinds = {(layer.identity, layer.groups, layer.features) for layer in VARIANTS[name].layers()}
@@ -147,12 +157,12 @@ def test_float64_agrees_to_twelve_digits(name):
             shallow(name), num_classes=10, dtype=jnp.float64, param_dtype=jnp.float64
         )
         variables = random_variables(model)
-        images = random_images((2, 32, 32, 3), dtype=np.float64)
-        trained = model.apply(variables, images)
+        images = random_images((1, 32, 32, 3), dtype=np.float64)
+        trained = jax.jit(model.apply)(variables, images)
         assert trained.dtype == jnp.float64
-        for given_as in (np.asarray, jnp.asarray):
-            fused = fuse_params(jax.tree.map(given_as, variables))
-            assert relative(model.clone(deploy=True).apply(fused, images), trained) <= 1e-12
+        deploy = jax.jit(model.clone(deploy=True).apply)
+        for fuse in (fuse_params, quick_jit(fuse_params)):  # by NumPy and by JAX
+            assert relative(deploy(fuse(variables), images), trained) <= 1e-12
 
 
 @pytest.mark.slow
@@ -167,8 +177,13 @@ def test_dilated_networks_fuse_to_dilated_networks(output_stride):
     model = create_model(variant, num_classes=0, output_stride=output_stride)
     variables = random_variables(model)
     images = random_images((2, 64, 64, 3))
-    trained = model.apply(variables, images, method="features")
-    fused = model.clone(deploy=True).apply(fuse_params(variables), images, method="features")
+    trained, fused = (
+        quick_jit(functools.partial(net.apply, method="features"))(tree, images)
+        for net, tree in (
+            (model, variables),
+            (model.clone(deploy=True), fuse_params(variables)),
+        )
+    )
     for stage in trained:
         assert relative(fused[stage], trained[stage]) <= 1e-5
 
@@ -238,7 +253,7 @@ class TestTrees:
         with jax.enable_x64(True):
             params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), variables["params"])
             stats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), stats)
-            found = jax.grad(penalty)(params)
+            found = quick_jit(jax.grad(penalty))(params)
             direction = randomise(params, seed=1)
             step = 1e-6
             up, down = (
@@ -290,8 +305,9 @@ class TestTrees:
         assert fused["params"]["neck"] is tree["params"]["neck"]
         assert fused["params"]["conv3x3"] is tree["params"]["conv3x3"]
         assert fused["batch_stats"].keys() == {"neck"}
-        expected = Detector().apply(tree, images)
-        assert relative(Detector(deploy=True).apply(fused, images), expected) <= 1e-5
+        expected = quick_jit(Detector().apply)(tree, images)
+        found = quick_jit(Detector(deploy=True).apply)(fused, images)
+        assert relative(found, expected) <= 1e-5
 
     def test_several_networks_in_any_container(self, variables):
         momentum = (variables["params"], {"count": 3})  # looks like blocks, is none
@@ -346,8 +362,8 @@ class TestUnfuse:
         chex.assert_trees_all_equal_shapes_and_dtypes(variables, like)
         chex.assert_trees_all_close(fuse_params(variables), deployed, rtol=1e-5, atol=2e-6)
         images = random_images((4, 32, 32, 3))
-        expected = model.clone(deploy=True).apply(deployed, images)
-        assert relative(model.apply(variables, images), expected) <= 1e-5
+        expected = applied(model.clone(deploy=True))(deployed, images)
+        assert relative(applied(model)(variables, images), expected) <= 1e-5
 
     def test_branches_of_like_are_kept_and_all_can_be_trained(self):
         model = create_model(TINY, num_classes=5)
@@ -365,7 +381,7 @@ class TestUnfuse:
             )
             return jnp.square(logits).mean()
 
-        gradients = jax.jit(jax.grad(loss))(variables["params"])
+        gradients = quick_jit(jax.grad(loss))(variables["params"])
         assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients))
 
     def test_statistics_of_other_modules_are_the_deployed_ones(self):

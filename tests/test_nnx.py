@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import repvgg_jax as rv
+from tests.helpers.jit import quick_jit
 from tests.helpers.weights_samples import CLASSES, random_variables
 
 pytestmark = pytest.mark.core
@@ -72,7 +73,7 @@ def test_a_training_step_is_linens(variables, batch):
         optimizer.update(module, gradients)
         return loss
 
-    @jax.jit
+    @quick_jit
     def linen_step(params, stats):
         def loss(params):
             logits, new = model.apply(

@@ -13,6 +13,7 @@ import repvgg_jax as rv
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
 
 from tests.helpers import torch_reference  # noqa: E402 (needs torch)
+from tests.helpers.jit import quick_jit  # noqa: E402
 
 pytestmark = pytest.mark.core
 
@@ -123,9 +124,7 @@ OPTIMIZER = optax.chain(
 
 
 # One program per network, compiled without optimization: it runs ten times.
-@functools.partial(
-    jax.jit, static_argnums=3, compiler_options={"xla_backend_optimization_level": 0}
-)
+@functools.partial(quick_jit, static_argnums=3)
 def our_step(params, stats, state, model, images, labels):
     (loss, stats), gradients = jax.value_and_grad(our_loss, has_aux=True)(
         params, stats, model, images, labels
@@ -140,9 +139,9 @@ def test_evaluation_and_deploy_form_are_pytorchs(networks, batch):
     with torch.no_grad():
         expected = reference.eval()(nchw(images))[0].numpy()
     variables = translate(reference.state_dict())
-    assert relative(jax.jit(model.apply)(variables, images), expected) <= 1e-5
+    assert relative(quick_jit(model.apply)(variables, images), expected) <= 1e-5
     fused = rv.fuse_params(variables)
-    logits = jax.jit(model.clone(deploy=True).apply)(fused, images)
+    logits = quick_jit(model.clone(deploy=True).apply)(fused, images)
     assert relative(logits, expected) <= 1e-5
 
 

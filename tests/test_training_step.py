@@ -13,6 +13,7 @@ from repvgg_jax.train.experiment import Experiment, make_optimizer, schedule
 from repvgg_jax.train.settings import OptimizerSettings, Settings
 from repvgg_jax.train.step import Classification, EvalStep
 from repvgg_jax.train.validate import check_batches
+from tests.helpers.jit import QUICK, quick_jit
 from tests.helpers.runs import assert_same, in_float64, small_config, small_experiment
 from tests.trees import TINY_AUXILIARY, paths, random_variables
 
@@ -27,7 +28,7 @@ def batch_of(run: Experiment, size: int = 64):
 def test_a_step_on_eight_devices_is_a_step_on_one(group_size):
     with in_float64(small_experiment(bn__group_size=group_size)) as (run,):
         state, batch = jax.device_get((run.initial_state(), batch_of(run)))
-        step = jax.jit(run.train_step)
+        step = quick_jit(run.train_step)
         one = step(*jax.device_put((state, batch), jax.devices()[0]))
         eight = step(jax.device_put(state, run.replicated), jax.device_put(batch, run.over_batch))
         assert_same(one, eight)
@@ -35,7 +36,7 @@ def test_a_step_on_eight_devices_is_a_step_on_one(group_size):
 
 def test_the_step_compiles_once_and_takes_its_own_output():
     run = small_experiment()
-    step = jax.jit(run.train_step, out_shardings=run.replicated, donate_argnums=0)
+    step = quick_jit(run.train_step, out_shardings=run.replicated, donate_argnums=0)
     state, batch = run.initial_state(), jax.device_put(batch_of(run), run.over_batch)
     for _ in range(3):
         state, _ = step(state, batch)
@@ -45,7 +46,7 @@ def test_the_step_compiles_once_and_takes_its_own_output():
 
 def test_augmentation_is_a_function_of_seed_and_step():
     run = small_experiment()
-    step, state, batch = jax.jit(run.train_step), run.initial_state(), batch_of(run)
+    step, state, batch = quick_jit(run.train_step), run.initial_state(), batch_of(run)
     later = state.replace(step=state.step + 1)
     first, again, other = (step(s, batch)[1]["loss"] for s in (state, state, later))
     assert first == again
@@ -64,7 +65,7 @@ def test_abstract_state_is_the_states():
 
 def test_state_stays_float32_when_computing_in_bfloat16():
     run = small_experiment(model__dtype="bfloat16")
-    state, _ = jax.jit(run.train_step)(run.initial_state(), batch_of(run))
+    state, _ = quick_jit(run.train_step)(run.initial_state(), batch_of(run))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
@@ -73,13 +74,13 @@ def test_the_covariance_form_takes_the_same_step():
         *(small_experiment(model__train_form=form) for form in ("branches", "covariance"))
     ) as runs:
         state, batch = runs[0].initial_state(), batch_of(runs[0])
-        assert_same(*(jax.jit(run.train_step)(state, batch) for run in runs))
+        assert_same(*(quick_jit(run.train_step)(state, batch) for run in runs))
 
 
 def test_the_first_bad_gradient_is_named():
     run = small_experiment()
     state, batch = run.initial_state(), batch_of(run)
-    step = jax.jit(run.train_step)
+    step = quick_jit(run.train_step)
     assert step(state, batch)[1]["first_bad_gradient"] == -1
     head = {**state.params["head"], "bias": state.params["head"]["bias"] * np.inf}
     broken = state.replace(params={**state.params, "head": head})
@@ -89,7 +90,7 @@ def test_the_first_bad_gradient_is_named():
 def test_evaluation_counts_what_the_mask_keeps():
     run = small_experiment()
     state, batch = run.initial_state(), batch_of(run, 8)
-    step = jax.jit(EvalStep(run.model, run.task, run.normalize))
+    step = quick_jit(EvalStep(run.model, run.task, run.normalize))
     some = step(state.variables, {**batch, "mask": np.arange(8) < 3})
     three = {name: values[:3] for name, values in batch.items()}
     alone = step(state.variables, {**three, "mask": np.ones(3, bool)})
@@ -144,10 +145,13 @@ class TestTask:
         assert Classification(2).evaluate(logits, batch)["accuracy"] == 0
 
     def test_auxiliary_heads_learn_through_the_step(self):
-        run = small_experiment(TINY_AUXILIARY, optimizer__warmup_epochs=0.0)
+        variant = dataclasses.replace(
+            TINY_AUXILIARY, depths=(2,), channels=(8,), auxiliary=("stage1_block1",)
+        )
+        run = small_experiment(variant, optimizer__warmup_epochs=0.0)
         state = run.initial_state()
-        images = {"image": np.zeros((64, 32, 32, 1), np.uint8), "label": np.arange(64) % 10}
-        after, _ = jax.jit(run.train_step)(state, images)
+        images = {"image": np.zeros((8, 16, 16, 1), np.uint8), "label": np.arange(8)}
+        after, _ = quick_jit(run.train_step)(state, images)
         head = "aux_stage1_block1"
         for tree in ("params", "batch_stats"):
             before, now = getattr(state, tree)[head], getattr(after, tree)[head]
@@ -285,7 +289,7 @@ class TestEquivalentL2:
             *(small_experiment(optimizer__equivalent_l2=on, **overrides) for on in (False, True))
         ) as runs:
             state, batch = runs[0].initial_state(), batch_of(runs[0])
-            steps = [jax.jit(run.train_step)(state, batch)[0] for run in runs]
+            steps = [quick_jit(run.train_step)(state, batch)[0] for run in runs]
         state, a, b = jax.device_get((state, *steps))
         rate = 0.4 * 128 / 256
         block, stats = state.params["stem"], a.batch_stats["stem"]
@@ -328,14 +332,14 @@ class TestAccumulation:
         with in_float64(Experiment.from_config(config)) as (whole,):
             step = dataclasses.replace(whole.train_step, microbatches=4, unrolled=unrolled)
             state, batch = whole.initial_state(), batch_of(whole)
-            assert_same(jax.jit(whole.train_step)(state, batch), jax.jit(step)(state, batch))
+            assert_same(quick_jit(whole.train_step)(state, batch), quick_jit(step)(state, batch))
 
     def test_microbatches_on_eight_devices(self):
         config = small_config(bn__group_size=4, train__accumulate=2)
         with in_float64(Experiment.from_config(config)) as (run,):
             assert run.train_step.microbatches == 2
             state, batch = jax.device_get((run.initial_state(), batch_of(run)))
-            step = jax.jit(run.train_step)
+            step = quick_jit(run.train_step)
             one = step(*jax.device_put((state, batch), jax.devices()[0]))
             eight = step(
                 jax.device_put(state, run.replicated), jax.device_put(batch, run.over_batch)
@@ -345,7 +349,12 @@ class TestAccumulation:
     @pytest.mark.parametrize("unrolled", [True, False])
     def test_every_device_works_on_every_microbatch(self, unrolled, monkeypatch):
         """Also if each holds one group: microbatches of four groups are then shared by eight."""
-        config = small_config(train__batch_size=64, bn__group_size=8, train__accumulate=2)
+        config = small_config(
+            train__batch_size=64,
+            train__accumulate=2,
+            train__compiler_options=QUICK,
+            bn__group_size=8,
+        )
         check_batches(Settings.from_config(config), devices=8)
         with in_float64(Experiment.from_config(config)) as (run,):
             step = dataclasses.replace(run.train_step, unrolled=unrolled)
@@ -355,7 +364,7 @@ class TestAccumulation:
             assert set(images) == {"4"}
             batch = batch_of(run)
             whole = dataclasses.replace(step, microbatches=1)
-            expected = jax.jit(whole)(jax.device_get(run.initial_state()), batch)
+            expected = quick_jit(whole)(jax.device_get(run.initial_state()), batch)
             assert_same(
                 expected, compiled(run.initial_state(), jax.device_put(batch, run.over_batch))
             )
@@ -372,7 +381,7 @@ class TestAverages:
         run = small_experiment(ema__decay=0.15)
         state, batch = run.initial_state(), batch_of(run)
         chex.assert_trees_all_equal(state.ema, state.variables)
-        step = jax.jit(run.train_step)
+        step = quick_jit(run.train_step)
         expected = jax.device_get(state.variables)
         for count in range(3):
             state, _ = step(state, batch)

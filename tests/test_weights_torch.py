@@ -1,9 +1,12 @@
 """Checkpoints that PyTorch wrote, under every project's names, and ours that it reads."""
 
+import functools
+
 import numpy as np
 import pytest
 
 import repvgg_jax as rv
+from tests.helpers.jit import quick_jit
 from tests.helpers.weights_samples import assert_identical, random_variables
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
@@ -42,6 +45,12 @@ def network(dialect, *, deploy=False):
     ).randomize()
 
 
+@functools.cache
+def applied(variant, deploy):
+    """A compiled function of variables and images."""
+    return quick_jit(rv.create_model(variant, num_classes=CLASSES, deploy=deploy).apply)
+
+
 @pytest.fixture(params=torch_reference.DIALECTS)
 def dialect(request):
     return request.param
@@ -65,8 +74,7 @@ def test_every_family_loads_as_pytorch_loads_it(dialect, deploy, zipped, tmp_pat
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = reference.eval()(images)[0].numpy()
-    model = rv.create_model(variant, num_classes=CLASSES, deploy=deploy)
-    logits = model.apply(loaded.variables, images.permute(0, 2, 3, 1).numpy())
+    logits = applied(variant, deploy)(loaded.variables, images.permute(0, 2, 3, 1).numpy())
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
 
 

@@ -5,6 +5,9 @@ from typing import Any
 
 import jax
 
+QUICK = ("xla_backend_optimization_level=0",)
+"""The same for a training step, as `train__compiler_options`."""
+
 
 def quick_jit(function: Callable, **options: Any) -> Callable:
     """`jax.jit` without the optimizations of the backend, which compiles two to four times faster.
