@@ -16,7 +16,7 @@ from repvgg_jax.reparam import EPSILON, unfuse_params
 from repvgg_jax.text import did_you_mean, first_few, one_line
 from repvgg_jax.variants import Variant, get_variant
 from repvgg_jax.weights import files
-from repvgg_jax.weights.detect import Detected, detect, differences
+from repvgg_jax.weights.detect import Detected, UnknownVariantError, detect, differences
 from repvgg_jax.weights.names import Entry
 from repvgg_jax.weights.tensor import Shapes, Tensor, describe, read_float32
 from repvgg_jax.weights.tree import in_head
@@ -101,6 +101,8 @@ def load_weights(
             variant=None if variant is None else get_variant(variant),
         )
         _check_classes(found, num_classes)
+    except UnknownVariantError as error:
+        raise UnknownVariantError(f"{where}: {error}", error.architecture) from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
