@@ -31,9 +31,9 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         if temporary.is_dir():
-            for file in temporary.rglob("*"):
-                if file.is_file() and not file.is_symlink():
-                    _follow_umask(file)
+            for inner in temporary.rglob("*"):
+                if inner.is_file() and not inner.is_symlink():
+                    _follow_umask(inner)
             if path.exists():
                 path.replace(replaced)
         else:

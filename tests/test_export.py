@@ -148,7 +148,7 @@ class TestArtifacts:
         assert (mine / "thesis.txt").exists()
 
     def test_without_its_runtime_it_is_unproven_and_says_so(self, tmp_path, monkeypatch):
-        pytest.importorskip("onnx", reason='needs pip install "repvgg-jax[onnx]"')
+        pytest.importorskip("onnx", reason="needs requirements-onnx.txt")
         for runtime in ("onnxruntime", "openvino"):
             monkeypatch.setitem(sys.modules, runtime, None)
         artifact = export("onnx", nets.network("plain"), tmp_path / "model.onnx")
@@ -157,7 +157,7 @@ class TestArtifacts:
         assert artifact.as_dict()["status"] == "UNPROVEN"
         head, *rest = str(artifact).splitlines()
         assert head.endswith("UNPROVEN")
-        assert rest[1].endswith('pip install "repvgg-jax[onnx]"')
+        assert rest[1].endswith("pip install -r requirements-onnx.txt")
 
     @pytest.mark.parametrize(
         ("name", "module"),
@@ -362,7 +362,7 @@ class TestDocs:
         name, modules = DOCUMENTED[section]
         for module in modules:
             extra = FORMATS[name].extra
-            pytest.importorskip(module, reason=f'needs pip install "repvgg-jax[{extra}]"')
+            pytest.importorskip(module, reason=f"needs requirements-{extra}.txt")
         monkeypatch.chdir(tmp_path)
         network = nets.network("plain")
         if section != "From Python":
