@@ -4,6 +4,7 @@ Commands that need other machines, in launch.md and scaling.md, are parsed as tr
 them there. The Python of deploy.md is run by tests/test_export.py and tests/test_convert.py.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repvgg_jax import ReparamBlock, reparam
 from repvgg_jax.data.augment import __main__ as picture
 from tests.flags import xla_flags
 from tests.helpers.commands import run
@@ -81,6 +83,29 @@ def test_python_runs(page):
     from repvgg_jax.train.config import default_config
 
     exec(compile(python(page), page, "exec"), {"__name__": page, "config": default_config()})
+
+
+@pytest.mark.core
+def test_every_option_of_terms_and_blocks_is_explained():
+    """Their names and defaults, in the tables of the page."""
+    tables = dict(
+        re.findall(r"^\| (`[^|]*`) \|([^|]*)\| .*\|$", text("reparameterization.md"), re.M)
+    )
+    told = {
+        name: value for names, value in tables.items() for name in re.findall(r"`([^`]+)`", names)
+    }
+    structure = {"name", "kernel_size", "train", "parent"}
+    for term in (reparam.Conv, reparam.Norm, reparam.AvgPool, reparam.Scale, reparam.BlockSpec):
+        for field in dataclasses.fields(term):
+            if field.name not in structure or (term, field.name) == (reparam.Scale, "name"):
+                assert f"{term.__name__}.{field.name}" in told
+    for field in dataclasses.fields(ReparamBlock):
+        assert field.name in {*told, *structure}
+    for name, value in told.items():
+        term, _, option = name.rpartition(".")
+        if term and (found := value.strip("` ")) not in ("", "none"):
+            (field,) = (f for f in dataclasses.fields(getattr(reparam, term)) if f.name == option)
+            assert str(field.default) == found.strip('"'), name
 
 
 def test_rooms_exist():
