@@ -89,7 +89,10 @@ def stored() -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown; all counts but that of the parameters are of one chip and step."""
+    """The rows as Markdown; all counts but that of the parameters are of one chip and step.
+
+    The column "compiled" is left out if no row says when it was.
+    """
     cells = []
     for row in rows:
         cell = {"model": row["model"], "slice": row["topology"]}
@@ -113,6 +116,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             _compiled(row),
         )
         cells.append(cell | dict(zip(names, values, strict=True)))
+    if not any("date" in row for row in rows):
+        cells = [{k: text for k, text in cell.items() if k != "compiled"} for cell in cells]
     return harness.table(cells)
 
 

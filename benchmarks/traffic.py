@@ -1,7 +1,7 @@
 """How often a train step goes through memory, counted by the compiler, without hardware.
 
 Compiles train steps and stages ahead of time for one TPU v5e chip (`pip install
-'repvgg-jax[tpu]'`) and prints XLA's own counts: bytes accessed, passes per block (bytes over
+-r requirements-tpu.txt`) and prints XLA's own counts: bytes accessed, passes per block (bytes over
 the size of one activation, over the blocks), FLOPs, memory, and how long compiling took.
 Ours in both train forms beside a plain Flax version (`plain.py`), each with the compiler as it is
 and with `config.train.compiler_options` (`docs/covariance.md`).

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 
@@ -16,7 +17,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     The body writes a file or a directory of that name. A file is flushed to disk before the
     rename; an existing directory at `path` is replaced. After an error nothing is left behind,
-    and `path` is as it was. The temporary name keeps the suffix of `path`.
+    and `path` is as it was. The temporary name keeps the suffix of `path`. Modes follow the
+    umask, also where a writer (safetensors) creates private files.
 
     Raises:
       OSError: the parent directory cannot be created or written.
@@ -29,9 +31,13 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         if temporary.is_dir():
+            for inner in temporary.rglob("*"):
+                if inner.is_file() and not inner.is_symlink():
+                    _follow_umask(inner)
             if path.exists():
                 path.replace(replaced)
         else:
+            _follow_umask(temporary)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         temporary.replace(path)
@@ -42,6 +48,25 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             else:
                 with contextlib.suppress(OSError):
                     leftover.unlink(missing_ok=True)
+
+
+def _follow_umask(file: pathlib.Path) -> None:
+    """Gives a file the permissions that `open` would have given it."""
+    mode = stat.S_IMODE(file.stat().st_mode)
+    wanted = mode | (0o666 & ~_umask())
+    if wanted != mode:
+        file.chmod(wanted)
+
+
+def _umask() -> int:
+    """The umask of this process."""
+    status = pathlib.Path("/proc/self/status")  # reading it otherwise means to set it
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^Umask:\s*([0-7]+)", status.read_text(), re.M):
+            return int(found[1], 8)
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

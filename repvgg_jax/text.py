@@ -1,7 +1,8 @@
-"""Words for messages: suggestions, short lists, tree paths, package versions."""
+"""Words for messages: suggestions, short lists, tree paths, packages."""
 
 import difflib
 import importlib.metadata
+import pathlib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -21,6 +22,19 @@ def did_you_mean(name: str, choices: Iterable[str], *, cutoff: float = 0.5) -> s
     if not close:
         return ""
     return f"did you mean {' or '.join(repr(lowered[key]) for key in close)}? "
+
+
+def how_to_install(*, extra: str) -> str:
+    """The command that installs the packages of an extra.
+
+    From a checkout that is the list of requirements beside the package; the package is on no
+    index, so otherwise it is the extra, to be installed from a checkout.
+    """
+    whole = extra in ("train", "export")  # the requirements of the scripts
+    name = "requirements.txt" if whole else f"requirements-{extra}.txt"
+    if (pathlib.Path(__file__).parents[1] / name).is_file():
+        return f"pip install -r {name}"
+    return f'pip install ".[{extra}]" in a checkout of repvgg_jax'
 
 
 def one_line(text: object, length: int = 160) -> str:

@@ -30,7 +30,9 @@ def test_a_new_row_says_when_and_of_which_commit(scaling, monkeypatch):
 
 def test_an_old_row_gets_no_date(scaling):
     row = {"model": "A0", "topology": "v5e:2x2", "error": "no compiler here"}
-    assert "not recorded" in scaling.table([row])
+    assert "compiled" not in scaling.table([row])
+    new = row | {"date": "2026-01-02", "commit": None}
+    assert "not recorded" in scaling.table([row, new])
 
 
 def test_the_page_names_the_sizes_that_were_compiled(scaling):

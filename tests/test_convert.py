@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import stat
 
 import chex
 import jax
@@ -10,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from flax import linen as nn
 
 from repvgg_jax import create_model, files, fuse_params, load_weights, save_weights
+from repvgg_jax.convert import command
 from repvgg_jax.convert.deployed import Output, load_deployed
 from repvgg_jax.convert.pipeline import Source, convert, from_run, from_weights
 from repvgg_jax.export import FORMATS, Normalize, Target, parse_targets
@@ -114,6 +119,19 @@ class TestConvert:
         convert(network(), Output(tmp_path / "deploy"), targets=parse_targets(["safetensors"]))
         assert sorted(hashed) == ["metadata.json", "model.safetensors"]
 
+    def test_files_are_readable_by_others(self, tmp_path):
+        """Also those of safetensors, whose writer makes them private."""
+        before = os.umask(0o027)
+        try:
+            convert(network(), Output(tmp_path / "deploy"), targets=DEFAULT)
+            own = {"family": "flax", "variant": nets.model("plain").variant}
+            save_weights(tmp_path / "w.safetensors", nets.variables("plain"), **own)
+        finally:
+            os.umask(before)
+        written = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert {"model.safetensors", "w.safetensors"} <= {path.name for path in written}
+        assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in written} == {"0o640"}
+
     def test_files_say_what_they_are(self, deploy):
         metadata = json.loads((deploy / "metadata.json").read_text())
         assert metadata["classes"] == list(nets.LABELS)
@@ -165,6 +183,7 @@ class TestConvert:
         done = convert(given, Output(tmp_path / "deploy"), targets=DEFAULT)
         assert done.proof is None
         assert "proof: none" in done.table()
+        assert "\nproof images" not in done.table()
         deployed = load_deployed(tmp_path / "deploy")
         assert deployed.proof["fused"] is None
         chex.assert_trees_all_equal(deployed.variables, fused)
@@ -297,6 +316,41 @@ class TestSource:
         with pytest.raises((ValueError, OSError), match=message):
             from_weights(name, **options)
 
+    @pytest.mark.parametrize("path", [None, OLD / "deploy"])
+    def test_an_earlier_conversion_of_any_variant(self, path, deploy, tmp_path):
+        path = path or deploy  # images of three channels or of one
+        before = load_deployed(path)
+        given = from_weights(str(path))
+        assert list(given.images.shape[1:]) == before.metadata["image_shape"]
+        targets = parse_targets(["safetensors", "stablehlo"])
+        done = convert(given, Output(tmp_path / "more"), targets=targets)
+        assert (done.proof, (tmp_path / "more" / "model.stablehlo").exists()) == (None, True)
+        after = load_deployed(tmp_path / "more")
+        chex.assert_trees_all_equal(after.variables, before.variables)
+        for key in ("variant", "classes", "mean", "std", "image_shape", "activation"):
+            if key in before.metadata:
+                assert after.metadata[key] == before.metadata[key]
+        assert after.metadata["source"]["source"] == before.metadata["source"]
+        assert after.metadata["source"]["fused"] == before.proof["fused"]
+
+    def test_a_damaged_conversion_and_other_directories(self, deploy, tmp_path):
+        shutil.copytree(deploy, tmp_path / "deploy")
+        (tmp_path / "deploy" / "metadata.json").write_text('{"kind": "repvgg_jax deployment"}')
+        with pytest.raises(ValueError, match=r"metadata\.json"):
+            from_weights(str(tmp_path / "deploy"))
+        with pytest.raises(ValueError, match=f"--workdir {tmp_path}$"):
+            from_weights(str(tmp_path))
+
+    def test_a_file_of_a_variant_of_ones_own(self, deploy, tmp_path):
+        """The architecture is in the directory, not in the file."""
+        with pytest.raises(ValueError, match=f"--from {deploy}, or .* --workdir") as caught:
+            from_weights(str(deploy / "model.safetensors"))
+        assert len(str(caught.value)) < 400
+        assert "depths" in str(caught.value)
+        shutil.copy(deploy / "model.safetensors", tmp_path / "alone.safetensors")
+        with pytest.raises(ValueError, match="--from DEPLOY"):
+            from_weights(str(tmp_path / "alone.safetensors"))
+
     def test_a_file_for_images_of_another_depth(self, tmp_path):
         variables = random_variables(create_model("A0", num_classes=3), channels=1)
         save_weights(tmp_path / "gray.npz", variables, family="flax", variant="A0")
@@ -398,4 +452,22 @@ class TestCommand:
         status, _, err = run("convert.py", "--workdir=x", "--from=y", "--traceback", cwd=tmp_path)
         assert status == 1
         assert "Traceback" in err
-        assert "--output" in err.splitlines()[-1]
+        assert "not both" in err.splitlines()[-1]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "nothing to convert"),
+            (["--workdir=x"], "give --output"),
+            (["--from=x", "--output=./x"], "--output=./x would replace"),
+        ],
+    )
+    def test_what_is_missing_is_named(self, arguments, message):
+        with flagsaver.flagsaver():
+            flags.FLAGS(["convert.py", *arguments])
+            with pytest.raises(ValueError, match=message):
+                command.main([])
+
+    def test_help_lists_the_formats(self):
+        told = flags.FLAGS["format"].help
+        assert all(f" {name}" in told for name in FORMATS)

@@ -4,6 +4,7 @@ Commands that need other machines, in launch.md and scaling.md, are parsed as tr
 them there. The Python of deploy.md is run by tests/test_export.py and tests/test_convert.py.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,10 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repvgg_jax import ReparamBlock, reparam
 from repvgg_jax.data.augment import __main__ as picture
+from repvgg_jax.data.sources import SUFFIXES
+from repvgg_jax.train.settings import Settings
 from tests.flags import xla_flags
 from tests.helpers.commands import run
-from tests.helpers.pictures import images, write_tars
+from tests.helpers.pictures import encoded, images, photo, write_tars
 from tests.helpers.processes import RECIPE
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -29,7 +33,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 RUN_HERE = ["augmentation.md", "data.md", "deploy.md"]
 READ_HERE = ["launch.md", "scaling.md"]
 PYTHON_HERE = ["covariance.md", "reparameterization.md"]
-PYTHON_ELSEWHERE = ["deploy.md"]
+PYTHON_ELSEWHERE = ["data.md", "deploy.md"]
 FOREIGN_FLAGS = {"fp16", "gpu-bind", "ntasks-per-node", "signal"}  # of trtexec and SLURM
 
 
@@ -80,6 +84,29 @@ def test_python_runs(page):
     from repvgg_jax.train.config import default_config
 
     exec(compile(python(page), page, "exec"), {"__name__": page, "config": default_config()})
+
+
+@pytest.mark.core
+def test_every_option_of_terms_and_blocks_is_explained():
+    """Their names and defaults, in the tables of the page."""
+    tables = dict(
+        re.findall(r"^\| (`[^|]*`) \|([^|]*)\| .*\|$", text("reparameterization.md"), re.M)
+    )
+    told = {
+        name: value for names, value in tables.items() for name in re.findall(r"`([^`]+)`", names)
+    }
+    structure = {"name", "kernel_size", "train", "parent"}
+    for term in (reparam.Conv, reparam.Norm, reparam.AvgPool, reparam.Scale, reparam.BlockSpec):
+        for field in dataclasses.fields(term):
+            if field.name not in structure or (term, field.name) == (reparam.Scale, "name"):
+                assert f"{term.__name__}.{field.name}" in told
+    for field in dataclasses.fields(ReparamBlock):
+        assert field.name in {*told, *structure}
+    for name, value in told.items():
+        term, _, option = name.rpartition(".")
+        if term and (found := value.strip("` ")) not in ("", "none"):
+            (field,) = (f for f in dataclasses.fields(getattr(reparam, term)) if f.name == option)
+            assert str(field.default) == found.strip('"'), name
 
 
 def test_rooms_exist():
@@ -142,18 +169,65 @@ def test_every_command_of_data(tmp_path):
     (tmp_path / "configs" / "b1.py").write_text(RECIPE.replace("    return", small))
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     prepare, train, verify, smaller = (
-        command.replace("/data/", f"{tmp_path}/") for command in commands("data.md")
+        command.replace("/data/", f"{tmp_path}/")
+        for command in commands("data.md")
+        if "flowers" not in command
     )
     out = shell(prepare, tmp_path)
     assert "train: 16 images of 3 classes" in out
     assert "the others take about" in out
     out = shell(train, tmp_path)
-    assert f"records:{tmp_path}/imagenet, 16 images of 32x32x3" in out
+    assert re.search(rf"data=records:{tmp_path}/imagenet image=32x32x3 .*\b16\b", out)
     assert "step 4: validation accuracy" in out
     assert "every image can be decoded" in shell(verify, tmp_path)
     shell(smaller, tmp_path)
     manifest = json.loads((tmp_path / "imagenet256" / "manifest.json").read_text())
     assert (manifest["details"]["short_side"], manifest["details"]["quality"]) == (256, 90)
+
+
+def own_images() -> tuple[str, str]:
+    """The recipe and the program of the page."""
+    (section,) = (part for part in sections("data.md") if part.startswith("Your own images"))
+    recipe, classify = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+    return recipe, classify
+
+
+def test_the_page_lists_every_type_of_file():
+    (told,) = re.findall(r"File names end in (.*?), in either", text("data.md"), re.S)
+    assert tuple(re.findall(r"`(\.\w+)`", told)) == SUFFIXES
+
+
+def test_the_recipe_for_own_images_is_one():
+    namespace: dict = {}
+    exec(compile(own_images()[0], "flowers.py", "exec"), namespace)
+    assert Settings.from_config(namespace["get_config"]()).data.source == "folder:flowers"
+
+
+@pytest.mark.slow
+def test_own_images_from_a_tree_to_their_classes(tmp_path):
+    """Word for word, with a small network in the place of A0 and a shorter run."""
+    recipe, classify = own_images()
+    tiny = 'Variant("tiny", (1, 1), (8, 16), 8, strides=(2, 2), stem_stride=2)'
+    recipe = "from repvgg_jax import Variant\n" + recipe.replace('"A0"', tiny)
+    (tmp_path / "flowers.py").write_text(recipe)
+    (tmp_path / "classify.py").write_text(classify)
+    for name, kind in (("daisy/7.jpg", "JPEG"), ("tulip/b.png", "PNG")):
+        for split in ("train", "val"):
+            path = tmp_path / "flowers" / split / name
+            path.parent.mkdir(parents=True)
+            for number in range(1, 9):
+                stored = path.with_stem(f"{path.stem}{number}" if number > 1 else path.stem)
+                stored.write_bytes(encoded(photo(number), kind))
+    for script in ("train.py", "convert.py"):
+        (tmp_path / script).symlink_to(ROOT / script)
+    train, convert, ask = (line for line in commands("data.md") if "flowers" in line)
+    changes = ["epochs=4", "batch_size=8"]
+    changes = " ".join(f"--config.train.{change}" for change in changes)
+    shell(f"{train} {changes} --config.data.train_size=32", tmp_path)
+    assert "written to deploy-flowers" in shell(convert, tmp_path)
+    lines = shell(ask, tmp_path).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ask.split()[2:]
+    assert all(re.search(r": (daisy|tulip), probability [01]\.\d\d$", line) for line in lines)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from PIL import Image
 from safetensors import safe_open
 
 from repvgg_jax import create_model, fuse_params
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
 ONNX = ("onnx", ("onnx", "onnxruntime", "openvino"))
 DOCUMENTED = {
+    "Images in, classes out": (None, ()),
     "ONNX Runtime": ONNX,
     "OpenVINO": ONNX,
     "Phones": ("tflite", ("tensorflow", "ai_edge_litert")),
@@ -148,7 +150,7 @@ class TestArtifacts:
         assert (mine / "thesis.txt").exists()
 
     def test_without_its_runtime_it_is_unproven_and_says_so(self, tmp_path, monkeypatch):
-        pytest.importorskip("onnx", reason='needs pip install "repvgg-jax[onnx]"')
+        pytest.importorskip("onnx", reason="needs requirements-onnx.txt")
         for runtime in ("onnxruntime", "openvino"):
             monkeypatch.setitem(sys.modules, runtime, None)
         artifact = export("onnx", nets.network("plain"), tmp_path / "model.onnx")
@@ -157,7 +159,7 @@ class TestArtifacts:
         assert artifact.as_dict()["status"] == "UNPROVEN"
         head, *rest = str(artifact).splitlines()
         assert head.endswith("UNPROVEN")
-        assert rest[1].endswith('pip install "repvgg-jax[onnx]"')
+        assert rest[1].endswith("pip install -r requirements-onnx.txt")
 
     @pytest.mark.parametrize(
         ("name", "module"),
@@ -348,6 +350,19 @@ class TestDocs:
         sections = re.findall(r"^## (.*)$", PAGE, re.M)
         assert [name for name in sections if nets.documented(name)] == list(DOCUMENTED)
 
+    @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # short examples
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_images_from_files(self, channels, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("deploy").mkdir()
+        Path("deploy/metadata.json").write_text(f'{{"image_shape": [24, 32, {channels}]}}')
+        Image.fromarray(nets.images()[0]).resize((48, 64)).save("a.png")
+        given = {"paths": ["a.png", "a.png"]}
+        (block,) = nets.documented("Images in, classes out")
+        exec(compile(block, "docs/deploy.md", "exec"), given)
+        assert given["images"].shape == (2, 24, 32, channels)
+        assert given["images"].dtype == np.uint8
+
     def test_the_table_lists_every_format(self):
         rows = re.findall(r"^\| `([\w-]+)` \| `(\S+?)/?` \|.*?\| (.*?) ?\|$", PAGE, re.M)
         wanted = [
@@ -362,17 +377,18 @@ class TestDocs:
         name, modules = DOCUMENTED[section]
         for module in modules:
             extra = FORMATS[name].extra
-            pytest.importorskip(module, reason=f'needs pip install "repvgg-jax[{extra}]"')
+            pytest.importorskip(module, reason=f"needs requirements-{extra}.txt")
         monkeypatch.chdir(tmp_path)
         network = nets.network("plain")
         if section != "From Python":
             written = nets.artifact(name, "plain").path
             Path("deploy").mkdir()
             Path("deploy", FORMATS[name].filename).symlink_to(written)
+            about = {"mean": nets.MEAN, "std": nets.STD}
+            Path("deploy", "metadata.json").write_text(json.dumps(about))
         given = {
             "images": nets.images(),
             "network": network,
-            "normalized": network.images,
             **{"variant": nets.variant(), "variables": nets.variables("plain")},
             **{"mean": nets.MEAN, "std": nets.STD, "labels": nets.LABELS},
         }

@@ -12,7 +12,7 @@ import pytest
 from repvgg_jax.export import export
 from tests.helpers import export_networks as nets
 
-EXTRA = 'needs pip install "repvgg-jax[onnx]"'
+EXTRA = "needs requirements-onnx.txt"
 onnx = pytest.importorskip("onnx", reason=EXTRA)
 onnxruntime = pytest.importorskip("onnxruntime", reason=EXTRA)
 pytest.importorskip("openvino", reason=EXTRA)

@@ -11,7 +11,7 @@ import pytest
 from repvgg_jax.export import export
 from tests.helpers import export_networks as nets
 
-EXTRA = 'needs pip install "repvgg-jax[tf]"'
+EXTRA = "needs requirements-tf.txt"
 tf = pytest.importorskip("tensorflow", reason=EXTRA)
 litert = pytest.importorskip("ai_edge_litert.interpreter", reason=EXTRA)
 

@@ -21,6 +21,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from repvgg_jax import __version__
+from repvgg_jax import text as messages
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -214,9 +215,19 @@ def test_every_extra_that_a_message_names_exists(wheel):
         sources = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".py")]
         (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         offered = set(re.findall(r"^Provides-Extra: (.*)", archive.read(metadata).decode(), re.M))
-    named = {name for text in sources for name in re.findall(r"repvgg-jax\[(\w+)\]", text)}
-    named |= {name for text in sources for name in re.findall(r'extra="(\w+)"', text)}
+    named = {name for source in sources for name in re.findall(r"repvgg-jax\[(\w+)\]", source)}
+    named |= {name for source in sources for name in re.findall(r"""extra=["'](\w+)["']""", source)}
     assert {"hub", "torch", "tpu", "onnx", "tf"} <= named <= offered
+
+
+@pytest.mark.parametrize("extra", ["export", "hub", "onnx", "tf", "torch", "tpu", "train"])
+def test_what_a_message_says_to_install_exists(extra, monkeypatch, tmp_path):
+    """The list of requirements in a checkout, the extra elsewhere."""
+    command = messages.how_to_install(extra=extra)
+    assert command.startswith("pip install -r requirements")
+    assert (ROOT / command.removeprefix("pip install -r ")).is_file()
+    monkeypatch.setattr(messages, "__file__", str(tmp_path / "lib" / "repvgg_jax" / "text.py"))
+    assert messages.how_to_install(extra=extra).startswith(f'pip install ".[{extra}]"')
 
 
 def test_the_library_alone(wheel, tmp_path):
@@ -230,7 +241,7 @@ def test_the_library_alone(wheel, tmp_path):
     ):
         status, out, err = environment.run(program, *arguments, cwd=tmp_path)
         assert (status, out, err.count("\n")) == (1, "", 1)
-        assert f"repvgg-jax[{extra}]" in err
+        assert f"[{extra}]" in err
 
 
 @pytest.mark.slow

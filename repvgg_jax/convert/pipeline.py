@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repvgg_jax.convert.deployed import Output, write_description
+from repvgg_jax.convert.deployed import Output, is_deployment, load_deployed, write_description
 from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.export import Network, Target
 from repvgg_jax.export.operators import activation_kind
@@ -20,6 +20,7 @@ from repvgg_jax.proof import TOLERANCE, Forward, Proof, compare
 from repvgg_jax.text import plural
 from repvgg_jax.train.restore import load_run, validation_images
 from repvgg_jax.weights import load_file_or_pretrained
+from repvgg_jax.weights.detect import UnknownVariantError
 
 PROOF_IMAGES = 1000  # validation images in a proof, at most
 ARTIFACT_IMAGES = 64  # at most, run by every runtime of every artifact
@@ -80,19 +81,75 @@ def from_run(path: pathlib.Path) -> Source:
     )
 
 
+def from_deployed(path: pathlib.Path) -> Source:
+    """A directory that `convert.py` wrote, verified, and photographs of its images' shape.
+
+    Raises:
+      ValueError: no such directory, a damaged file, or images of neither 1 nor 3 channels.
+    """
+    deployed = load_deployed(path)
+    metadata = deployed.metadata
+    try:
+        height, width, channels = metadata["image_shape"]
+        normalize = Normalize(tuple(metadata["mean"]), tuple(metadata["std"]))
+        labels = tuple(metadata["classes"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'metadata.json'} lacks a valid {error}") from error
+    if channels not in (1, 3):
+        raise ValueError(
+            f"{path} takes images of {channels} channels, but the built-in photographs have 1 or "
+            "3; convert the training run that it came from"
+        )
+    images = photo_crops(max(height, width))[:, :height, :width]
+    if channels == 1:
+        images = images.mean(-1, keepdims=True).round().astype(np.uint8)
+    image_source = f"{plural(len(images), 'crop')} of built-in photographs"
+    return Source(
+        title=f"RepVGG {deployed.model.variant.name} of {path}",
+        model=deployed.model,
+        variables=deployed.variables,
+        images=images,
+        image_source=image_source,
+        normalize=normalize,
+        labels=labels,
+        details={
+            "deployment": str(path),
+            "fused": deployed.proof.get("fused"),
+            "source": metadata.get("source"),
+            "images": image_source,
+        },
+    )
+
+
 def from_weights(name: str, *, image_size: int = 224) -> Source:
-    """A checkpoint file, or a pretrained model of timm by its hub name.
+    """A directory of `convert.py`, a checkpoint file, or a model of timm by its hub name.
 
     Args:
-      name: e.g. `RepVGG-B1g4-train.pth` or `repvgg_b1g4.rvgg_in1k`.
-      image_size: height and width of the images it will be used on, in pixels.
+      name: e.g. `deploy`, `RepVGG-B1g4-train.pth` or `repvgg_b1g4.rvgg_in1k`.
+      image_size: height and width of the images it will be used on, in pixels; a directory
+        records its own.
 
     Raises:
       ValueError: not readable, not a RepVGG, or not for images of three channels.
     """
     if image_size < 1:
         raise ValueError(f"--image-size={image_size} must be positive")
-    loaded = load_file_or_pretrained(name)
+    path = pathlib.Path(name)
+    if path.is_dir():
+        if not is_deployment(path):
+            raise ValueError(
+                f"{name} is a directory that convert.py did not write; if it is a training run, "
+                f"give --workdir {name}"
+            )
+        return from_deployed(path)
+    try:
+        loaded = load_file_or_pretrained(name)
+    except UnknownVariantError as error:
+        directory = path.parent if is_deployment(path.parent) else "DEPLOY"
+        raise ValueError(
+            f"{name} is none of the official architectures ({error.architecture}): give the "
+            f"directory that convert.py wrote, --from {directory}, or the run, --workdir RUN"
+        ) from error
     if loaded.in_channels != 3:
         raise ValueError(
             f"{name} takes images of {loaded.in_channels} channels, but the built-in proof images "
@@ -156,13 +213,16 @@ class Conversion:
             )
             for row in rows
         ]
-        proof = "none, the source was in deploy form" if self.proof is None else str(self.proof)
+        if self.proof is None:
+            proof, images = "none, the source was in deploy form", "images of the artifacts' proofs"
+        else:
+            proof, images = str(self.proof), "proof images"
         return "\n".join(
             [
                 self.title,
                 *(line.rstrip() for line in lines),
                 f"proof: {proof}",
-                f"proof images: {self.image_source}",
+                f"{images}: {self.image_source}",
                 f"written to {self.output}:",
                 *(f"  {line}" for text in self.lines for line in text.splitlines()),
             ]

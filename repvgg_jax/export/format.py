@@ -11,6 +11,7 @@ import numpy as np
 from repvgg_jax import files
 from repvgg_jax.export.network import Network
 from repvgg_jax.proof import Proof
+from repvgg_jax.text import how_to_install
 
 Run = Callable[[np.ndarray], np.ndarray]
 """Runs an opened artifact: images (images, height, width, channels) to (images, outputs)."""
@@ -78,7 +79,7 @@ class Format:
     @property
     def remedy(self) -> str:
         """The command that installs what it needs."""
-        return f'pip install "repvgg-jax[{self.extra or "export"}]"'
+        return how_to_install(extra=self.extra or "export")
 
     def input_layout(self, network: Network) -> str:
         """Axes of an artifact's input; uint8 images are NHWC, as decoders return them."""

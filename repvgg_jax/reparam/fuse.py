@@ -171,7 +171,8 @@ class _Fusing(Walk):
             near = f"; {self.near_misses[0]}" if self.near_misses else ""
             raise ValueError(
                 "there is no block to fuse in this tree: expected {'params': …, 'batch_stats': …} "
-                f"with mappings that have exactly the children of a block ({known}){near}"
+                f"with mappings that have exactly the children of a block ({known}){near}; for "
+                "blocks of your own give blocks=(spec,), or the model to fuse_model"
             )
         check_variances(self.variances)
 

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.sources import ArraySource
+from repvgg_jax.text import how_to_install
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.validate import check_batches, check_compiler_options
@@ -138,7 +139,7 @@ def compile_ahead(config: ConfigDict | Settings, topology: str, *, timeout: floa
     chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            "compiling for TPUs needs libtpu, also without a TPU: pip install 'repvgg-jax[tpu]'"
+            "compiling for TPUs needs libtpu, also without a TPU: " + how_to_install(extra="tpu")
         )
     root = str(pathlib.Path(__file__).resolve().parents[2])
     environment = {

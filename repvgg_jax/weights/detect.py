@@ -18,6 +18,18 @@ from repvgg_jax.weights.tensor import Shapes
 from repvgg_jax.weights.tree import block_specs
 
 
+class UnknownVariantError(ValueError):
+    """The weights of a RepVGG whose architecture is none of those considered.
+
+    Attributes:
+      architecture: its depths and widths in words.
+    """
+
+    def __init__(self, message: str, architecture: str):
+        super().__init__(message)
+        self.architecture = architecture
+
+
 class Differences(NamedTuple):
     """How the arrays that were found differ from those that were expected.
 
@@ -88,6 +100,7 @@ def detect(
       ValueError: no network has exactly these arrays. The message lists missing, unexpected
         and misshaped keys with respect to the nearest one, or names the other architecture
         that this is.
+      UnknownVariantError: it is a RepVGG, but none of the official ones.
     """
     considered = [variant] if variant is not None else VARIANTS.values()
     # Every block has its form's main kernel: the naming and the form with the most of them.
@@ -130,13 +143,14 @@ def detect(
         raise ValueError(_unknown(shapes))
     form = "deploy" if deploy else "training"
     classifier = "" if num_classes else ", without a classifier"
-    hint, architecture = "", _architecture(found)
-    if variant is None and "stem" in found and architecture != _architecture(_blocks(nearest)):
-        hint = f"; these have {architecture}, pass variant= if that is one of your own"
-    raise ValueError(
-        f"nearest to {nearest.name} ({naming.family} names, {form} form{classifier}), "
-        f"but {wrong}{hint}"
+    architecture = _architecture(found)
+    message = (
+        f"nearest to {nearest.name} ({naming.family} names, {form} form{classifier}), but {wrong}"
     )
+    if variant is None and "stem" in found and architecture != _architecture(_blocks(nearest)):
+        hint = f"these have {architecture}, pass variant= if that is one of your own"
+        raise UnknownVariantError(f"{message}; {hint}", architecture)
+    raise ValueError(message)
 
 
 def _unknown(shapes: Shapes) -> str:

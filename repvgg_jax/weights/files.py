@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from repvgg_jax.files import replacing
-from repvgg_jax.text import first_few, one_line
+from repvgg_jax.text import first_few, how_to_install, one_line
 from repvgg_jax.variants import Variant, get_variant
 from repvgg_jax.weights import torch_pickle
 from repvgg_jax.weights.detect import detect
@@ -250,7 +250,7 @@ def _write_pth(path: pathlib.Path, state: dict[str, np.ndarray]) -> None:
     except ImportError as error:
         raise ValueError(
             ".pth files are written by PyTorch, which is not installed: "
-            "pip install 'repvgg-jax[torch]', or write .safetensors, which PyTorch projects read"
+            f"{how_to_install(extra='torch')}, or write .safetensors, which PyTorch projects read"
         ) from error
     try:
         torch.save({key: torch.from_numpy(array) for key, array in state.items()}, path)

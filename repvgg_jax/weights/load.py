@@ -13,10 +13,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from repvgg_jax.reparam import EPSILON, unfuse_params
-from repvgg_jax.text import did_you_mean, first_few, one_line
+from repvgg_jax.text import did_you_mean, first_few, how_to_install, one_line
 from repvgg_jax.variants import Variant, get_variant
 from repvgg_jax.weights import files
-from repvgg_jax.weights.detect import Detected, detect, differences
+from repvgg_jax.weights.detect import Detected, UnknownVariantError, detect, differences
 from repvgg_jax.weights.names import Entry
 from repvgg_jax.weights.tensor import Shapes, Tensor, describe, read_float32
 from repvgg_jax.weights.tree import in_head
@@ -101,6 +101,8 @@ def load_weights(
             variant=None if variant is None else get_variant(variant),
         )
         _check_classes(found, num_classes)
+    except UnknownVariantError as error:
+        raise UnknownVariantError(f"{where}: {error}", error.architecture) from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -344,7 +346,7 @@ def _download(repository: str, revision: str | None, cache_dir: str | os.PathLik
     except ImportError as error:
         raise ValueError(
             f"downloading {repository} needs huggingface_hub, which is not installed: "
-            "pip install 'repvgg-jax[hub]', or download the file and pass it to load_weights"
+            f"{how_to_install(extra='hub')}, or download the file and pass it to load_weights"
         ) from error
     try:
         with _quiet(huggingface_hub.utils.logging):
