@@ -17,7 +17,7 @@ from repvgg_jax.train.evaluate import Evaluator, counted, metrics_row
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.hooks import Profile, StopRequest
 from repvgg_jax.train.metrics import MetricsWriter, StepMetrics
-from repvgg_jax.train.restore import starting_state
+from repvgg_jax.train.restore import check_source, starting_state
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import TrainState
 from repvgg_jax.train.step import Batch, Sums
@@ -84,6 +84,8 @@ def train(
         stop = stack.enter_context(StopRequest(watchdog.agree_to_stop))
         experiment = Experiment.from_config(settings)
         check_compiler_options(settings, experiment.mesh)
+        if settings.init_from and not workdir.has_checkpoint:
+            check_source(settings.init_from)  # before anything is written
         if jax.process_index() == 0:
             stack.enter_context(workdir.claimed(settings))
             workdir.write_metadata(_metadata(experiment))
