@@ -24,7 +24,8 @@ def test_evaluating_what_was_trained(digits_run, arguments, source):
     """What --init_from names is evaluated; what a configuration starts from is not."""
     status, out, err = run("train.py", "--eval_only", *arguments, cwd=digits_run)
     assert (status, err) == (0, "")
-    first, _, *table = out.splitlines()
+    recipe, first, _, *table = out.splitlines()
+    assert "no --config" in recipe
     assert first == f"{source}: 360 images"
     last = json.loads((digits_run / "runs/digits/metrics.jsonl").read_text().splitlines()[-1])
     accuracy = next(line for line in table if line.startswith("accuracy")).split()[1:]
@@ -75,7 +76,7 @@ def test_an_interrupted_run_resumes_with_the_same_command(tmp_path, number):
     [
         (["--config.train.bath_size=3"], 2, '.*bath_size.*"batch_size"'),
         (["--config.train.batch_size=many"], 2, ".*batch_size=many"),
-        (["--config=configs/dgits.py"], 1, "--config=configs/dgits.py: .*no such file; .*'digits'"),
+        (["--config=configs/dgits.py"], 2, "--config=configs/dgits.py: .*no such file; .*'digits'"),
         (["--wrokdir=x"], 2, ".*'wrokdir'"),
         (["digits"], 2, ".*'digits'"),
         (["--config.train.batch_size=0"], 1, r"config.train.batch_size=0 .* 1"),
