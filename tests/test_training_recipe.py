@@ -4,11 +4,14 @@ import json
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
-from repvgg_jax import cli
+from repvgg_jax import VARIANTS, cli
 from repvgg_jax.train.command import defaults
 from repvgg_jax.train.recipe import RecipeError, RecipeParser, default_recipe
 from repvgg_jax.train.settings import Settings
+from tests.helpers.commands import ROOT
 from tests.helpers.runs import small_settings
 
 GOOD = "from repvgg_jax.train.config import default_config as get_config\n"
@@ -97,3 +100,13 @@ def test_the_default(tmp_path, monkeypatch, arguments, expected):
     installed = {} if expected == "other.py" else {"config": expected}
     assert defaults(line) == installed
     assert not cli.is_given("config", line)
+
+
+def test_a_spelled_out_variant_is_replaced_by_a_name():
+    """On the command line, `--config.model.variant=A0` with digits.py."""
+    values = flags.FlagValues()
+    line = ["train.py", f"--config={ROOT / 'configs/digits.py'}", "--config.model.variant=A0"]
+    flag = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=line)
+    values["config"].parser = RecipeParser()
+    values(line)
+    assert Settings.from_config(flag.value).model.variant == VARIANTS["A0"]

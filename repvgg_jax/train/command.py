@@ -1,19 +1,15 @@
 """The command `train.py`, and `repvgg-train` of an installed package."""
 
 import functools
-import logging
 import pathlib
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
 from repvgg_jax import cli
-from repvgg_jax.train.recipe import RecipeParser, default_recipe, is_run
-
-logger = logging.getLogger(__name__)
+from repvgg_jax.train.recipe import RecipeParser, default_recipe
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -83,14 +79,15 @@ def main(_: Sequence[str]) -> int:
     stem = pathlib.Path(recipe.partition(":")[0]).stem
     workdir, init_from = WORKDIR.value or pathlib.Path("runs", stem), INIT_FROM.value
     with initialized(DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain):
-        _log_recipe(recipe)
         if EVAL_ONLY.value:
             result = evaluate_only(CONFIG.value, workdir, init_from=init_from, step=STEP.value)
             if jax.process_index() == 0:
                 print("\n".join(result.lines(by_class=BY_CLASS.value)))
             return 0
         steps = parse_steps(PROFILE_STEPS.value)
-        outcome = train(CONFIG.value, workdir, init_from=init_from, profile_steps=steps)
+        outcome = train(
+            CONFIG.value, workdir, init_from=init_from, profile_steps=steps, recipe=recipe
+        )
     # A preempted run did what it was asked to; after Ctrl-C, shells expect 128 + its number.
     return 128 + signal.SIGINT if outcome.stopped_by == signal.SIGINT else 0
 
@@ -115,12 +112,6 @@ def _recipe() -> str:
             "directory; configs/ in the source repository has a recipe for every variant"
         )
     return config_flags.get_config_filename(flag)
-
-
-def _log_recipe(recipe: str) -> None:
-    if not cli.is_given("config", sys.argv):
-        what = f"that of the run {recipe}" if is_run(recipe) else recipe
-        logger.info("no --config: the recipe is %s", what)
 
 
 def run(recipe: pathlib.Path | None = None) -> None:

@@ -50,6 +50,7 @@ def train(
     *,
     init_from: str | None = None,
     profile_steps: range = range(0),
+    recipe: str = "",
 ) -> Outcome:
     """Trains what `config` describes in the directory `path`, or resumes there.
 
@@ -61,6 +62,7 @@ def train(
       path: the run directory; see `repvgg_jax.train.workdir`.
       init_from: replaces `config.init_from`.
       profile_steps: steps to write a trace of, for TensorBoard or Perfetto.
+      recipe: where `config` is from, for the log.
 
     Raises:
       ValueError: a setting that cannot work, or a directory of another configuration or in
@@ -90,7 +92,8 @@ def train(
             stack.enter_context(workdir.claimed(settings))
             workdir.write_metadata(_metadata(experiment))
         consensus.barrier("claimed")
-        logger.info("%s workdir=%s", experiment.describe(), workdir.path)
+        source = f"recipe={recipe} " if recipe else ""
+        logger.info("%s%s workdir=%s", source, experiment.describe(), workdir.path)
 
         checkpoints = stack.enter_context(
             Checkpoints(workdir.checkpoints, keep=settings.checkpoint.keep)
