@@ -11,7 +11,6 @@ import os
 import pathlib
 import sys
 import traceback
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
@@ -80,14 +79,15 @@ def _keep_compiled_programs() -> None:
 
 def run(
     main: Callable[[Sequence[str]], int],
-    defaults: Mapping[str, str] = types.MappingProxyType({}),
+    defaults: Callable[[Sequence[str]], Mapping[str, str]] = lambda _: {},
 ) -> NoReturn:
     """Parses the flags, runs `main` and exits with its status, 1 for an error, 2 for a flag.
 
     Args:
       main: takes the arguments that are not flags, returns the exit status.
-      defaults: flags to add if they are not given. The config path is one, because a flag's
-        own default would be read before errors can be caught.
+      defaults: takes the command line, returns flags to add if they are not given. The recipe is
+        one: it depends on other flags, and a flag's own default would be read before errors can
+        be caught.
     """
     _configure_logging()
     for flag in flags.FLAGS.get_flags_for_module(main.__module__):
@@ -96,11 +96,21 @@ def run(
     raise AssertionError("app.run does not return")
 
 
-def _parse(arguments: Sequence[str], defaults: Mapping[str, str]) -> Sequence[str]:
-    given = {argument.lstrip("-").partition("=")[0] for argument in arguments[1:]}
-    added = [f"--{name}={value}" for name, value in defaults.items() if name not in given]
-    arguments = [*arguments[:1], *added, *arguments[1:]]
+def is_given(name: str, arguments: Sequence[str]) -> bool:
+    """Whether the command line holds the flag `name`."""
+    return name in {argument.lstrip("-").partition("=")[0] for argument in arguments[1:]}
+
+
+def _parse(
+    arguments: Sequence[str], defaults: Callable[[Sequence[str]], Mapping[str, str]]
+) -> Sequence[str]:
     try:
+        added = [
+            f"--{name}={value}"
+            for name, value in defaults(arguments).items()
+            if not is_given(name, arguments)
+        ]
+        arguments = [*arguments[:1], *added, *arguments[1:]]
         rest = flags.FLAGS(arguments)
     except _FLAG_ERRORS as error:
         _fail(error, status=2)
@@ -142,13 +152,14 @@ def _fail(error: BaseException, status: int) -> NoReturn:
 
 
 def _line(error: BaseException) -> str:
-    return f"error: {' '.join(_text(error).split()) or type(error).__name__}\n"
+    return f"error: {' '.join(text_of(error).split()) or type(error).__name__}\n"
 
 
-def _text(error: object) -> str:
+def text_of(error: object) -> str:
+    """The text of an error, without the quotation marks and names of the libraries' own."""
     # ml_collections raises an AttributeError with a KeyError in it, whose text is a repr.
     if isinstance(error, (AttributeError, KeyError)) and error.args:
-        return f"unknown setting {_text(error.args[0]).removeprefix('unknown setting ')}"
+        return f"unknown setting {text_of(error.args[0]).removeprefix('unknown setting ')}"
     return str(error)
 
 
@@ -170,7 +181,8 @@ def prepare() -> None:
 def _script(module: str, *, extra: str) -> None:
     """Runs a command whose libraries may not be installed: they come with an extra."""
     try:
-        run(importlib.import_module(module).main)
+        loaded = importlib.import_module(module)
+        run(loaded.main, getattr(loaded, "defaults", lambda _: {}))
     except ModuleNotFoundError as error:
         ours = (error.name or "").partition(".")[0] == __package__
         if ours or (flags.FLAGS.is_parsed() and flags.FLAGS.traceback):

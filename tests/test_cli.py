@@ -38,6 +38,7 @@ def test_training_from_what_was_trained(digits_run, tmp_path):
     source = f"--init_from={digits_run / 'runs' / 'digits'}"
     status, out, err = run("train.py", *SHORT, source, "--workdir=tuned", cwd=tmp_path)
     assert (status, err) == (0, "")
+    assert out.startswith(f"recipe={digits_run / 'runs' / 'digits'} model=digits ")
     assert "digits, training form, 10 classes" in out
     assert out.splitlines()[-1] == "next: python convert.py --workdir tuned --output deploy"
     config = json.loads((tmp_path / "tuned" / "config.json").read_text())
@@ -76,7 +77,7 @@ def test_an_interrupted_run_resumes_with_the_same_command(tmp_path, number):
     [
         (["--config.train.bath_size=3"], 2, '.*bath_size.*"batch_size"'),
         (["--config.train.batch_size=many"], 2, ".*batch_size=many"),
-        (["--config=configs/dgits.py"], 1, "--config=configs/dgits.py: .*no such file; .*'digits'"),
+        (["--config=configs/dgits.py"], 2, "--config=configs/dgits.py: .*no such file; .*'digits'"),
         (["--wrokdir=x"], 2, ".*'wrokdir'"),
         (["digits"], 2, ".*'digits'"),
         (["--config.train.batch_size=0"], 1, r"config.train.batch_size=0 .* 1"),

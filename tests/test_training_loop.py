@@ -201,6 +201,37 @@ def test_another_configuration_is_refused_with_the_difference(small_run):
     assert rows(small_run[0]) == before
 
 
+def test_without_a_checkpoint_other_settings_are_accepted(small_run, tmp_path, caplog):
+    workdir = Workdir(tmp_path)
+    shutil.copy(small_run[0] / "config.json", tmp_path)
+    workdir.metadata.write_text("{}")
+    (tmp_path / "checkpoints" / "11.orbax-checkpoint-tmp").mkdir(parents=True)  # unfinished
+    other = small_settings(seed=9)
+    workdir.claim(other)
+    assert workdir.read_settings() == other
+    assert not workdir.metadata.exists()
+    assert len(caplog.messages) == 1
+    assert "config.seed: 0 -> 9" in caplog.text
+    (tmp_path / "checkpoints" / "11").mkdir()
+    with pytest.raises(ValueError, match="seed: 9 -> 0"):
+        workdir.claim(small_settings())
+
+
+def test_only_a_few_settings_that_differ_are_named(small_run):
+    other = small_config("A0", seed=9, train__epochs=3, ema__decay=0.5, eval__every_epochs=2)
+    other.optimizer.momentum = other.optimizer.learning_rate = 0.5
+    with pytest.raises(ValueError, match=r"; and \d+ more\. ") as caught:
+        train(other, small_run[0])
+    assert str(caught.value).count(" -> ") == 5
+
+
+def test_a_source_that_is_missing_leaves_no_directory(tmp_path):
+    for source in ("nosuch", str(tmp_path)):
+        with pytest.raises(ValueError, match=source):
+            train(small_config(), tmp_path / "run", init_from=source)
+        assert not (tmp_path / "run").exists()
+
+
 def test_a_directory_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"not a run directory .* thesis\.tex"):

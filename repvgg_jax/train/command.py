@@ -1,19 +1,24 @@
 """The command `train.py`, and `repvgg-train` of an installed package."""
 
+import functools
 import pathlib
 import signal
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
 from repvgg_jax import cli
-from repvgg_jax.text import did_you_mean
+from repvgg_jax.train.recipe import RecipeParser, default_recipe
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The recipe; --config.section.name=value overrides a setting."
+    "config",
+    None,
+    "The recipe, or a run directory; --config.section.name=value overrides a setting. Default: the "
+    "run that is resumed or evaluated, or that --init_from names; else, for train.py, "
+    "configs/digits.py.",
 )
+flags.FLAGS["config"].parser = RecipeParser()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; default: runs/RECIPE.")
 DISTRIBUTED = flags.DEFINE_string(
     "distributed",
@@ -71,7 +76,8 @@ def main(_: Sequence[str]) -> int:
 
         print(compile_ahead(CONFIG.value, COMPILE_ONLY.value, timeout=COMPILE_TIMEOUT.value))
         return 0
-    workdir, init_from = WORKDIR.value or pathlib.Path("runs", recipe.stem), INIT_FROM.value
+    stem = pathlib.Path(recipe.partition(":")[0]).stem
+    workdir, init_from = WORKDIR.value or pathlib.Path("runs", stem), INIT_FROM.value
     with initialized(DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain):
         if EVAL_ONLY.value:
             result = evaluate_only(CONFIG.value, workdir, init_from=init_from, step=STEP.value)
@@ -79,30 +85,39 @@ def main(_: Sequence[str]) -> int:
                 print("\n".join(result.lines(by_class=BY_CLASS.value)))
             return 0
         steps = parse_steps(PROFILE_STEPS.value)
-        outcome = train(CONFIG.value, workdir, init_from=init_from, profile_steps=steps)
+        outcome = train(
+            CONFIG.value, workdir, init_from=init_from, profile_steps=steps, recipe=recipe
+        )
     # A preempted run did what it was asked to; after Ctrl-C, shells expect 128 + its number.
     return 128 + signal.SIGINT if outcome.stopped_by == signal.SIGINT else 0
 
 
-def _recipe() -> pathlib.Path:
-    """The file that `--config` names."""
+def defaults(arguments: Sequence[str], recipe: str | None = None) -> Mapping[str, str]:
+    """Flags to add if they are not given: `--config`.
+
+    Args:
+      arguments: the command line.
+      recipe: `--config` of a new run.
+    """
+    found = default_recipe(arguments, recipe)
+    return {} if found is None else {"config": found}
+
+
+def _recipe() -> str:
+    """What `--config` is, given or not."""
     flag = flags.FLAGS["config"]
     if not flag.present:
-        raise ValueError("give --config, the path of a recipe, e.g. --config=configs/digits.py")
-    recipe = pathlib.Path(config_flags.get_config_filename(flag))
-    if not recipe.is_file():
-        folder = pathlib.Path(sys.argv[0]).resolve().parent / "configs"
-        found = sorted(path.stem for path in folder.glob("*.py"))
-        hint = did_you_mean(recipe.stem, found)
-        there = f"; {hint}{folder} has: {', '.join(found)}" if found else ""
-        raise ValueError(f"--config={recipe}: no such file{there}")
-    return recipe
+        raise ValueError(
+            "give --config, the path of a recipe, e.g. --config=configs/digits.py, or a run "
+            "directory; configs/ in the source repository has a recipe for every variant"
+        )
+    return config_flags.get_config_filename(flag)
 
 
 def run(recipe: pathlib.Path | None = None) -> None:
     """Runs the command and exits.
 
     Args:
-      recipe: default of `--config`.
+      recipe: default of `--config` for a new run.
     """
-    cli.run(main, defaults={} if recipe is None else {"config": str(recipe)})
+    cli.run(main, functools.partial(defaults, recipe=None if recipe is None else str(recipe)))

@@ -29,15 +29,16 @@ def default_config(variant: str | Variant = "A0") -> ConfigDict:
     variant = get_variant(variant) if isinstance(variant, str) else variant
     settings = Settings()
     model = dataclasses.replace(settings.model, variant=variant)
-    return _config_dict(dataclasses.replace(settings, model=model))
+    return as_config(dataclasses.replace(settings, model=model))
 
 
-def _config_dict(section: Section) -> ConfigDict:
+def as_config(section: Section) -> ConfigDict:
+    """Settings as the configuration that they are read from."""
     plain: dict[str, Any] = section.plain()
     for field in dataclasses.fields(section):  # type: ignore[arg-type]
         value = getattr(section, field.name)
         if isinstance(value, Section):
-            plain[field.name] = _config_dict(value)
+            plain[field.name] = as_config(value)
         elif field.metadata["any_type"]:
             plain[field.name] = FieldReference(plain[field.name], field_type=object)
     return ConfigDict(plain)

@@ -17,7 +17,7 @@ from repvgg_jax.train.evaluate import Evaluator, counted, metrics_row
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.hooks import Profile, StopRequest
 from repvgg_jax.train.metrics import MetricsWriter, StepMetrics
-from repvgg_jax.train.restore import starting_state
+from repvgg_jax.train.restore import check_source, starting_state
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import TrainState
 from repvgg_jax.train.step import Batch, Sums
@@ -50,6 +50,7 @@ def train(
     *,
     init_from: str | None = None,
     profile_steps: range = range(0),
+    recipe: str = "",
 ) -> Outcome:
     """Trains what `config` describes in the directory `path`, or resumes there.
 
@@ -61,6 +62,7 @@ def train(
       path: the run directory; see `repvgg_jax.train.workdir`.
       init_from: replaces `config.init_from`.
       profile_steps: steps to write a trace of, for TensorBoard or Perfetto.
+      recipe: where `config` is from, for the log.
 
     Raises:
       ValueError: a setting that cannot work, or a directory of another configuration or in
@@ -84,11 +86,14 @@ def train(
         stop = stack.enter_context(StopRequest(watchdog.agree_to_stop))
         experiment = Experiment.from_config(settings)
         check_compiler_options(settings, experiment.mesh)
+        if settings.init_from and not workdir.has_checkpoint:
+            check_source(settings.init_from)  # before anything is written
         if jax.process_index() == 0:
             stack.enter_context(workdir.claimed(settings))
             workdir.write_metadata(_metadata(experiment))
         consensus.barrier("claimed")
-        logger.info("%s workdir=%s", experiment.describe(), workdir.path)
+        source = f"recipe={recipe} " if recipe else ""
+        logger.info("%s%s workdir=%s", source, experiment.describe(), workdir.path)
 
         checkpoints = stack.enter_context(
             Checkpoints(workdir.checkpoints, keep=settings.checkpoint.keep)

@@ -22,6 +22,7 @@ from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import TrainState, state_from
 from repvgg_jax.train.workdir import RunMetadata, Workdir
 from repvgg_jax.weights import (
+    PRETRAINED,
     Merged,
     Weights,
     load_file_or_pretrained,
@@ -127,6 +128,20 @@ def run_directory(source: str | pathlib.Path) -> Workdir | None:
     """The run directory at `source`; None for a file, a hub name or a deploy directory."""
     path = pathlib.Path(source)
     return Workdir(path) if path.is_dir() and not (path / "model.safetensors").exists() else None
+
+
+def check_source(source: str) -> None:
+    """Checks that there is something at `config.init_from`, without reading any weights.
+
+    Raises:
+      ValueError: nothing there, or a run without a checkpoint.
+    """
+    if (workdir := run_directory(source)) is not None:
+        workdir.read_settings()
+        if not workdir.has_checkpoint:
+            raise ValueError(f"{workdir.path} holds no checkpoint yet; train there first")
+    elif source not in PRETRAINED and not pathlib.Path(source).exists():
+        load_file_or_pretrained(source)  # raises
 
 
 def starting_state(experiment: Experiment) -> TrainState:

@@ -56,6 +56,7 @@ class ModelSettings(Section, path="config.model"):
         "an official name or the fields of a Variant",
         parse=_parse_variant,
         plain=_plain_variant,
+        any_type=True,
     )
     dtype: str = setting("float32", "of the convolutions", choices=("float32", "bfloat16"))
     train_form: str = setting(

@@ -15,7 +15,9 @@ owner.json         which process holds the directory, while a run is at work
 import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -24,6 +26,10 @@ from repvgg_jax.files import write_text
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import differences, first_few
 from repvgg_jax.train.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 5  # settings that differ, in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +96,11 @@ class Workdir:
         return self.path / "checkpoints"
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is any checkpoint, valid or not; unfinished ones do not count."""
+        return any(entry.name.isdigit() for entry in self.checkpoints.glob("*"))
+
+    @property
     def metrics(self) -> pathlib.Path:
         """See the module."""
         return self.path / "metrics.jsonl"
@@ -130,17 +141,27 @@ class Workdir:
     def claim(self, settings: Settings) -> None:
         """Writes the configuration, or checks that it is the one that is there.
 
+        Without any checkpoint, another configuration replaces the one that is there.
+
         Raises:
           ValueError: the directory belongs to another configuration, or holds other files.
           OSError: it cannot be written.
         """
         if self.config.exists():
             changed = differences(self.read_settings().as_json(), settings.as_json())
-            if changed:
+            if not changed:
+                return
+            few = "; ".join(changed[:_NAMED])
+            few += f"; and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+            if self.has_checkpoint:
                 raise ValueError(
-                    f"{self.path} holds a run with another configuration: {'; '.join(changed)}. "
+                    f"{self.path} holds a run with another configuration: {few}. "
                     "Give another --workdir, or the configuration that the run started with"
                 )
+            logger.info("%s has no checkpoint: starting anew with %s", self.path, few)
+            self.metadata.unlink(missing_ok=True)  # it belongs to the old configuration
+            shutil.rmtree(self.tensorboard, ignore_errors=True)
+            self._write_settings(settings)
             return
         self.path.mkdir(parents=True, exist_ok=True)
         if others := sorted(e.name for e in self.path.iterdir() if e.name != lock.FILE):
@@ -148,6 +169,9 @@ class Workdir:
                 f"{self.path} is not a run directory (no config.json); it contains "
                 f"{first_few(others)}; give another --workdir"
             )
+        self._write_settings(settings)
+
+    def _write_settings(self, settings: Settings) -> None:
         write_text(self.config, json.dumps(settings.as_json(), indent=2) + "\n")
 
     def write_metadata(self, metadata: RunMetadata) -> None:
