@@ -108,7 +108,12 @@ class Division:
         group, count = self.group or 1, self.microbatches
         if self.divides(batch):
             return
-        if batch < 1 or batch % self.devices:
+        if batch < 1:
+            raise ValueError(
+                f"config.{name}={batch} must be 1 or more; the smallest that can be split over "
+                f"{self.devices} devices{suffix}{self._others()}: {self.unit}"
+            )
+        if batch % self.devices:
             raise ValueError(
                 f"config.{name}={batch} cannot be split over {self.devices} devices{suffix}; "
                 f"the nearest that can{self._others()}: {self._batches(batch)}"
