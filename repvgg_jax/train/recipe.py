@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from repvgg_jax import cli
 from repvgg_jax.text import did_you_mean, one_line
 
-_PACKAGE = str(pathlib.Path(__file__).resolve().parents[1])
+_PACKAGE = str(pathlib.Path(__file__).parents[1])  # as tracebacks name it
 
 
 class RecipeError(flags.Error):
