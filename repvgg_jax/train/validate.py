@@ -9,6 +9,7 @@ import math
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from repvgg_jax.text import plural
 from repvgg_jax.train.settings import Settings
 
 
@@ -111,11 +112,11 @@ class Division:
         if batch < 1:
             raise ValueError(
                 f"config.{name}={batch} must be 1 or more; the smallest that can be split over "
-                f"{self.devices} devices{suffix}{self._others()}: {self.unit}"
+                f"{plural(self.devices, 'device')}{suffix}{self._others()}: {self.unit}"
             )
         if batch % self.devices:
             raise ValueError(
-                f"config.{name}={batch} cannot be split over {self.devices} devices{suffix}; "
+                f"config.{name}={batch} cannot be split over {plural(self.devices, 'device')}{suffix}; "
                 f"the nearest that can{self._others()}: {self._batches(batch)}"
             )
         if batch % group:
