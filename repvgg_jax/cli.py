@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,13 @@ _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 # What absl and ml_collections raise for flags and for overrides of a configuration.
 _FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
+
+
+# What Python says if a flag's value is not a number, and what is meant.
+_NUMBERS = (
+    (r"invalid literal for int\(\) with base \d+: .*", "it takes an integer"),
+    (r"could not convert string to float: .*", "it takes a number"),
+)
 
 
 class LogHandler(logging.Handler):
@@ -160,7 +168,10 @@ def text_of(error: object) -> str:
     # ml_collections raises an AttributeError with a KeyError in it, whose text is a repr.
     if isinstance(error, (AttributeError, KeyError)) and error.args:
         return f"unknown setting {text_of(error.args[0]).removeprefix('unknown setting ')}"
-    return str(error)
+    text = str(error)
+    for pattern, words in _NUMBERS:
+        text = re.sub(pattern, words, text)
+    return text
 
 
 def train() -> None:

@@ -76,7 +76,7 @@ def test_an_interrupted_run_resumes_with_the_same_command(tmp_path, number):
     ("arguments", "status", "message"),
     [
         (["--config.train.bath_size=3"], 2, '.*bath_size.*"batch_size"'),
-        (["--config.train.batch_size=many"], 2, ".*batch_size=many"),
+        (["--config.train.batch_size=many"], 2, ".*batch_size=many: it takes an integer"),
         (["--config=configs/dgits.py"], 2, "--config=configs/dgits.py: .*no such file; .*'digits'"),
         (["--wrokdir=x"], 2, ".*'wrokdir'"),
         (["digits"], 2, ".*'digits'"),

@@ -225,6 +225,23 @@ def test_only_a_few_settings_that_differ_are_named(small_run):
     assert str(caught.value).count(" -> ") == 5
 
 
+def test_a_file_in_place_of_a_directory(tmp_path):
+    (tmp_path / "run").touch()
+    for use in (lambda w: w.claimed(small_settings()).__enter__(), Workdir.read_settings):
+        with pytest.raises(ValueError, match="run is a file"):
+            use(Workdir(tmp_path / "run"))
+
+
+def test_the_best_checkpoint_is_named_with_its_accuracy(small_run, tmp_path, monkeypatch, caplog):
+    path = tmp_path / "run"
+    shutil.copytree(small_run[0], path)
+    monkeypatch.setattr(Checkpoints, "best", lambda _: 11)
+    train(small_config(), path)
+    row = next(row for row in rows(path) if row["step"] == 11 and "eval/accuracy" in row)
+    assert f"step 11 with {row['eval/accuracy']:.2%}" in caplog.text
+    assert f"--workdir {path} --eval_only --step 11" in caplog.text
+
+
 def test_a_source_that_is_missing_leaves_no_directory(tmp_path):
     for source in ("nosuch", str(tmp_path)):
         with pytest.raises(ValueError, match=source):
@@ -244,7 +261,7 @@ def test_nan_stops_the_run_after_it_was_written(tmp_path):
     with pytest.raises(FloatingPointError) as caught:
         train(config, tmp_path / "run")
     message = str(caught.value)
-    assert "checkpoint is none" in message
+    assert "no checkpoint" in message
     assert "learning_rate (now 1e+30)" in message
     bad = rows(tmp_path / "run")[-1]
     assert message.startswith(f"step {bad['step']}: ")

@@ -9,6 +9,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from repvgg_jax import cli
+from repvgg_jax.train import report
 from repvgg_jax.train.metrics import MetricsWriter
 from repvgg_jax.train.workdir import Workdir
 from tests.helpers.runs import rows, small_experiment
@@ -65,6 +66,16 @@ def test_the_page_says_how_fast_it_was_and_how_long_it_waited(small_run):
         ["images/s/device", *(f"{speeds[i]:,.1f}" for i in (3, 0, -1))],
         ["waiting for data", *(f"{waits[i]:.1%}" for i in (3, 0, -1))],
     ]
+
+
+def test_the_median_of_two_rows_is_their_mean(tmp_path):
+    two = [
+        {"step": n, "images_per_second_per_device": speed, "data_wait": 0.0}
+        for n, speed in ((1, 100.0), (2, 300.0))
+    ]
+    report.write(Workdir(tmp_path), title="two", rows=two, config={})
+    text = (tmp_path / "report.html").read_text()
+    assert re.findall(r"<td>([\d.]+)</td>", text)[:3] == ["200.0", "100.0", "300.0"]
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

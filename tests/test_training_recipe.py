@@ -85,6 +85,8 @@ def test_a_run_is_a_recipe(tmp_path):
         ("--workdir=new --init_from=old", "old"),
         ("--workdir=old --init_from=source", "old"),
         ("--init_from=old", "other.py"),  # a run does not start from itself
+        ("--workdir=failed", "other.py"),
+        ("--eval_only --workdir=failed", "failed"),
         ("--eval_only --init_from=old", "old"),
         ("--eval_only --init_from=source --workdir=old", "source"),
         ("--eval_only --init_from=w.pth --workdir=old", "old"),
@@ -92,9 +94,10 @@ def test_a_run_is_a_recipe(tmp_path):
 )
 def test_the_default(tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)
-    for run in ("old", "source"):
-        (tmp_path / run).mkdir()
+    for run in ("old", "source", "failed"):
+        (tmp_path / run / "checkpoints" / "3").mkdir(parents=True)
         (tmp_path / run / "config.json").touch()
+    (tmp_path / "failed" / "checkpoints" / "3").rmdir()
     line = ["train.py", *arguments.split()]
     assert default_recipe(line, "other.py") == expected
     installed = {} if expected == "other.py" else {"config": expected}

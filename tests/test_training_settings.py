@@ -304,7 +304,7 @@ class TestBatchSizes:
         ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm=-1.0 must be 0 or more"),
         ({"optimizer__momentum": 1.0}, r"optimizer.momentum=1.0 must be in \[0, 1\)"),
         ({"ema__decay": -0.5}, r"ema.decay=-0.5 must be in \[0, 1\)"),
-        ({"eval__batch_size": 0}, r"eval.batch_size=0 cannot be split .* nearest that can: 8$"),
+        ({"eval__batch_size": 0}, r"eval.batch_size=0 must be 1 or more; .*: 8$"),
         ({"eval__every_epochs": 0}, "eval.every_epochs=0 must be 1 or more"),
         ({"checkpoint__keep": 0}, "checkpoint.keep=0 must be 1 or more"),
         ({"report__every_steps": 0}, "report.every_steps=0 must be 1 or more"),

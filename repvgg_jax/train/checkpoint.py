@@ -170,6 +170,17 @@ class Checkpoints:
         """The step of the checkpoint with the best accuracy; None if none was evaluated."""
         return self._best_of(self._manager.all_steps())
 
+    def accuracy(self, step: int) -> float | None:
+        """The validation accuracy of the checkpoint of that step, if it was evaluated."""
+        return self._accuracies.get(step)
+
+    def last_good(self) -> str:
+        """What a run that fails falls back to, in words."""
+        newest = self.newest()
+        if newest is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is that of step {newest}"
+
     def close(self) -> None:
         """Waits for the last save.
 
@@ -252,10 +263,8 @@ class Checkpoints:
         """Cleans up after a failed save and pauses; raises OSError after the last retry."""
         self._clear_unfinished()
         if failures > RETRIES:
-            newest = self._manager.latest_step()
             raise OSError(
-                f"saving at step {step} failed {failures} times; the last good checkpoint "
-                f"is {'none' if newest is None else f'that of step {newest}'}: {reason}"
+                f"saving at step {step} failed {failures} times; {self.last_good()}: {reason}"
             )
         instead = "" if failed == step else f" with step {step}"
         _warn(f"saving at step {failed} failed, trying again{instead}: {reason}")

@@ -268,8 +268,15 @@ def _finish(
         f"validation accuracy: {accuracy:.2%} as trained, {accuracy_fused:.2%} fused ({images})"
     )
     best = checkpoints.best()
-    if best not in (None, step):
-        logger.info("the best evaluated checkpoint is that of step %d", best)
+    if best is not None and best != step:
+        logger.info(
+            "the best evaluated checkpoint is that of step %d with %.2f%%; to evaluate it: "
+            "python train.py --workdir %s --eval_only --step %d",
+            best,
+            100 * (checkpoints.accuracy(best) or 0),
+            workdir.path,
+            best,
+        )
     logger.info("report: %s", workdir.report)
     logger.info("next: python convert.py --workdir %s --output deploy", workdir.path)
     return Outcome(step, accuracy, accuracy_fused)

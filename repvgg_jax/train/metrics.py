@@ -207,10 +207,8 @@ class StepMetrics:
         if math.isfinite(loss):
             name = list(named_leaves(self._experiment.abstract_state().params))[bad_leaf]
             what = f"the gradient of {name} is not finite (the loss is {loss:g})"
-        saved = self._checkpoints.newest()
         return (
-            f"step {step}: {what}; the last good checkpoint is "
-            f"{'none' if saved is None else f'that of step {saved}'}; a smaller "
+            f"step {step}: {what}; {self._checkpoints.last_good()}; a smaller "
             f"config.optimizer.learning_rate (now {optimizer.learning_rate:g}) or a longer "
             f"config.optimizer.warmup_epochs (now {optimizer.warmup_epochs:g}) usually helps"
         )

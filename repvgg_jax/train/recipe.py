@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from repvgg_jax import cli
 from repvgg_jax.text import did_you_mean, one_line
 
-_PACKAGE = str(pathlib.Path(__file__).resolve().parents[1])
+_PACKAGE = str(pathlib.Path(__file__).parents[1])  # as tracebacks name it
 
 
 class RecipeError(flags.Error):
@@ -75,10 +75,17 @@ def default_recipe(arguments: Sequence[str], otherwise: str | None) -> str | Non
     known(arguments, known_only=True)
     workdir, init_from = known.workdir, known.init_from
     if known.eval_only:
-        candidates = (init_from, workdir)
+        found = [path for path in (init_from, workdir) if path and is_run(path)]
     else:
-        candidates = (workdir, init_from if workdir else None)
-    return next((path for path in candidates if path and is_run(path)), otherwise)
+        found = [path for path in (workdir, init_from) if path and workdir and _is_begun(path)]
+    return found[0] if found else otherwise
+
+
+def _is_begun(path: str) -> bool:
+    """Whether there is a checkpoint; settings of a run that failed before are not worth keeping."""
+    from repvgg_jax.train.workdir import Workdir
+
+    return is_run(path) and Workdir(pathlib.Path(path)).has_checkpoint
 
 
 def _of_run(path: str) -> ConfigDict:

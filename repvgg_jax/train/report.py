@@ -4,6 +4,7 @@ import base64
 import html
 import pathlib
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,10 +114,10 @@ def _speed(rows: Sequence[Row]) -> list[str]:
     found = [row for row in rows if "images_per_second_per_device" in row]
     if not found:
         return []
-    speeds = sorted(row["images_per_second_per_device"] for row in found)
-    waits = sorted(row["data_wait"] for row in found)
+    speeds = [row["images_per_second_per_device"] for row in found]
+    waits = [row["data_wait"] for row in found]
     body = [
-        (name, *(form(values[index]) for index in (len(values) // 2, 0, -1)))
+        (name, *(form(value) for value in (statistics.median(values), min(values), max(values))))
         for name, values, form in (
             ("images/s/device", speeds, lambda v: f"{v:,.1f}"),
             ("waiting for data", waits, lambda v: f"{v:.1%}"),

@@ -9,6 +9,7 @@ import math
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from repvgg_jax.text import plural
 from repvgg_jax.train.settings import Settings
 
 
@@ -108,9 +109,14 @@ class Division:
         group, count = self.group or 1, self.microbatches
         if self.divides(batch):
             return
-        if batch < 1 or batch % self.devices:
+        if batch < 1:
             raise ValueError(
-                f"config.{name}={batch} cannot be split over {self.devices} devices{suffix}; "
+                f"config.{name}={batch} must be 1 or more; the smallest that can be split over "
+                f"{plural(self.devices, 'device')}{suffix}{self._others()}: {self.unit}"
+            )
+        if batch % self.devices:
+            raise ValueError(
+                f"config.{name}={batch} cannot be split over {plural(self.devices, 'device')}{suffix}; "
                 f"the nearest that can{self._others()}: {self._batches(batch)}"
             )
         if batch % group:

@@ -133,6 +133,8 @@ class Workdir:
           ValueError: it belongs to another configuration, holds other files, or is in use.
           OSError: it cannot be written.
         """
+        if self.path.is_file():
+            raise ValueError(f"{self.path} is a file; give a directory as --workdir")
         self.path.mkdir(parents=True, exist_ok=True)
         with lock.locked(self.path):
             self.claim(settings)
@@ -186,7 +188,8 @@ class Workdir:
           ValueError: there are none, or they cannot be read.
         """
         if not self.path.is_dir():
-            raise ValueError(f"{self.path} does not exist; give the --workdir of a training run")
+            what = "is a file" if self.path.exists() else "does not exist"
+            raise ValueError(f"{self.path} {what}; give the --workdir of a training run")
         if not self.config.exists():
             raise ValueError(
                 f"{self.path} is not a run directory (no config.json); "
