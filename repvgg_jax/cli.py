@@ -18,6 +18,8 @@ from typing import NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+from repvgg_jax.text import how_to_install
+
 flags.DEFINE_bool("traceback", False, "Show where in the code an error arose.")
 
 # What the package raises for a user's mistake; anything else is a bug and shows its traceback.
@@ -198,4 +200,4 @@ def _script(module: str, *, extra: str) -> None:
         ours = (error.name or "").partition(".")[0] == __package__
         if ours or (flags.FLAGS.is_parsed() and flags.FLAGS.traceback):
             raise
-        _fail(ValueError(f"{error}: pip install 'repvgg-jax[{extra}]'"), status=1)
+        _fail(ValueError(f"{error}; {how_to_install(extra=extra)}"), status=1)
