@@ -117,7 +117,8 @@ class Division:
         if batch % self.devices:
             raise ValueError(
                 f"config.{name}={batch} cannot be split over "
-                f"{plural(self.devices, 'device')}{suffix}; the nearest that can{self._others()}: {self._batches(batch)}"
+                f"{plural(self.devices, 'device')}{suffix}; the nearest that can"
+                f"{self._others()}: {self._batches(batch)}"
             )
         if batch % group:
             what = f"config.bn.group_size={group} does not divide config.{name}={batch}"
