@@ -9,7 +9,7 @@ from ml_collections import config_flags
 
 from repvgg_jax import VARIANTS, cli
 from repvgg_jax.train.command import defaults
-from repvgg_jax.train.recipe import RecipeError, RecipeParser, default_recipe
+from repvgg_jax.train.config import RecipeError, RecipeParser, default_recipe
 from repvgg_jax.train.settings import Settings
 from tests.helpers.commands import ROOT
 from tests.helpers.runs import small_settings

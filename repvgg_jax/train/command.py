@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from repvgg_jax import cli
-from repvgg_jax.train.recipe import RecipeParser, default_recipe
+from repvgg_jax.train.config import RecipeParser, default_recipe
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",

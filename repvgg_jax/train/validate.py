@@ -115,10 +115,10 @@ class Division:
                 f"{plural(self.devices, 'device')}{suffix}{self._others()}: {self.unit}"
             )
         if batch % self.devices:
-            devices = f"{plural(self.devices, 'device')}{suffix}"
             raise ValueError(
-                f"config.{name}={batch} cannot be split over {devices}; "
-                f"the nearest that can{self._others()}: {self._batches(batch)}"
+                f"config.{name}={batch} cannot be split over "
+                f"{plural(self.devices, 'device')}{suffix}; the nearest that can"
+                f"{self._others()}: {self._batches(batch)}"
             )
         if batch % group:
             what = f"config.bn.group_size={group} does not divide config.{name}={batch}"
