@@ -8,7 +8,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from repvgg_jax import VARIANTS, cli
-from repvgg_jax.train.command import defaults
 from repvgg_jax.train.config import RecipeError, RecipeParser, default_recipe
 from repvgg_jax.train.settings import Settings
 from tests.helpers.commands import ROOT
@@ -100,8 +99,7 @@ def test_the_default(tmp_path, monkeypatch, arguments, expected):
     (tmp_path / "failed" / "checkpoints" / "3").rmdir()
     line = ["train.py", *arguments.split()]
     assert default_recipe(line, "other.py") == expected
-    installed = {} if expected == "other.py" else {"config": expected}
-    assert defaults(line) == installed
+    assert default_recipe(line, None) == (None if expected == "other.py" else expected)
     assert not cli.is_given("config", line)
 
 
