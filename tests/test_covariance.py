@@ -141,6 +141,7 @@ def test_variables_and_evaluation_are_the_same(rng):
     np.testing.assert_array_equal(branches.apply(variables, x), fast.apply(variables, x))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_no_further_from_the_truth(rng):
     """Three blocks: the error against float64 is at most 1.5 times the plain form's."""
     variant = Variant("three", (2,), (16,), 16, strides=(1,), stem_stride=1)

@@ -9,8 +9,6 @@ from repvgg_jax.cpu_conv import conv_general_dilated, training_conv_general_dila
 from tests.helpers.jit import quick_jit
 from tests.trees import random_images
 
-pytestmark = pytest.mark.core
-
 
 def operands(channels, features, groups, height, width):
     """Positive pixels, as after a ReLU, and a kernel that keeps their scale."""

@@ -112,6 +112,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_everything_else_in_float32():
     np.testing.assert_allclose(found, exact, atol=0.05)
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_not_values():
     """In float64, where two programs for the same function differ by nearly nothing."""
     images = random_images((4, 16, 16, 3), dtype=np.float64)

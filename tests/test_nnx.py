@@ -11,8 +11,6 @@ import repvgg_jax as rv
 from tests.helpers.jit import quick_jit
 from tests.helpers.weights_samples import CLASSES, random_variables
 
-pytestmark = pytest.mark.core
-
 TINY = rv.Variant("tiny", (2,), (8,), stem_channels=4)
 
 

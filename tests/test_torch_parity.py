@@ -15,8 +15,6 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: to
 from tests.helpers import torch_reference  # noqa: E402 (needs torch)
 from tests.helpers.jit import quick_jit  # noqa: E402
 
-pytestmark = pytest.mark.core
-
 CLASSES = 5
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 1e-2
 ROUNDED = 2 * float(np.finfo(np.float32).eps)  # how far float32 may be from float64

@@ -13,8 +13,6 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: to
 
 from tests.helpers import torch_reference  # noqa: E402 (needs torch)
 
-pytestmark = pytest.mark.core
-
 CLASSES = 5
 SE = rv.Variant("se", (2, 2), (8, 16), stem_channels=8, groups=2, se=rv.SqueezeExcite(4))
 PLUS = rv.Variant(
