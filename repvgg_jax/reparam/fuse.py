@@ -75,9 +75,13 @@ def fuse_block(
       path: where it is, for messages.
 
     Raises:
-      ValueError: leaves of other names or shapes than the block has.
+      ValueError: leaves of other names or shapes than the block has, or NumPy variances that
+        cannot be variances. Those in JAX arrays are left to the caller: `check_variances`.
     """
     geometry = check_block(spec, params, stats, geometry=geometry, path=path)
+    for norm, leaf in (stats or {}).items():
+        if isinstance(leaf["var"], np.ndarray):  # before its square root is taken
+            _check_variance(path_name((*path, norm)), leaf["var"])
     own = {name: params[name] for name in sorted(names(spec.train)) if name in params}
     kernels = [child["kernel"] for child in own.values() if "kernel" in child]
     dtype = np.result_type(*[leaf.dtype for leaf in kernels or jax.tree.leaves(own)])
@@ -115,14 +119,12 @@ class _Fusing(Walk):
             return params, stats
         if spec := self.train_spec(params, path):
             self.count += 1
-            check_block(spec, params, stats, path=path)
-            for norm, leaf in (stats or {}).items():
-                where = path_name((*path, norm))
-                if isinstance(leaf["var"], np.ndarray):
-                    _check_variance(where, leaf["var"])  # before its square root is taken
-                else:
-                    self.variances.append((where, leaf["var"]))
             fused = fuse_block(spec, params, stats, epsilon=self.epsilon, path=path)
+            self.variances += [
+                (path_name((*path, norm)), leaf["var"])
+                for norm, leaf in (stats or {}).items()
+                if not isinstance(leaf["var"], np.ndarray)  # those `fuse_block` has checked
+            ]
             return rebuild(params, fused), None if stats is None else {}
         self.note_near_miss(params, path)
 
