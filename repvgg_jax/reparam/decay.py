@@ -58,11 +58,10 @@ def equivalent_l2(
 def decay_mask(
     params: Tree, *, equivalent_l2: bool = False, blocks: Sequence[BlockSpec] = BUILT_IN
 ) -> Tree:
-    """Which parameters weight decay applies to: kernels, and the scales a block says.
+    """Which parameters weight decay applies to: kernels, and scales of norms with `decay=True`.
 
-    Biases and the scales of norms do not decay, except those of norms with `decay=True`: the
-    identity branch of RepVGG, whose scale is a kernel of the deploy form. This is the authors'
-    mask.
+    Biases and all other scales do not decay. In RepVGG, the norm with `decay=True` is that of the
+    identity branch, whose scale is part of the deploy-form kernel. This is the authors' mask.
 
     Args:
       params: a tree of parameters.
