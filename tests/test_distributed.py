@@ -206,7 +206,9 @@ def test_a_save_that_fails_in_one_process_is_retried_by_both(tmp_path, recovers)
         else:
             assert run.wait() == [1, 1]
     retries = [line for line in run.err(0).splitlines() if "trying again" in line]
-    assert all(re.search(r"trying again[^:]*: process 1: OUT_OF_RANGE", line) for line in retries)
+    # Which write meets the limit first, Orbax's or our own, differs between attempts.
+    full = r"trying again[^:]*: process 1: .*(OUT_OF_RANGE|\[Errno 27\])"
+    assert all(re.search(full, line) for line in retries)
     assert len(retries) >= 1 if recovers else len(retries) == 3
     if not recovers:
         for process in (0, 1):
