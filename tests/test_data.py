@@ -16,7 +16,7 @@ from repvgg_jax.data.dataset import BadImages, TrainSizes, load
 from repvgg_jax.data.images import CenterCrop
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import ArraySource
-from tests.helpers.pictures import damaged, images, in_memory, write_tree
+from tests.helpers.pictures import damaged, encoded, images, in_memory, photo, write_tree
 from tests.helpers.sharding import OVER_BATCH
 
 FILES = images(train=20, val=11)
@@ -165,6 +165,18 @@ class TestDecodedBatches:
         assert_equal(train(dataset(folder), 3, start=3, size_at=sizes), batches[3:])
         assert_equal(train(dataset(folder), 2, start=4), batches[4:])
 
+    def test_images_may_be_rectangular(self, folder):
+        data = dataset(folder, train_size=(16, 40), eval_size=[24, 12])
+        assert (data.image_shape, data.eval_shape) == ((16, 40, 3), (24, 12, 3))
+        whole = train(data, 4)
+        assert whole[0]["image"].shape == (8, 16, 40, 3)
+        assert_equal(train(dataset(folder, train_size=(16, 40), workers=2), 2, start=2), whole[2:])
+        batch = next(iter(eval_batches(data, batch_size=8, sharding=OVER_BATCH)))
+        np.testing.assert_array_equal(batch["image"][1], CenterCrop((24, 12))(data.evaluation[1]))
+        sizes = TrainSizes(((0, (8, 20)), (1, 16)), otherwise=(16, 40))
+        batches = train(data, 4, size_at=sizes)
+        assert [b["image"].shape[1:3] for b in batches] == [(8, 20), (8, 20), (16, 16), (16, 16)]
+
     def test_sizes_need_a_crop(self):
         with pytest.raises(ValueError, match=r"config\.data\.train_size"):
             train(load(DataSettings()), 1, size_at=TrainSizes(((0, 8),), otherwise=8))
@@ -203,7 +215,7 @@ class TestBadImages:
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_the_first_one_stops_the_run_and_is_named(self, broken, workers):
-        with pytest.raises(ValueError, match=rf"training image {BAD_TRAIN} .*max_bad=0") as error:
+        with pytest.raises(ValueError, match=rf"image {BAD_TRAIN} .*max_bad=0.*check") as error:
             train(dataset(broken, workers=workers), 3)
         assert "\n" not in str(error.value)
 
@@ -231,7 +243,7 @@ class TestBadImages:
         assert re.search(rf"validation image {BAD_VAL} .*2 of at most 2", second)
         data = dataclasses.replace(data, bad_images=BadImages(allowed=1))
         train(data, 5)
-        with pytest.raises(ValueError, match=r"1 more.*max_bad=1"):
+        with pytest.raises(ValueError, match=rf"{BAD_VAL} .*1 more.*max_bad=1"):
             list(eval_batches(data, batch_size=8, sharding=OVER_BATCH))
 
     def test_several_in_a_row(self, tmp_path):
@@ -239,6 +251,17 @@ class TestBadImages:
         data = dataset(write_tree(tmp_path, files), max_bad=3)
         with pytest.raises(ValueError, match=r"3 more.*max_bad=3"):
             train(data, 1)
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_the_first_of_several_frames_is_said_once(self, tmp_path, warnings, workers):
+        frames = [photo(number, 30, 30).quantize(8) for number in range(2)]
+        gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+        names = [f"train/n01/{number}.gif" for number in range(4)]
+        data = dataset(write_tree(tmp_path, FILES | dict.fromkeys(names, gif)), workers=workers)
+        train(data, 3)
+        list(eval_batches(data, batch_size=8, sharding=OVER_BATCH))
+        (line,) = warnings()
+        assert re.search(r"training image train/n01/\d\.gif .*several.* first", line)
 
     def test_a_file_that_vanished(self, tmp_path):
         data = dataset(write_tree(tmp_path, FILES))

@@ -6,9 +6,11 @@ import logging
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections import namedtuple
 
 import numpy as np
@@ -17,12 +19,12 @@ from PIL import Image
 
 from repvgg_jax.data import records
 from repvgg_jax.data.dataset import load
-from repvgg_jax.data.images import is_plain_jpeg
+from repvgg_jax.data.decoding import Decoder, is_plain_jpeg
 from repvgg_jax.data.prepare import inputs
 from repvgg_jax.data.prepare import prepare as preparing
 from repvgg_jax.data.prepare.shards import Encoding
 from repvgg_jax.data.settings import DataSettings
-from tests.helpers.pictures import damaged, encoded, images, pixels, write_tars, write_tree
+from tests.helpers.pictures import damaged, encoded, images, photo, pixels, write_tars, write_tree
 
 FILES = images()
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -192,6 +194,103 @@ class TestPreparing:
             stored(tmp_path / "out")
 
 
+@pytest.mark.usefixtures("in_process")
+class TestOtherData:
+    """Files that are no images, and directories that hold something else."""
+
+    def test_what_cannot_be_read_is_a_bad_image(self, tmp_path):
+        source = write_tree(tmp_path / "in", FILES)
+        place = source / "train" / "n02"
+        os.mkfifo(place / "a_pipe.jpg")
+        (place / "b_lost.png").symlink_to(tmp_path / "nothing")
+        (place / "c_null.jpg").symlink_to("/dev/null")
+        (place / "d_empty.jpg").touch()
+        inner = place / "e_folder.jpg"
+        inner.mkdir()
+        (inner / "photo.jpg").write_bytes(FILES[PNG])
+        with pytest.raises(ValueError, match=r"a_pipe\.jpg.*--max_bad="):
+            prepare(source, tmp_path / "out", encoding=Encoding(short_side=30))
+        manifest = prepare(source, tmp_path / "out", max_bad=4)
+        bad = [line.partition(":")[0].rpartition("/")[2] for line in manifest.details["bad"]]
+        assert bad == ["a_pipe.jpg", "b_lost.png", "c_null.jpg", "d_empty.jpg"]
+        assert len(stored(tmp_path / "out")) == 13
+        assert "train/n02/e_folder.jpg/photo.jpg" in stored(tmp_path / "out")
+
+    @pytest.mark.parametrize("name", ["notes.txt", "train/n01/a.jpg", "train-1.array_record"])
+    def test_an_output_with_other_files_is_left_alone(self, tmp_path, name):
+        source, output = write_tree(tmp_path / "in", FILES), tmp_path / "out"
+        write_tree(output, {name: b"precious"})
+        with pytest.raises(ValueError, match=rf"--output=.*{name.partition('/')[0]}"):
+            prepare(source, output)
+        assert (output / name).read_bytes() == b"precious"
+        assert len(list(output.iterdir())) == 1
+
+    def test_another_data_set_is_not_replaced(self, tmp_path):
+        output = tmp_path / "out"
+        prepare(write_tree(tmp_path / "in", FILES), output)
+        before = stored(output)
+        renamed = {name.replace("n03", "n04"): content for name, content in FILES.items()}
+        with pytest.raises(ValueError, match=r"another data set, of 3 classes .*n03.* 3 .*n04"):
+            prepare(write_tree(tmp_path / "other", renamed), output)
+        assert stored(output) == before
+        with pytest.raises(ValueError, match="not a directory"):
+            prepare(tmp_path / "in", output / records.MANIFEST)
+
+    def test_shards_of_an_earlier_size_are_removed(self, tmp_path):
+        source, output = write_tree(tmp_path / "in", FILES), tmp_path / "out"
+        prepare(source, output)
+        prepare(source, output, shard_images=12)
+        left = sorted(path.name for path in output.glob("*.array_record"))
+        assert left == [f"{split}-00000-of-00001.array_record" for split in ("train", "val")]
+        assert len(stored(output)) == 12
+
+    def test_classes_without_images_need_to_be_allowed(self, tmp_path):
+        source = write_tree(tmp_path / "in", FILES)
+        (source / "train" / "n00").mkdir()
+        found = inputs.find(source, allow_empty=True)
+        assert found.classes == ("n00", "n01", "n02", "n03")
+        config = preparing.Settings(shard_images=4)
+        assert preparing.prepare(found, tmp_path / "out", config).classes == found.classes
+        with pytest.raises(ValueError, match=r"n00.*allow_empty"):
+            inputs.find(source)
+
+    def test_what_it_says_next_is_a_run(self, tmp_path):
+        """With the recipe that it names, whatever the number of classes and images."""
+        from configs import b1
+        from repvgg_jax.train.experiment import Experiment
+
+        output = tmp_path / "my out"
+        manifest = prepare(write_tree(tmp_path / "in", FILES), output)
+        words = shlex.split(preparing.training_command(manifest, output))
+        assert words[:4] == ["python", "train.py", "--config", "configs/b1.py"]
+        config = b1.get_config()
+        for word in words[4:]:
+            name, _, value = word.removeprefix("--config.").partition("=")
+            with config.unlocked():
+                config.update_from_flattened_dict({name: value if ":" in value else int(value)})
+        run = Experiment.from_config(config)
+        assert (run.steps_per_epoch, run.dataset.classes) == (1, manifest.classes)
+
+    def test_deep_and_transparent_images_and_the_first_of_several(self, tmp_path, messages):
+        ramp = np.linspace(0, 65535, 40 * 50).reshape(40, 50).astype(np.uint16)
+        clear = photo(1, 40, 50).convert("RGBA")
+        clear.putalpha(0)
+        pages = [photo(number, 40, 50).quantize(9) for number in range(2)]
+        special = {
+            "train/n01/deep.png": encoded(Image.fromarray(ramp), "PNG"),
+            "train/n02/clear.png": encoded(clear, "PNG"),
+            "train/n03/pages.gif": encoded(pages[0], "GIF", save_all=True, append_images=pages[1:]),
+        }
+        source = write_tree(tmp_path / "in", FILES | special)
+        encoding = Encoding(quality=100, decoder=Decoder(background=(0, 200, 0)))
+        prepare(source, tmp_path / "out", encoding=encoding)
+        assert re.search(r"1 file with several .*pages\.gif", messages())
+        deep, clear, page = (pixels(stored(tmp_path / "out")[name][0]) for name in special)
+        assert np.abs(deep.astype(int) - (ramp // 257)[..., None]).max() <= 2
+        assert np.abs(clear.astype(int) - [0, 200, 0]).max() <= 2
+        assert np.abs(page.astype(int) - np.asarray(pages[0].convert("RGB"))).mean() < 6
+
+
 class TestInputs:
     def test_all_that_is_missing_is_named(self, tmp_path):
         with pytest.raises(ValueError, match=r"img_train.tar.*img_val.tar.*devkit_t12.*val_labels"):
@@ -221,8 +320,6 @@ class TestInputs:
             inputs.find(tmp_path)
 
     def test_labels_of_the_development_kit(self, tmp_path):
-        import tarfile
-
         from scipy.io import savemat
 
         write_tars(tmp_path, FILES)
@@ -242,6 +339,48 @@ class TestInputs:
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
         assert inputs.find(tmp_path).splits["val"] == expected
+
+    def write_devkit(self, root, mode="w:gz", **files):
+        """Files by name; None is a link to a file elsewhere."""
+        write_tars(root, FILES)
+        (root / "val_labels.txt").unlink()
+        with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", mode) as tar:
+            for name, content in files.items():
+                member = tarfile.TarInfo(f"devkit/data/{name.replace('_mat', '.mat')}")
+                member.size = len(content or b"")
+                if content is None:
+                    member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                tar.addfile(member, io.BytesIO(content or b""))
+        return root / "ILSVRC2012_devkit_t12.tar.gz"
+
+    @pytest.mark.parametrize(
+        ("files", "message"),
+        [
+            ({}, r"lacks meta\.mat and ILSVRC2012_val"),
+            ({"meta_mat": None}, r"meta\.mat .*no file"),
+            ({"meta_mat": b"rubbish" * 99}, r"lacks ILSVRC2012_val"),
+            (
+                {"meta_mat": b"rubbish" * 99, "ILSVRC2012_validation_ground_truth.txt": b"1"},
+                r"damaged.*val_labels",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("mode", ["w:gz", "w"])
+    def test_other_development_kits(self, tmp_path, files, message, mode):
+        self.write_devkit(tmp_path, mode, **files)
+        with pytest.raises(ValueError, match=rf"devkit_t12\.tar\.gz.*{message}"):
+            inputs.find(tmp_path)
+
+    @pytest.mark.parametrize("cut", [0, 20, 200, -9])
+    def test_a_development_kit_that_was_cut_short(self, tmp_path, cut):
+        noise = np.random.default_rng(0).bytes(3000)
+        path = self.write_devkit(tmp_path, meta_mat=noise)
+        path.write_bytes(path.read_bytes()[:cut])
+        with pytest.raises(ValueError, match=r"devkit_t12.*(download it again)"):
+            inputs.find(tmp_path)
+        path.write_bytes(b"no archive")
+        with pytest.raises(ValueError, match=r"devkit_t12.*not downloaded completely"):
+            inputs.find(tmp_path)
 
 
 @pytest.mark.system

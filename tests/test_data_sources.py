@@ -81,6 +81,55 @@ def test_a_folders_order_is_that_of_names(everywhere):
     assert names == sorted(names)
 
 
+class TestFolders:
+    """Which files of a tree are images."""
+
+    def names(self, root):
+        source = load(settings(f"folder:{root}")).train
+        return [source[i]["name"].removeprefix("train/") for i in range(len(source))]
+
+    def test_subfolders_and_endings_are_those_of_torchvision(self, tmp_path, caplog):
+        content = next(iter(FILES.values()))
+        names = [
+            *("a/2.jpg", "a/10.JPG", "a/x/1.JfIf", "a/x/y/0.png", "a/X.TIFF", "a/b.jpg/c.pgm"),
+            *("b/deep/er/1.Webp", "b/1.ppm", "b/z.jpeg"),
+        ]
+        ignored = ["a/notes.txt", "b/1.heic", "stray.jpg", "b/deep/list.csv"]
+        hidden = [".DS_Store", "a/.1.jpg", "a/Thumbs.db", ".cache/x.jpg", "a/.tmp/1.jpg"]
+        files = dict.fromkeys([*names, *ignored, *hidden], content)
+        write_tree(tmp_path / "train", files)
+        write_tree(tmp_path / "val", {"a/1.jpg": content, "b/1.jpg": content})
+        caplog.set_level(logging.WARNING, "repvgg_jax")
+        expected = []  # torchvision.datasets.folder.make_dataset
+        for label in ("a", "b"):
+            for directory, _, inner in sorted(os.walk(tmp_path / "train" / label)):
+                below = pathlib.Path(directory).relative_to(tmp_path / "train")
+                found = [f"{below}/{name}" for name in sorted(inner)]
+                expected += [name for name in found if name in names]
+        assert len(expected) == len(names)
+        assert self.names(tmp_path) == expected
+        (warning,) = (r.getMessage() for r in caplog.records if "ignored" in r.getMessage())
+        assert "4 files ignored" in warning
+        assert all(name in warning for name in ignored)
+
+    def test_links_are_followed_but_not_in_circles(self, tmp_path):
+        write_tree(tmp_path, FILES)
+        write_tree(tmp_path / "elsewhere", {"more/1.jpg": next(iter(FILES.values()))})
+        (tmp_path / "train" / "n01" / "link").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere" / "more" / "back").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "train" / "n02" / "up").symlink_to("..")
+        names = self.names(tmp_path)
+        assert "n01/link/more/1.jpg" in names
+        assert len([name for name in names if name.startswith("n01")]) == 5
+        assert len(set(names)) == len(names) < 40
+
+    def test_unreadable_files_are_bad_images(self, tmp_path):
+        write_tree(tmp_path, FILES)
+        os.mkfifo(tmp_path / "train" / "n01" / "0.jpg")
+        with pytest.raises(ValueError, match=r"n01/0\.jpg .*pipe.*max_bad=0"):
+            take_training_images(load(settings(f"folder:{tmp_path}")))
+
+
 @pytest.mark.system
 def test_tensorflow_is_never_imported(everywhere, tmp_path):
     """Not even if it is installed: here as a package that fails when imported."""
@@ -139,8 +188,27 @@ class TestBadData:
         (folder / "train" / "n00").mkdir()
         (folder / "val" / "n00").mkdir()
         (folder / "val" / "n00" / "notes.txt").touch()
-        with pytest.raises(ValueError, match=r"d/train: .*\.jpg.* n00$"):
+        with pytest.raises(ValueError, match=r"d/train: .*\.jpg.* n00; .*allow_empty"):
             load(settings(f"folder:{folder}"))
+
+    def test_empty_classes_can_be_allowed(self, folder, caplog):
+        (folder / "train" / "n00").mkdir()
+        config = settings(f"folder:{folder}", allow_empty=True)
+        caplog.set_level(logging.WARNING, "repvgg_jax")
+        data = load(config)
+        assert data.classes == ("n00", *CLASSES)
+        assert {data.train[i]["label"] for i in range(12)} == {1, 2, 3}
+        assert len(data.evaluation) == 5
+        for split in ("train", "val"):
+            assert re.search(rf"d/{split}: no images of 1 of 4 classes: n00", caplog.text)
+        (folder / "val" / "n09").mkdir()
+        with pytest.raises(ValueError, match=r"only in val: n09$"):
+            load(config)
+        for path in (folder / "val").rglob("*.*"):
+            path.unlink()
+        (folder / "val" / "n09").rmdir()
+        with pytest.raises(ValueError, match=r"d/val: no images"):
+            load(config)
 
     def test_different_classes(self, folder):
         (folder / "train" / "n03").rename(folder / "train" / "m03")

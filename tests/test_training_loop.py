@@ -307,7 +307,8 @@ def test_steps_that_cannot_be_traced(text):
 def test_train_sizes_by_epoch():
     experiment = small_experiment(data__train_size=24, data__sizes=((0, 16), (2, 24), (5, 32)))
     sizes = experiment.size_at
-    assert [sizes(epoch) for epoch in range(7)] == [16, 16, 24, 24, 24, 32, 32]
+    expected = [16, 16, 24, 24, 24, 32, 32]
+    assert [sizes(epoch) for epoch in range(7)] == [(size, size) for size in expected]
     assert pickle.loads(pickle.dumps(sizes)) == sizes  # it goes to the processes that read
 
 

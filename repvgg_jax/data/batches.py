@@ -35,7 +35,7 @@ def train_batches(
     seed: int,
     start_step: int,
     sharding: jax.sharding.Sharding,
-    size_at: Callable[[int], int] | None = None,
+    size_at: Callable[[int], tuple[int, int]] | None = None,
 ) -> Iterator[Batch]:
     """Endless shuffled batches; the first is that of step `start_step`.
 
@@ -66,15 +66,15 @@ def train_batches(
     transform = TrainTransform(
         source=dataset.train,
         crop=dataset.train_crop,
-        size_at=size_at or TrainSizes((), otherwise=dataset.image_shape[0]),
+        size_at=size_at or TrainSizes((), otherwise=dataset.image_shape[:2]),
         images_per_epoch=max(1, len(dataset.train) // batch_size) * batch_size,
         seed=seed,
         attempts=min(dataset.bad_images.allowed + 1, len(dataset.train)),
     )
     numbers = grain.MapDataset.range(len(dataset.train)).seed(seed).shuffle().repeat()
     elements = numbers.map_with_index(transform)
-    for batch, bad in _local_batches(dataset, elements, batch_size, start_step):
-        dataset.bad_images.report(dataset.train, "training", bad)
+    for batch, reports in _local_batches(dataset, elements, batch_size, start_step):
+        dataset.bad_images.report(dataset.train, "training", reports)
         yield _global_batch(batch, sharding)
 
 
@@ -93,15 +93,15 @@ def eval_batches(
     transform = EvalTransform(dataset.evaluation, dataset.eval_crop, dataset.eval_shape)
     padded = -(-len(dataset.evaluation) // batch_size) * batch_size
     elements = grain.MapDataset.range(padded).map(transform)
-    for batch, bad in _local_batches(dataset, elements, batch_size, 0):
-        dataset.bad_images.report(dataset.evaluation, "validation", bad)
+    for batch, reports in _local_batches(dataset, elements, batch_size, 0):
+        dataset.bad_images.report(dataset.evaluation, "validation", reports)
         yield _global_batch(batch, sharding)
 
 
 def _local_batches(
     dataset: Dataset, elements: grain.MapDataset, batch_size: int, start_step: int
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """This process's part of every batch, and the bad images met for it."""
+    """This process's part of every batch, and what is to be reported of its images."""
     processes, process = jax.process_count(), jax.process_index()
     # Global batch k consists of the local ones k*n … k*n + n-1; this process reads that of its
     # own devices. Workers take whole local batches in turn.

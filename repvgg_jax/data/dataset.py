@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from repvgg_jax.data.images import CenterCrop, RandomResizedCrop, UndecodableError, decode
+from repvgg_jax.data.decoding import DECODER, Decoder, UndecodableError
+from repvgg_jax.data.images import CenterCrop, RandomResizedCrop
 from repvgg_jax.data.records import load_records, load_tfds
-from repvgg_jax.data.settings import DataSettings
+from repvgg_jax.data.settings import DataSettings, Size, height_width
 from repvgg_jax.data.sources import ArraySource, Source, Splits, load_digits, load_fake, load_folder
 from repvgg_jax.text import did_you_mean, one_line, plural
 
@@ -24,8 +25,9 @@ logger = logging.getLogger(__name__)
 FAILURES = (UndecodableError, OSError)
 
 Element = tuple[dict[str, Any], np.ndarray]
-"""An example, `{"image", "label", …}`, and the bad images met on the way to it: int64 (2,), the
-number of the first and how many. A batch of elements has one more axis in front of each."""
+"""An example, `{"image", "label", …}`, and what is to be reported of it: int64 (3,), the number of
+the first bad image met on the way to it, how many there were, and 1 if the file that is shown holds
+further frames. A batch of elements has one more axis in front of each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +39,13 @@ class TrainSizes:
       otherwise: the size before the first change.
     """
 
-    changes: tuple[tuple[int, int], ...]
-    otherwise: int
+    changes: tuple[tuple[int, Size], ...]
+    otherwise: Size
 
-    def __call__(self, epoch: int) -> int:
+    def __call__(self, epoch: int) -> tuple[int, int]:
         """Height and width of all images of that epoch, in pixels."""
         begun = [size for first, size in self.changes if first <= epoch]
-        return begun[-1] if begun else self.otherwise
+        return height_width(begun[-1] if begun else self.otherwise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class TrainTransform:
 
     source: Source
     crop: RandomResizedCrop | None
-    size_at: Callable[[int], int]
+    size_at: Callable[[int], tuple[int, int]]
     images_per_epoch: int
     seed: int
     attempts: int
@@ -83,10 +85,12 @@ class TrainTransform:
                     image = example["image"]
                 else:
                     image = self.crop(example, size, np.random.Generator(key))
-                return _element(image, example["label"], bad=(number, failed))
+                return _element(
+                    image, example["label"], (number, failed, _has_frames(example, self.crop))
+                )
             except FAILURES:
                 continue
-        return _element(np.zeros((size, size, 3), np.uint8), 0, bad=(number, self.attempts))
+        return _element(np.zeros((*size, 3), np.uint8), 0, (number, self.attempts, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,57 +111,77 @@ class EvalTransform:
         """As `TrainTransform`, and `mask`, False for blanks and for images that are bad."""
         blank = np.zeros(self.shape, np.uint8)
         if number >= len(self.source):
-            return _element(blank, 0, bad=(0, 0), mask=np.bool_(False))
+            return _element(blank, 0, (0, 0, 0), mask=np.bool_(False))
         try:
             example = self.source[number]
             image = example["image"] if self.crop is None else self.crop(example)
+            found = (number, 0, _has_frames(example, self.crop))
         except FAILURES:
-            return _element(blank, 0, bad=(number, 1), mask=np.bool_(False))
-        return _element(image, example["label"], bad=(number, 0), mask=np.bool_(True))
+            return _element(blank, 0, (number, 1, 0), mask=np.bool_(False))
+        return _element(image, example["label"], found, mask=np.bool_(True))
 
 
-def _element(image: np.ndarray, label: int, *, bad: tuple[int, int], **others: Any) -> Element:
-    return {"image": image, "label": np.int32(label), **others}, np.array(bad, np.int64)
+def _has_frames(example: Mapping[str, Any], crop: RandomResizedCrop | CenterCrop | None) -> int:
+    encoded = example.get("encoded")
+    return int(encoded is not None and crop is not None and crop.decoder.is_animated(encoded))
+
+
+def _element(image: np.ndarray, label: int, report: tuple[int, int, int], **others: Any) -> Element:
+    return {"image": image, "label": np.int32(label), **others}, np.array(report, np.int64)
 
 
 class BadImages:
     """The images that this process could not read or decode: each is logged once, all count.
 
+    The first file of several pages or frames is logged, too.
+
     Attributes:
       allowed: `config.data.max_bad`; one more raises.
+      decoder: that could not.
     """
 
-    def __init__(self, allowed: int = 0):
+    def __init__(self, allowed: int = 0, decoder: Decoder = DECODER):
         self.allowed = allowed
+        self.decoder = decoder
         self._met: dict[tuple[str, int], str] = {}
+        self._met_frames = False
 
-    def report(self, source: Source, split: str, bad: np.ndarray) -> None:
+    def report(self, source: Source, split: str, reports: np.ndarray) -> None:
         """Records the bad images of a batch.
 
         Args:
           source: where they are.
           split: `training` or `validation`.
-          bad: int64 (images, 2), see `Element`.
+          reports: int64 (images, 3), see `Element`.
 
         Raises:
-          ValueError: more than are allowed; names the first of them, with the reason.
+          ValueError: more than are allowed; names the one too many, with the reason.
         """
-        for first, count in bad[bad[:, 1] > 0].tolist():
+        for first, count, several in reports[reports[:, 1:].any(-1)].tolist():
             for number in range(first, first + count):
                 self._add(source, split, number % len(source))
+            if several and not self._met_frames:
+                self._met_frames = True
+                number = (first + count) % len(source)
+                name = source[number].get("name", f"number {number}")
+                logger.warning(
+                    "%s image %s holds several pages or frames; the first is used, as of all such "
+                    "files (said once)",
+                    split,
+                    name,
+                )
 
     def _add(self, source: Source, split: str, number: int) -> None:
         if (split, number) in self._met:
             return
-        line = f"{split} image {_why(source, number)}"
+        line = f"{split} image {self._why(source, number)}"
         self._met[split, number] = line
         count = len(self._met)
         if count > self.allowed:
-            first = next(iter(self._met.values()))
-            others = f" (and {count - 1} more, all named above)" if count > 1 else ""
+            others = f", after {count - 1} more that are named above" if count > 1 else ""
             raise ValueError(
-                f"{first}{others}; config.data.max_bad={self.allowed} such images are allowed, "
-                f"repair or remove it, or allow more"
+                f"{line}{others}; config.data.max_bad={self.allowed} such images are allowed, "
+                f"repair or remove it, or allow more; python -m repvgg_jax.data.check finds all"
             )
         what = "the next image takes its place" if split == "training" else "it is left out"
         logger.warning(
@@ -168,17 +192,16 @@ class BadImages:
             plural(self.allowed, "bad image"),
         )
 
-
-def _why(source: Source, number: int) -> str:
-    """Name and reason, found by trying once more."""
-    name = f"number {number}"
-    try:
-        example: Any = source[number]
-        name = example.get("name", name)
-        decode(example["encoded"])
-    except FAILURES as error:
-        return f"{name} cannot be decoded: {one_line(error, 500)}"
-    return f"{name} could not be decoded, although now it can: look for a failing disk"
+    def _why(self, source: Source, number: int) -> str:
+        """Name and reason, found by trying once more."""
+        name = f"number {number}"
+        try:
+            example: Any = source[number]
+            name = example.get("name", name)
+            self.decoder(example["encoded"])
+        except FAILURES as error:
+            return f"{name} cannot be decoded: {one_line(error, 500)}"
+        return f"{name} could not be decoded, although now it can: look for a failing disk"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,11 +253,18 @@ _LOADERS: Mapping[str, Callable[[str, DataSettings], Splits]] = {
         train_split=settings.train_split,
         eval_split=settings.eval_split,
     ),
-    "folder:": lambda path, settings: load_folder(pathlib.Path(path).expanduser()),
+    "folder:": lambda path, settings: load_folder(
+        pathlib.Path(path).expanduser(), allow_empty=settings.allow_empty
+    ),
     "records:": lambda path, settings: load_records(pathlib.Path(path).expanduser()),
 }
 
 _SOURCES = "digits, fake, tfds:NAME, folder:DIRECTORY, records:DIRECTORY"
+
+
+def decoder_of(settings: DataSettings) -> Decoder:
+    """The decoder that `config.data` describes."""
+    return Decoder(settings.max_pixels, settings.background, settings.white)
 
 
 def load(settings: DataSettings) -> Dataset:
@@ -270,18 +300,18 @@ def load(settings: DataSettings) -> Dataset:
             f"config.data.train_size=0, but the images of {name} differ in size; "
             f"--config.data.train_size=224 is usual for ImageNet"
         )
+    decoder = decoder_of(settings)
+    crop = RandomResizedCrop(settings.crop_scale, settings.crop_ratio, decoder)
     return Dataset(
         name=name,
         train=train,
         evaluation=evaluation,
-        image_shape=(train_size or height, train_size or width, channels),
-        eval_shape=(eval_size or height, eval_size or width, channels),
+        image_shape=(*(height_width(train_size) if train_size else (height, width)), channels),
+        eval_shape=(*(height_width(eval_size) if eval_size else (height, width)), channels),
         classes=classes,
-        train_crop=(
-            RandomResizedCrop(settings.crop_scale, settings.crop_ratio) if train_size else None
-        ),
-        eval_crop=CenterCrop(eval_size, settings.eval_crop) if eval_size else None,
+        train_crop=crop if train_size else None,
+        eval_crop=CenterCrop(eval_size, settings.eval_crop, decoder) if eval_size else None,
         workers=settings.workers,
         threads=settings.threads,
-        bad_images=BadImages(settings.max_bad),
+        bad_images=BadImages(settings.max_bad, decoder),
     )

@@ -1,25 +1,20 @@
-"""Encoded images to uint8 pixels: decoding, resizing, and the crop that the network gets.
+"""Images to the pixels that the network gets: crops and resizing.
 
 Crops are random in training and from the center in evaluation; everything else happens on the
-device. This is the only place that chooses a decoder: JPEG files go to simplejpeg, the fastest of
-those that `benchmarks/input_pipeline.py` compares, and the only fast one that reports damaged
-data. Everything else goes to Pillow: CMYK JPEGs, which other decoders do not convert, PNG and all
-other formats, and whatever simplejpeg rejects, because it also rejects harmless oddities. An image
-is undecodable if Pillow rejects it.
-
-EXIF rotations are not applied, as in other frameworks' ImageNet pipelines.
+device. `decoding.py` reads the files.
 """
 
 import dataclasses
-import io
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import cv2
 import numpy as np
-import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from repvgg_jax.data.decoding import DECODER, Decoder, is_jpeg
+from repvgg_jax.data.settings import Size, height_width
 
 REDUCTIONS = (8, 4, 2)
 """Factors by which decoding can shrink a JPEG for less work, the largest first."""
@@ -30,102 +25,26 @@ CROP_ATTEMPTS = 10  # at a crop that fits into the image, as in torchvision
 cv2.setNumThreads(1)
 
 
-class UndecodableError(ValueError):
-    """Data that no decoder can read; the text is the reason, without the image's name."""
-
-
-def image_size(encoded: bytes) -> tuple[int, int]:
-    """Height and width in pixels, from the header alone.
-
-    Raises:
-      UndecodableError: no known header.
-    """
-    header = _jpeg_header(encoded)
-    if header is not None:
-        return header[0], header[1]
-    with _opened(encoded) as image:
-        return image.height, image.width
-
-
-def decode(encoded: bytes, reduction: int = 1, *, fast_upsample: bool = False) -> np.ndarray:
-    """Decodes an image.
-
-    Args:
-      encoded: a JPEG, PNG or other file that Pillow reads.
-      reduction: 1, 2, 4 or 8: divides height and width, rounding up, in the frequency domain of
-        a JPEG, which takes less time. Other formats ignore it; look at the shape.
-      fast_upsample: repeat the values of JPEGs that store color at half the resolution, instead
-        of interpolating them as Pillow does. Brightness is the same.
-
-    Returns:
-      RGB, uint8 (height, width, 3).
-
-    Raises:
-      UndecodableError: damaged, or not an image.
-    """
-    header = _jpeg_header(encoded)
-    if header is not None and header[2] not in ("CMYK", "YCCK"):
-        height, width = (math.ceil(length / reduction) for length in header[:2])
-        try:
-            return simplejpeg.decode_jpeg(
-                encoded,
-                "RGB",
-                fastupsample=fast_upsample,
-                min_height=height,
-                min_width=width,
-                min_factor=reduction,
-            )
-        except ValueError:
-            pass  # Pillow tells damage from oddity
-    with _opened(encoded) as image:
-        try:
-            return np.asarray(image.convert("RGB"))
-        except Exception as error:  # Pillow's plugins raise anything
-            raise UndecodableError(str(error) or type(error).__name__) from error
-
-
-def is_plain_jpeg(encoded: bytes) -> bool:
-    """Whether it is a gray or RGB JPEG, which fast decoders read."""
-    header = _jpeg_header(encoded)
-    return header is not None and header[2] not in ("CMYK", "YCCK")
-
-
-def _jpeg_header(encoded: bytes) -> tuple[int, int, str, str] | None:
-    if not encoded.startswith(b"\xff\xd8"):
-        return None
-    try:
-        return simplejpeg.decode_jpeg_header(encoded)
-    except ValueError:
-        return None
-
-
-def _opened(encoded: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(encoded))
-    except UnidentifiedImageError as error:
-        what = f"{len(encoded):,} bytes of no known image format" if encoded else "an empty file"
-        raise UndecodableError(what) from error
-    except Exception as error:  # Pillow's plugins raise anything
-        raise UndecodableError(str(error) or type(error).__name__) from error
-
-
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random crop of an image, resized to a square.
+    """A random crop of an image, resized to a given size.
 
     Source: C. Szegedy et al., Going Deeper with Convolutions, section 6; the numbers and the
     fallback after ten attempts are torchvision's.
 
     Attributes:
       scale: smallest and largest fraction of the image's area.
-      ratio: smallest and largest width/height; its logarithm is uniform.
+      ratio: smallest and largest width/height, relative to that of the result; its logarithm is
+        uniform.
+      decoder: of encoded images.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    decoder: Decoder = DECODER
 
     def __call__(
-        self, example: Mapping[str, Any], size: int, rng: np.random.Generator
+        self, example: Mapping[str, Any], size: Size, rng: np.random.Generator
     ) -> np.ndarray:
         """The crop that `rng` samples.
 
@@ -136,34 +55,48 @@ class RandomResizedCrop:
 
         Args:
           example: with `image` or `encoded`.
-          size: height and width of the result, in pixels.
+          size: height and width of the result, in pixels; one number for a square.
           rng: source of the random numbers.
 
         Returns:
-          uint8 (size, size, channels).
+          uint8 (height, width, channels).
 
         Raises:
           UndecodableError: the image is damaged.
         """
-        if "image" in example:
-            pixels = example["image"]
-            top, left, height, width = self.sample(pixels.shape[0], pixels.shape[1], rng)
-        else:
-            full_height, full_width = image_size(example["encoded"])
-            top, left, height, width = self.sample(full_height, full_width, rng)
-            reduction = next((r for r in REDUCTIONS if min(height, width) >= r * size), 1)
-            pixels = decode(example["encoded"], reduction, fast_upsample=True)
+        rows, columns = height_width(size)
+        encoded = example.get("encoded", b"")
+        if is_jpeg(encoded):
+            full_height, full_width = self.decoder.size(encoded)
+            top, left, height, width = self.sample(full_height, full_width, rng, columns / rows)
+            reduction = next(
+                (r for r in REDUCTIONS if height >= r * rows and width >= r * columns), 1
+            )
+            pixels = self.decoder(encoded, reduction, fast_upsample=True)
             if pixels.shape[:2] != (full_height, full_width):
                 top, left, height, width = (
                     round(length / reduction) for length in (top, left, height, width)
                 )
-        return fast_resize(pixels[top : top + height, left : left + width], size, size)
+        else:
+            pixels = example["image"] if "image" in example else self.decoder(encoded)
+            top, left, height, width = self.sample(
+                pixels.shape[0], pixels.shape[1], rng, columns / rows
+            )
+        return fast_resize(pixels[top : top + height, left : left + width], rows, columns)
 
     def sample(
-        self, height: int, width: int, rng: np.random.Generator
+        self, height: int, width: int, rng: np.random.Generator, aspect: float = 1.0
     ) -> tuple[int, int, int, int]:
-        """Top, left, height and width of a random crop of an image, in pixels."""
-        low, high = (math.log(ratio) for ratio in self.ratio)
+        """Top, left, height and width of a random crop of an image, in pixels.
+
+        Args:
+          height: of the image.
+          width: of the image.
+          rng: source of the random numbers.
+          aspect: width/height of the result.
+        """
+        ratios = [ratio * aspect for ratio in self.ratio]
+        low, high = map(math.log, ratios)
         for _ in range(CROP_ATTEMPTS):
             share, shape, down, across = rng.random(4).tolist()
             area = height * width * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
@@ -174,40 +107,46 @@ class RandomResizedCrop:
                 left = int(across * (width - crop_width + 1))
                 return top, left, crop_height, crop_width
         # The image is longer than any crop may be: its center, in the nearest shape.
-        crop_width = min(width, max(1, round(height * self.ratio[1])))
-        crop_height = min(height, max(1, round(width / self.ratio[0])))
+        crop_width = min(width, max(1, round(height * ratios[1])))
+        crop_height = min(height, max(1, round(width / ratios[0])))
         return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 @dataclasses.dataclass(frozen=True)
 class CenterCrop:
-    """The center of an image whose short side was resized to `size / fraction`.
+    """The center of an image that was resized to just cover `size / fraction`.
 
-    Equal to torchvision's Resize and CenterCrop, pixel by pixel.
+    For a square equal to torchvision's Resize and CenterCrop, pixel by pixel.
 
     Attributes:
-      size: height and width of the result, in pixels.
-      fraction: of the short side, that remains; 0.875 is 224 of 256.
+      size: height and width of the result, in pixels; one number for a square.
+      fraction: of the side that just covers it, that remains; 0.875 is 224 of 256.
+      decoder: of encoded images.
     """
 
-    size: int
+    size: Size
     fraction: float = 0.875
+    decoder: Decoder = DECODER
 
     def __call__(self, example: Mapping[str, Any]) -> np.ndarray:
-        """uint8 (size, size, channels) of an example with `image` or `encoded`.
+        """uint8 (height, width, channels) of an example with `image` or `encoded`.
 
         Raises:
           UndecodableError: the image is damaged.
         """
-        pixels = example["image"] if "image" in example else decode(example["encoded"])
-        short = math.floor(self.size / self.fraction)
+        pixels = example["image"] if "image" in example else self.decoder(example["encoded"])
+        size = height_width(self.size)
+        rows, columns = (math.floor(length / self.fraction) for length in size)
         height, width = pixels.shape[:2]
-        if height <= width:
-            pixels = resize(pixels, short, int(short * width / height))
+        if rows * width >= columns * height:
+            pixels = resize(pixels, rows, int(rows * width / height))
         else:
-            pixels = resize(pixels, int(short * height / width), short)
-        top, left = (round((length - self.size) / 2) for length in pixels.shape[:2])
-        return pixels[top : top + self.size, left : left + self.size]
+            pixels = resize(pixels, int(columns * height / width), columns)
+        top, left = (
+            round((length - wanted) / 2)
+            for length, wanted in zip(pixels.shape[:2], size, strict=True)
+        )
+        return pixels[top : top + size[0], left : left + size[1]]
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from repvgg_jax.settings import Section, setting
@@ -9,6 +10,47 @@ from repvgg_jax.settings import Section, setting
 POLICIES = ("none", "autoaugment", "randaugment", "raug15")
 RESAMPLINGS = ("bilinear", "bicubic", "random")
 ERASE_MODES = ("pixel", "color", "zero")
+
+
+Size = int | tuple[int, int]
+"""Height and width of images in pixels, or one number for squares."""
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    """Height and width in pixels."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def parse_size(name: str, value: Any, least: int = 0) -> Size:
+    """A size as it is stored: one number for squares, else (height, width).
+
+    Raises:
+      ValueError: something else; says it of `name`.
+    """
+    sides = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+    if len(sides) != 2 or any(type(side) is not int or side < least for side in sides):
+        raise ValueError(
+            f"{name}={value!r} must be {least} or more, in pixels: one number, or (height, width), "
+            f"e.g. (128, 256)"
+        )
+    if 0 in sides and any(sides):
+        raise ValueError(f"{name}={value!r} must not be 0 for one side only")
+    return sides[0] if sides[0] == sides[1] else sides
+
+
+def parse_background(values: Sequence[Any]) -> tuple[int, int, int]:
+    """A color from integers, or from their decimal digits.
+
+    Raises:
+      ValueError: not three values from 0 to 255.
+    """
+    color = [int(value) if str(value).isdecimal() else -1 for value in values]
+    if len(color) != 3 or not all(0 <= value <= 255 for value in color):
+        raise ValueError(
+            f"config.data.background={tuple(values)} must be three integers, 0 … 255: red, green, "
+            f"blue"
+        )
+    return color[0], color[1], color[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +64,25 @@ class DataSettings(Section, path="config.data"):
     train_split: str = setting("train", "split of tfds:NAME to train on")
     eval_split: str = setting("validation", "split of tfds:NAME to evaluate on")
     num_classes: int = setting(0, "number of classes to expect; 0: any", least=0)
-    train_size: int = setting(
-        0, "height and width, pixels; 0: as they are, for digits and fake only", least=0
+    allow_empty: bool = setting(
+        False, "classes of a folder tree may lack images; they are named, and keep their numbers"
     )
-    sizes: tuple[tuple[int, int], ...] = setting(
+    train_size: int | tuple[int, int] = setting(
+        0,
+        "height and width, pixels: one number or (height, width); 0: as they are, for digits and "
+        "fake only",
+        parse=parse_size,
+        any_type=True,
+    )
+    sizes: tuple[tuple[int, Size], ...] = setting(
         (), "pairs (epoch, train size) from which it changes: ((0, 128), (60, 224))"
     )
-    eval_size: int = setting(0, "height and width in evaluation, pixels; 0: train_size", least=0)
+    eval_size: int | tuple[int, int] = setting(
+        0,
+        "height and width in evaluation, pixels, as train_size; 0: train_size",
+        parse=parse_size,
+        any_type=True,
+    )
     eval_crop: float = setting(
         0.875, "fraction of the resized image's short side that evaluation sees", above=0, most=1
     )
@@ -36,11 +90,24 @@ class DataSettings(Section, path="config.data"):
         (0.08, 1.0), "fraction of the image's area in a random training crop, smallest and largest"
     )
     crop_ratio: tuple[float, float] = setting(
-        (3 / 4, 4 / 3), "width over height of a random training crop, smallest and largest"
+        (3 / 4, 4 / 3),
+        "width over height of a random training crop, relative to train_size's; two limits",
     )
     workers: int = setting(0, "reading processes per process of the run; 0: threads", least=0)
     threads: int = setting(1, "reading threads in each of them", least=1)
     max_bad: int = setting(0, "undecodable images allowed; one more stops the run", least=0)
+    max_pixels: int = setting(
+        178_956_970, "height times width of the largest image that is decoded", least=1
+    )
+    background: tuple[int, int, int] = setting(
+        (255, 255, 255), "color behind transparent pixels: red, green, blue, 0 … 255"
+    )
+    white: float = setting(
+        0.0,
+        "value that becomes 255 in images of more than 8 bits; 0: 65535 in those of 16 bits, 1 in "
+        "those of floats",
+        least=0,
+    )
     mean: tuple[float, ...] = setting(
         (0.485, 0.456, 0.406), "mean per channel of pixels on the scale 0 … 1"
     )
@@ -49,7 +116,11 @@ class DataSettings(Section, path="config.data"):
     )
 
     def check(self) -> None:
-        """Checks crops, standard deviations and sizes by epoch."""
+        """Checks crops, standard deviations, the background and sizes."""
+        for name in ("train_size", "eval_size"):
+            size = parse_size(f"config.data.{name}", getattr(self, name))
+            object.__setattr__(self, name, size)
+        parse_background(self.background)
         if any(value <= 0 for value in self.std):
             raise ValueError(f"config.data.std={self.std} must be above 0")
         for name, most in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
@@ -63,7 +134,7 @@ class DataSettings(Section, path="config.data"):
 
     def _check_sizes(self) -> None:
         example = "e.g. ((0, 128), (60, 192), (90, 224))"
-        if not all(_is_pair(change) for change in self.sizes):
+        if not all(_is_change(change) for change in self.sizes):
             raise ValueError(
                 f"config.data.sizes={self.sizes} must hold pairs of an epoch and a size above 0 "
                 f"in pixels, {example}"
@@ -75,20 +146,20 @@ class DataSettings(Section, path="config.data"):
                 f"config.data.sizes={self.sizes} must start with epoch 0, with increasing epochs, "
                 f"{example}"
             )
-        if self.train_size < 1:
+        if not self.train_size:
             raise ValueError(
                 f"config.data.sizes={self.sizes} needs config.data.train_size above 0, which "
                 f"evaluation follows, e.g. {self.sizes[-1][1]}"
             )
 
 
-def _is_pair(change: Any) -> bool:
-    return (
-        isinstance(change, tuple)
-        and len(change) == 2
-        and all(type(number) is int for number in change)
-        and change[1] > 0
-    )
+def _is_change(change: Any) -> bool:
+    try:
+        epoch, size = change
+        parse_size("", size, least=1)
+        return type(epoch) is int
+    except (TypeError, ValueError):
+        return False
 
 
 @dataclasses.dataclass(frozen=True)

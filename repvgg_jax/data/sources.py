@@ -8,6 +8,7 @@ Classes and images are in the order of their names, whatever the order of the fi
 """
 
 import dataclasses
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
@@ -15,7 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from repvgg_jax.text import first_few
+from repvgg_jax.data.decoding import read_file
+from repvgg_jax.data.settings import Size, height_width
+from repvgg_jax.text import first_few, plural
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -100,8 +105,12 @@ def _noise(count: int, seed: int) -> ArraySource:
 
 
 FOLDER_SPLITS = ("train", "val")
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-"""Of image files, in either case; other files, and names that begin with a dot, are ignored."""
+_JPEG, _OTHERS = (".jpeg", ".jpg", ".jfif"), (".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (*_JPEG, *_OTHERS, ".ppm", ".pgm")
+"""Of image files, in either case. Other files are counted, and names that begin with a dot are
+ignored."""
+
+_OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # in folders that were opened under Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +135,7 @@ class FolderSource:
         """The file's bytes, its label, and its path from the split on."""
         name = os.fsdecode(self.names[index])
         return {
-            "encoded": (self.root / name).read_bytes(),
+            "encoded": read_file(self.root / name),
             "label": int(self.labels[index]),
             "name": f"{self.root.name}/{name}",
         }
@@ -136,8 +145,17 @@ class FolderSource:
         return self.root / os.fsdecode(self.names[index])
 
 
-def load_folder(root: pathlib.Path) -> tuple[FolderSource, FolderSource, tuple[str, ...]]:
+def load_folder(
+    root: pathlib.Path, *, allow_empty: bool = False
+) -> tuple[FolderSource, FolderSource, tuple[str, ...]]:
     """Training images, validation images and class names.
+
+    Images are read as torchvision's ImageFolder does, those in subfolders of a class included, in
+    the order of directories, then of names. Files that are not images are counted in a warning.
+
+    Args:
+      root: holds `train` and `val`, with a folder per class.
+      allow_empty: classes may lack images, and `val` may lack classes; a warning names them.
 
     Raises:
       ValueError: no such tree, an empty class, or splits of different classes.
@@ -149,17 +167,17 @@ def load_folder(root: pathlib.Path) -> tuple[FolderSource, FolderSource, tuple[s
                 f"{root}/train/CLASS/IMAGE.JPEG and {root}/val/CLASS/IMAGE.JPEG"
             )
     train, val = (_folders(root / split) for split in FOLDER_SPLITS)
-    if train != val:
-        only = {"train": set(train) - set(val), "val": set(val) - set(train)}
+    only = {"train": sorted(set(train) - set(val)), "val": sorted(set(val) - set(train))}
+    if only["val"] or (only["train"] and not allow_empty):
         raise ValueError(
             f"{root}: train and val have different classes; "
             + "; ".join(
-                f"only in {split}: {first_few(sorted(names))}"
-                for split, names in only.items()
-                if names
+                f"only in {split}: {first_few(names)}" for split, names in only.items() if names
             )
+            + ("" if only["val"] else "; config.data.allow_empty=True allows that")
         )
-    return _folder_source(root / "train", train), _folder_source(root / "val", train), tuple(train)
+    sources = [_folder_source(root / split, train, allow_empty) for split in FOLDER_SPLITS]
+    return sources[0], sources[1], tuple(train)
 
 
 def _folders(root: pathlib.Path) -> list[str]:
@@ -170,44 +188,103 @@ def _folders(root: pathlib.Path) -> list[str]:
     return found
 
 
-def _folder_source(root: pathlib.Path, classes: list[str]) -> FolderSource:
+def _folder_source(root: pathlib.Path, classes: list[str], allow_empty: bool) -> FolderSource:
     names, labels, empty = [], [], []
+    ignored = [file for file in sorted(_entries(root)[1]) if not _is_of_system(file)]
     for label, name in enumerate(classes):
-        with os.scandir(root / name) as entries:
-            found = sorted(
-                e.name
-                for e in entries
-                if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".")
-            )
-        names += [os.fsencode(f"{name}/{file}") for file in found]
+        found = []
+        for file in _files(root, name) if (root / name).is_dir() else ():
+            if file.lower().endswith(SUFFIXES):
+                found.append(os.fsencode(file))
+            elif not _is_of_system(file):
+                ignored.append(file)
+        names += found
         labels += [label] * len(found)
         empty += [] if found else [name]
+    suffixes = ", ".join(SUFFIXES)
+    if ignored:
+        logger.warning(
+            "%s: %s ignored, in no class or without a name in %s: %s",
+            root,
+            plural(len(ignored), "file"),
+            suffixes,
+            first_few(ignored),
+        )
+    if empty and (len(empty) == len(classes) or not allow_empty):
+        raise ValueError(
+            f"{root}: no images ({suffixes}) of class {first_few(empty)}; add some, remove the "
+            f"folder, or allow it with config.data.allow_empty=True"
+        )
     if empty:
-        raise ValueError(f"{root}: no images ({', '.join(SUFFIXES)}) of class {first_few(empty)}")
+        logger.warning(
+            "%s: no images of %d of %d classes: %s",
+            root,
+            len(empty),
+            len(classes),
+            first_few(empty),
+        )
     return FolderSource(root, np.array(names), np.array(labels, np.int32))
 
 
-def photo_crops(size: int, count: int = 16) -> np.ndarray:
-    """Square crops of two photographs that come with scikit-learn: uint8 (count, size, size, 3).
+def _is_of_system(file: str) -> bool:
+    return file.rpartition("/")[2].lower() in _OF_SYSTEMS
+
+
+def _entries(directory: pathlib.Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of everything else in a directory, without hidden ones."""
+    folders: list[str] = []
+    others: list[str] = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                (folders if entry.is_dir() else others).append(entry.name)
+    return folders, others
+
+
+def _files(root: pathlib.Path, top: str) -> list[str]:
+    """Paths of everything below `root/top` that is not a folder, from `top` on.
+
+    Links to folders are followed, but not back into a folder that is being read.
+    """
+    found: list[tuple[str, str]] = []
+    todo: list[tuple[str, frozenset[str]]] = [(top, frozenset())]
+    while todo:
+        folder, above = todo.pop()
+        real = os.path.realpath(root / folder)
+        if real in above:
+            continue
+        inner, files = _entries(root / folder)
+        found += [(folder, file) for file in files]
+        todo += [(f"{folder}/{name}", above | {real}) for name in inner]
+    return [f"{folder}/{file}" for folder, file in sorted(found)]
+
+
+def photo_crops(size: Size, count: int = 16) -> np.ndarray:
+    """Crops of two photographs that come with scikit-learn: uint8 (count, height, width, 3).
 
     For proofs and pictures without a data set: a temple and a flower, 427x640 pixels; © their
     authors, under the licenses in scikit-learn. The crops are spread evenly over the
-    photographs. Above a size of 427, pixels are repeated.
+    photographs. Above that size, pixels are repeated.
+
+    Args:
+      size: height and width of a crop, in pixels; one number for a square.
+      count: of crops.
     """
     from sklearn.datasets import load_sample_images
 
+    rows, columns = height_width(size)
     photos = load_sample_images().images
     per_photo = -(-count // len(photos))
     found = []
     for photo in photos:
-        times = -(-size // min(photo.shape[:2]))
+        times = max(-(-rows // photo.shape[0]), -(-columns // photo.shape[1]))
         enlarged = photo.repeat(times, axis=0).repeat(times, axis=1)
         height, width, _ = enlarged.shape
         fraction = np.linspace(0, 1, per_photo)
-        tops = ((height - size) * fraction).astype(int)
-        lefts = ((width - size) * ((3 * fraction) % 1.001)).astype(int)
+        tops = ((height - rows) * fraction).astype(int)
+        lefts = ((width - columns) * ((3 * fraction) % 1.001)).astype(int)
         found += [
-            enlarged[top : top + size, left : left + size]
+            enlarged[top : top + rows, left : left + columns]
             for top, left in zip(tops, lefts, strict=True)
         ]
     return np.stack(found[:count])

@@ -25,6 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from repvgg_jax.data.dataset import Dataset, load
+from repvgg_jax.data.settings import height_width
 from repvgg_jax.data.sources import ArraySource
 from repvgg_jax.text import how_to_install
 from repvgg_jax.train.experiment import Experiment
@@ -260,8 +261,9 @@ def _dataset(settings: Settings) -> Dataset:
     """The data set, or a blank one with the shapes of ImageNet."""
     if settings.data.source in _BUILT_IN:
         return load(settings.data)
-    size, eval_size = settings.data.train_size or 224, settings.data.eval_size
-    shape, eval_shape = (size, size, 3), (eval_size or size, eval_size or size, 3)
+    size = settings.data.train_size or 224
+    shape = (*height_width(size), 3)
+    eval_shape = (*height_width(settings.data.eval_size or size), 3)
 
     def blank(count: int) -> ArraySource:
         # One blank image, seen `count` times: no memory behind it.

@@ -144,7 +144,7 @@ class Experiment:
             unrolled=self.mesh.devices.flat[0].platform == "cpu",
         )
 
-    def lower_step(self, size: int | None = None) -> jax.stages.Lowered:
+    def lower_step(self, size: tuple[int, int] | None = None) -> jax.stages.Lowered:
         """The train step for the devices of the mesh, ready to be compiled.
 
         Compiled, it takes a state, which it consumes, and a batch, and returns the next state
@@ -179,11 +179,11 @@ class Experiment:
             self.state_sharding(),
         )
 
-    def abstract_batch(self, size: int | None = None) -> dict[str, Any]:
+    def abstract_batch(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
         """Shapes, dtypes and shardings of a training batch; `size` as in `lower_step`."""
         batch = self.settings.train.batch_size
         height, width, channels = self.dataset.image_shape
-        shape = (batch, size or height, size or width, channels)
+        shape = (batch, *(size or (height, width)), channels)
         return {
             "image": jax.ShapeDtypeStruct(shape, "uint8", sharding=self.over_batch),
             "label": jax.ShapeDtypeStruct((batch,), "int32", sharding=self.over_batch),
@@ -218,7 +218,7 @@ class Experiment:
     @property
     def size_at(self) -> TrainSizes:
         """Height and width of the training images in an epoch, counted from 0."""
-        return TrainSizes(self.settings.data.sizes, otherwise=self.dataset.image_shape[0])
+        return TrainSizes(self.settings.data.sizes, otherwise=self.dataset.image_shape[:2])
 
     def is_due(self, every_epochs: int, step: int) -> bool:
         """Whether something that happens every so many epochs, and at the end, is due."""

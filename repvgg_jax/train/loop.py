@@ -170,18 +170,18 @@ class CompiledStep:
 
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
-        self._compiled: dict[int, jax.stages.Compiled] = {}
+        self._compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         """Takes a step; consumes `state`."""
-        return self.compile(batch["image"].shape[1])(state, batch)
+        return self.compile(batch["image"].shape[1:3])(state, batch)
 
-    def compile(self, size: int) -> jax.stages.Compiled:
+    def compile(self, size: tuple[int, int]) -> jax.stages.Compiled:
         """The step for images of this height and width."""
         if size not in self._compiled:
             began = time.monotonic()
             self._compiled[size] = self._experiment.lower_step(size).compile()
-            logger.info("compiled for %dx%d in %.1f s", size, size, time.monotonic() - began)
+            logger.info("compiled for %dx%d in %.1f s", *size, time.monotonic() - began)
             consensus.barrier(f"compiled {size}")
         return self._compiled[size]
 

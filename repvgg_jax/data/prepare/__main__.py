@@ -7,6 +7,7 @@ python -m repvgg_jax.data.prepare --verify /data/imagenet
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -25,6 +26,10 @@ QUALITY = flags.DEFINE_integer(
 SHARD_IMAGES = flags.DEFINE_integer("shard_images", 2048, "Images per shard.", lower_bound=1)
 PROCESSES = flags.DEFINE_integer("processes", 0, "Number of workers; 0: one per core.")
 MAX_BAD = flags.DEFINE_integer("max_bad", 0, "Undecodable images that may be left out.")
+ALLOW_EMPTY = flags.DEFINE_bool("allow_empty", False, "As config.data.allow_empty.")
+MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "As config.data.max_pixels.", lower_bound=1)
+BACKGROUND = flags.DEFINE_list("background", None, "As config.data.background, e.g. 0,0,0.")
+WHITE = flags.DEFINE_float("white", None, "As config.data.white.", lower_bound=0)
 VERIFY = flags.DEFINE_string(
     "verify", None, "Check this prepared directory instead, image by image."
 )
@@ -32,6 +37,7 @@ VERIFY = flags.DEFINE_string(
 
 def main(_: Sequence[str]) -> int:
     """Prepares or verifies; returns the exit status."""
+    from repvgg_jax.data.dataset import decoder_of
     from repvgg_jax.data.prepare import inputs, shards
     from repvgg_jax.data.prepare.prepare import (
         Settings,
@@ -39,8 +45,10 @@ def main(_: Sequence[str]) -> int:
         format_bytes,
         free_bytes,
         prepare,
+        training_command,
         verify,
     )
+    from repvgg_jax.data.settings import DataSettings, parse_background
 
     processes = PROCESSES.value or os.cpu_count() or 1
     if VERIFY.value is not None:
@@ -54,9 +62,13 @@ def main(_: Sequence[str]) -> int:
     if SHORT_SIDE.value < 0:
         raise ValueError(f"--short_side={SHORT_SIDE.value} must be 0 or more")
     output = pathlib.Path(OUTPUT.value)
-    encoding = shards.Encoding(SHORT_SIDE.value, QUALITY.value)
+    given: dict[str, Any] = {"max_pixels": MAX_PIXELS.value, "white": WHITE.value}
+    if BACKGROUND.value is not None:
+        given["background"] = parse_background(BACKGROUND.value)
+    data = DataSettings(**{name: value for name, value in given.items() if value is not None})
+    encoding = shards.Encoding(SHORT_SIDE.value, QUALITY.value, decoder_of(data))
     try:
-        found = inputs.find(pathlib.Path(SOURCE.value))
+        found = inputs.find(pathlib.Path(SOURCE.value), allow_empty=ALLOW_EMPTY.value)
     except inputs.MissingError as error:
         needed = estimate_imagenet(encoding, SHARD_IMAGES.value)
         raise ValueError(
@@ -76,10 +88,7 @@ def main(_: Sequence[str]) -> int:
     )
     total = sum(shard.bytes for split in manifest.splits.values() for shard in split)
     print(f"{output}: {total / 1e6:,.2f} MB in {sum(map(len, manifest.splits.values()))} shards")
-    print(
-        "next: python train.py --config configs/b1.py "
-        f"--config.data.source=records:{output.resolve()}"
-    )
+    print(f"next: {training_command(manifest, output)}")
     return 0
 
 

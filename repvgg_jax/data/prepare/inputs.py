@@ -8,15 +8,19 @@ import io
 import os
 import pathlib
 import tarfile
+import zlib
 from collections.abc import Iterator
 
 from repvgg_jax import text
+from repvgg_jax.data.decoding import open_regular
 from repvgg_jax.data.sources import FOLDER_SPLITS, load_folder
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 VAL_LABELS = "val_labels.txt"
+_DEVKIT_FILES = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+_DEVKIT_BYTES = 1 << 26  # of each of them, at most; the real ones have less than 1 MB
 
 
 class MissingError(ValueError):
@@ -32,7 +36,7 @@ class Item:
       label: number of its class.
       file: that holds its bytes.
       offset: of its first byte in `file`.
-      size: in bytes.
+      size: in bytes; -1 for what is no readable file.
     """
 
     name: str
@@ -45,11 +49,11 @@ class Item:
         """The bytes of the encoded image.
 
         Raises:
-          OSError: it cannot be read, or not completely.
+          OSError: it cannot be read, or not completely, or is no regular file.
         """
-        with open(self.file, "rb") as file:
+        with open_regular(self.file) as file:
             file.seek(self.offset)
-            content = file.read(self.size)
+            content = file.read(max(self.size, 0))
         if len(content) != self.size:
             raise OSError(f"{self.file} ends within {self.name}")
         return content
@@ -68,8 +72,12 @@ class Inputs:
     splits: dict[str, list[Item]]
 
 
-def find(root: pathlib.Path) -> Inputs:
+def find(root: pathlib.Path, *, allow_empty: bool = False) -> Inputs:
     """Images of a directory with ImageNet's tar files, or else of a class-per-folder tree.
+
+    Args:
+      root: the directory.
+      allow_empty: see `load_folder`.
 
     Raises:
       MissingError: neither; lists all that is missing.
@@ -78,7 +86,7 @@ def find(root: pathlib.Path) -> Inputs:
     if not root.is_dir():
         raise ValueError(f"--source={root} is not a directory")
     if (root / "train").is_dir() and (root / "val").is_dir():
-        return _tree(root)
+        return _tree(root, allow_empty)
     if missing := _missing_tars(root):
         raise MissingError(
             f"{root} holds neither train/ and val/ with a folder per class, nor ImageNet's "
@@ -101,8 +109,8 @@ def _missing_tars(root: pathlib.Path) -> list[str]:
     return missing
 
 
-def _tree(root: pathlib.Path) -> Inputs:
-    *sources, classes = load_folder(root)
+def _tree(root: pathlib.Path, allow_empty: bool) -> Inputs:
+    *sources, classes = load_folder(root, allow_empty=allow_empty)
     splits = {}
     for split, source in zip(FOLDER_SPLITS, sources, strict=True):
         splits[split] = [
@@ -111,11 +119,18 @@ def _tree(root: pathlib.Path) -> Inputs:
                 label=int(source.labels[i]),
                 file=source.path(i),
                 offset=0,
-                size=source.path(i).stat().st_size,
+                size=_size(source.path(i)),
             )
             for i in range(len(source))
         ]
     return Inputs(classes, splits)
+
+
+def _size(path: pathlib.Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a broken link: an image that cannot be read, as reading it will tell
+        return -1
 
 
 def _tars(root: pathlib.Path) -> Inputs:
@@ -177,20 +192,41 @@ def _members(
 
 def _val_labels(root: pathlib.Path) -> list[str]:
     if (root / VAL_LABELS).is_file():
-        return (root / VAL_LABELS).read_text().split()
+        return (root / VAL_LABELS).read_text(errors="replace").split()
     from scipy.io import loadmat
 
-    with tarfile.open(root / DEVKIT) as tar:
-        files = {}
-        for member in tar:
-            name = member.name.rpartition("/")[2]
-            if name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
+    path = root / DEVKIT
+    files = _devkit_files(path)
+    try:
+        synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
+        names = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        return [names[int(number)] for number in files[_DEVKIT_FILES[1]].split()]
+    except Exception as error:  # loadmat raises anything
+        raise ValueError(
+            f"{path} holds other class numbers than ImageNet's, or is damaged "
+            f"({type(error).__name__}: {text.one_line(error)}); download it again, or give "
+            f"{VAL_LABELS}"
+        ) from error
+
+
+def _devkit_files(path: pathlib.Path) -> dict[str, bytes]:
+    files = {}
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                name = member.name.rpartition("/")[2]
+                if name not in _DEVKIT_FILES:
+                    continue
+                if not member.isfile() or member.size > _DEVKIT_BYTES:
+                    raise ValueError(f"{path}: {name} in it is no file of at most 64 MiB")
                 content = tar.extractfile(member)
-                assert content is not None
+                assert content is not None  # as of every file
                 files[name] = content.read()
-    if len(files) != 2:
-        raise ValueError(f"{root / DEVKIT} lacks meta.mat or the validation ground truth")
-    synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
-    names = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    truth = files["ILSVRC2012_validation_ground_truth.txt"].split()
-    return [names[int(number)] for number in truth]
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged or not downloaded completely: {text.one_line(error)}; download it "
+            f"again, or give {VAL_LABELS}"
+        ) from error
+    if lacking := [name for name in _DEVKIT_FILES if name not in files]:
+        raise ValueError(f"{path} lacks {' and '.join(lacking)}; download it again")
+    return files

@@ -1,14 +1,17 @@
 """Plans the shards, checks the disk space, has workers write them, and writes the manifest last."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import logging
 import multiprocessing
 import pathlib
 import random
+import re
+import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -17,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from repvgg_jax import files, text
 from repvgg_jax.data import records
-from repvgg_jax.data.images import UndecodableError
+from repvgg_jax.data.decoding import UndecodableError
 from repvgg_jax.data.prepare import shards
-from repvgg_jax.data.prepare.inputs import Inputs
+from repvgg_jax.data.prepare.inputs import Inputs, Item
 from repvgg_jax.data.prepare.shards import Done, Encoding, Job
 from repvgg_jax.data.sources import photo_crops
 
@@ -29,6 +32,7 @@ IMAGENET = {"train": 1_281_167, "val": 50_000}
 """Number of images by split."""
 _IMAGENET_BYTES = 144e9  # of all its files
 _IMAGENET_SHAPE, _IMAGENET_QUALITY = (500, 375), 95  # usual ones, width first
+_RECIPE_BATCH, _RECIPE_GROUP = 256, 32  # of configs/b1.py
 _SAMPLE = 64  # images that are encoded for the estimate
 _MARGIN = 1.05  # of the estimate over the sample's mean
 _RECORD_OVERHEAD = 256  # bytes of a record's name, label and index
@@ -56,10 +60,12 @@ def prepare(inputs: Inputs, output: pathlib.Path, settings: Settings) -> records
     """Writes all shards that are not finished yet, then the manifest.
 
     Raises:
-      ValueError: images cannot be decoded, or the disk is too small.
+      ValueError: images cannot be decoded, the disk is too small, or the directory holds something
+        else.
       OSError: something cannot be read or written, or a process died. Finished shards stay, what
         is half-written does not, and there is no manifest.
     """
+    _check_output(inputs, output)
     plan = {split: _jobs(inputs, split, output, settings) for split in inputs.splits}
     jobs = [job for split in plan.values() for job in split]
     found = {job.path: shards.finished(job) for job in jobs}
@@ -99,7 +105,71 @@ def prepare(inputs: Inputs, output: pathlib.Path, settings: Settings) -> records
             text.plural(len(bad), "image"),
             text.first_few(bad),
         )
+    if animated := sorted(name for result in done.values() for name in result.animated):
+        logger.info(
+            "%s with several pages or frames, of which the first is stored: %s",
+            text.plural(len(animated), "file"),
+            text.first_few(animated),
+        )
+    _remove_older_shards({path.name for path in found}, output)
     return manifest
+
+
+_OURS = re.compile(r"(train|val)-\d{5,}-of-\d{5,}\.array_record(\.done\.json)?")
+
+
+def _check_output(inputs: Inputs, output: pathlib.Path) -> None:
+    """Refuses a directory with anything but an earlier preparation of the same classes."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ValueError(f"--output={output} is not a directory")
+    others = sorted(
+        entry.name
+        for entry in output.iterdir()
+        if entry.name != records.MANIFEST
+        and not entry.name.startswith(".")
+        and not _OURS.fullmatch(entry.name)
+    )
+    if others:
+        raise ValueError(
+            f"--output={output} holds {text.first_few(others)}, which this command did not write; "
+            f"choose another directory"
+        )
+    try:
+        classes = records.Manifest.read(output).classes
+    except ValueError:  # there is none, or it is of another version
+        return
+    if classes != inputs.classes:
+        raise ValueError(
+            f"--output={output} holds another data set, of {len(classes)} classes "
+            f"({text.first_few(classes, 3)}), this one has {len(inputs.classes)} "
+            f"({text.first_few(inputs.classes, 3)}); choose another directory, or remove that one"
+        )
+
+
+def _remove_older_shards(current: Collection[str], output: pathlib.Path) -> None:
+    """Removes shards of an earlier preparation that had other numbers of images."""
+    for note in output.glob(f"*{shards.DONE}"):
+        name = note.name.removesuffix(shards.DONE)
+        if _OURS.fullmatch(name) and name not in current:
+            (output / name).unlink(missing_ok=True)
+            note.unlink()
+
+
+def training_command(manifest: records.Manifest, output: pathlib.Path) -> str:
+    """The command that trains RepVGG-B1 on prepared images."""
+    images = sum(shard.images for shard in manifest.splits["train"])
+    arguments = [f"--config.data.source=records:{output.resolve()}"]
+    if len(manifest.classes) != 1000:
+        arguments += [f"--config.data.num_classes={len(manifest.classes)}"]
+    if images < _RECIPE_BATCH:
+        batch_size = 1 << max(images.bit_length() - 1, 0)
+        arguments += [
+            f"--config.train.batch_size={batch_size}",
+            f"--config.bn.group_size={min(batch_size, _RECIPE_GROUP)}",
+        ]
+    return shlex.join(["python", "train.py", "--config", "configs/b1.py", *arguments])
 
 
 def verify(output: pathlib.Path, *, processes: int = 1) -> None:
@@ -226,18 +296,20 @@ def _manifest(
 
 
 def estimate_bytes(jobs: Sequence[Job]) -> float:
-    """Bytes that these shards will take, estimated from a sample of their images.
-
-    Raises:
-      OSError: an image cannot be read.
-    """
+    """Bytes that these shards will take, estimated from a sample of their images."""
     items = [item for job in jobs for item in job.items]
     if not items:
         return 0.0
     sample = random.Random(0).sample(items, min(_SAMPLE, len(items)))
     encoding = jobs[0].encoding
-    ratio = _ratio(encoding, (item.read() for item in sample)) if encoding.short_side else 1.0
+    ratio = _ratio(encoding, _readable(sample)) if encoding.short_side else 1.0
     return _total(sum(item.size for item in items) * ratio, len(items), len(jobs))
+
+
+def _readable(items: Iterable[Item]) -> Iterator[bytes]:
+    for item in items:
+        with contextlib.suppress(OSError):
+            yield item.read()
 
 
 def estimate_imagenet(encoding: Encoding, shard_images: int) -> float:

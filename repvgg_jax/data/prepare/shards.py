@@ -11,7 +11,8 @@ from PIL import Image
 
 from repvgg_jax import files
 from repvgg_jax.data import records
-from repvgg_jax.data.images import UndecodableError, decode, is_plain_jpeg, resize
+from repvgg_jax.data.decoding import DECODER, MAX_BYTES, Decoder, UndecodableError, is_plain_jpeg
+from repvgg_jax.data.images import resize
 from repvgg_jax.data.prepare.inputs import Item
 
 DONE = ".done.json"
@@ -25,20 +26,23 @@ class Encoding:
     Attributes:
       short_side: larger images are shrunk to it, in pixels; 0 keeps their size.
       quality: of JPEGs that are encoded again.
+      decoder: of the files.
     """
 
     short_side: int = 0
     quality: int = JPEG_QUALITY
+    decoder: Decoder = DECODER
 
     def apply(self, content: bytes) -> bytes:
         """The bytes to store: `content` itself if it is a JPEG that needs no shrinking.
 
-        CMYK JPEGs, PNGs and others become RGB JPEGs.
+        CMYK JPEGs, PNGs and others become RGB JPEGs. EXIF, which may turn an image, stays in JPEGs
+        that are kept, and is applied in others.
 
         Raises:
           UndecodableError: the image is damaged.
         """
-        pixels = decode(content)
+        pixels = self.decoder(content)
         height, width = pixels.shape[:2]
         short = min(height, width)
         smaller = 0 < self.short_side < short
@@ -81,12 +85,15 @@ class Done:
     Attributes:
       shard: the file.
       changed: names of images that were not RGB or gray JPEGs and now are.
-      bad: names of images that cannot be decoded, with the reason; they are not in the file.
+      bad: names of images that cannot be read or decoded, with the reason; they are not in the
+        file.
+      animated: names of files of several pages or frames, of which the first is stored.
     """
 
     shard: records.Shard
     changed: tuple[str, ...]
     bad: tuple[str, ...]
+    animated: tuple[str, ...] = ()
 
 
 def finished(job: Job) -> Done | None:
@@ -100,23 +107,24 @@ def finished(job: Job) -> Done | None:
         return None
     if not whole or content["fingerprint"] != job.fingerprint:
         return None
-    return Done(shard, tuple(content["changed"]), tuple(content["bad"]))
+    names = (tuple(content.get(key, ())) for key in ("changed", "bad", "animated"))
+    return Done(shard, *names)
 
 
 def write(job: Job) -> Done:
     """Writes a shard atomically, and verifies it before it takes its name.
 
     Raises:
-      OSError: an image cannot be read, or the shard cannot be written, e.g. on a full disk.
+      OSError: the shard cannot be written, e.g. on a full disk.
       ValueError: the file does not hold what was written.
     """
     with files.replacing(job.path) as temporary:
-        digests, changed, bad = _write_records(job, temporary)
+        digests, changed, bad, animated = _write_records(job, temporary)
         _verify(temporary, digests)
         shard = records.Shard(
             job.path.name, len(digests), temporary.stat().st_size, files.sha256(temporary)
         )
-    done = Done(shard, tuple(changed), tuple(bad))
+    done = Done(shard, tuple(changed), tuple(bad), tuple(animated))
     files.write_text(
         job.path.with_name(job.path.name + DONE),
         json.dumps({"fingerprint": job.fingerprint, **dataclasses.asdict(done)}),
@@ -124,22 +132,26 @@ def write(job: Job) -> Done:
     return done
 
 
-def _write_records(job: Job, path: pathlib.Path) -> tuple[list[bytes], list[str], list[str]]:
-    """Digests of the records, names of images that changed, and of bad ones with the reason."""
+def _write_records(
+    job: Job, path: pathlib.Path
+) -> tuple[list[bytes], list[str], list[str], list[str]]:
+    """Digests of the records, and the fields of `Done` from `changed` on."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    digests, changed, bad = [], [], []
+    digests, changed, bad, animated = [], [], [], []
     try:
         writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         for item in job.items:
-            content = item.read()
             try:
+                content = item.read()
                 stored = job.encoding.apply(content)
-            except UndecodableError as error:
+            except (UndecodableError, OSError) as error:
                 bad.append(f"{item.name}: {error}")
                 continue
             if not is_plain_jpeg(content):
                 changed.append(item.name)
+                if job.encoding.decoder.is_animated(content):
+                    animated.append(item.name)
             record = records.pack(encoded=stored, label=item.label, name=item.name)
             digests.append(hashlib.sha256(record).digest())
             writer.write(record)
@@ -148,7 +160,7 @@ def _write_records(job: Job, path: pathlib.Path) -> tuple[list[bytes], list[str]
         raise OSError(
             f"{job.path} cannot be written, free disk space and the same command continues: {error}"
         ) from error
-    return digests, changed, bad
+    return digests, changed, bad, animated
 
 
 def check(path: pathlib.Path, shard: records.Shard, classes: int) -> str | None:
@@ -166,7 +178,7 @@ def check(path: pathlib.Path, shard: records.Shard, classes: int) -> str | None:
             return f"{path.name}: {record['name']} has label {record['label']} of {classes}"
         try:
             simplejpeg.decode_jpeg_header(record["encoded"])
-            decode(record["encoded"])
+            Decoder(max_pixels=MAX_BYTES)(record["encoded"])
         except ValueError as error:
             return f"{path.name}: {record['name']} cannot be decoded: {error}"
     return None
