@@ -1,0 +1,56 @@
+"""Reads every image of a data set once, and prints what would stop a run.
+
+python -m repvgg_jax.data.check --source folder:flowers
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from repvgg_jax import cli
+
+SOURCE = flags.DEFINE_string("source", None, "The data, as config.data.source: folder:DIRECTORY …")
+# The others are settings of the run: what it sets must be given here, too.
+DIRECTORY = flags.DEFINE_string("directory", None, "As config.data.directory.")
+TRAIN_SPLIT = flags.DEFINE_string("train_split", None, "As config.data.train_split.")
+EVAL_SPLIT = flags.DEFINE_string("eval_split", None, "As config.data.eval_split.")
+ALLOW_EMPTY = flags.DEFINE_bool("allow_empty", False, "As config.data.allow_empty.")
+MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "As config.data.max_pixels.", lower_bound=1)
+WHITE = flags.DEFINE_float("white", None, "As config.data.white.", lower_bound=0)
+THREADS = flags.DEFINE_integer("threads", 0, "Number of threads; 0: one per core.", lower_bound=0)
+
+
+def main(_: Sequence[str]) -> int:
+    """Checks; the exit status is 1 if something would stop a run."""
+    from repvgg_jax.data.dataset import decoder_of, load
+    from repvgg_jax.data.settings import DataSettings
+    from repvgg_jax.data.survey import problem_lines, survey
+
+    if SOURCE.value is None:
+        raise ValueError("give --source, as config.data.source, e.g. --source=folder:flowers")
+    given: dict[str, Any] = {
+        flag.name: flag.value
+        for flag in (SOURCE, DIRECTORY, TRAIN_SPLIT, EVAL_SPLIT, MAX_PIXELS, WHITE)
+        if flag.value is not None
+    }
+    # Classes without images are named among everything else, not instead of it.
+    settings = DataSettings(**given, train_size=224, allow_empty=True)
+    report = survey(
+        load(settings),
+        decoder=decoder_of(settings),
+        threads=THREADS.value or os.cpu_count() or 1,
+        allow_empty=ALLOW_EMPTY.value,
+    )
+    print("\n".join(report.lines))
+    if not report.problems:
+        print("nothing would stop a run")
+        return 0
+    print(f"would stop a run ({len(report.problems):,}):")
+    print("\n".join(f"  {line}" for line in problem_lines(report.problems)))
+    return 1
+
+
+if __name__ == "__main__":
+    cli.run(main)
