@@ -303,7 +303,7 @@ class Cost:
 def cost(
     variant: str | Variant,
     *,
-    image_size: int = 224,
+    image_size: int | tuple[int, int] = 224,
     in_channels: int = 3,
     num_classes: int = 1000,
     output_stride: int | None = None,
@@ -312,7 +312,7 @@ def cost(
 
     Args:
       variant: an official name or a `Variant`.
-      image_size: height and width of the square images, in pixels.
+      image_size: of the images, in pixels: the side of squares, or (height, width).
       in_channels: channels of the images.
       num_classes: classes of the classifier; 0 for none.
       output_stride: as in `create_model`.
@@ -321,7 +321,7 @@ def cost(
       ValueError: unknown variant, or an output stride it cannot have.
     """
     variant = get_variant(variant)
-    size = image_size
+    size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     params_train = params_deploy = params_auxiliary = 0
     macs_train = macs_deploy = winograd = 0
     for layer in variant.layers(output_stride):
@@ -329,15 +329,15 @@ def cost(
         for leaf in leaves(expression, geometry):
             if leaf.collection == "params":
                 params_train += math.prod(leaf.shape)
-        macs_train += macs(expression, geometry, size, size)
+        macs_train += macs(expression, geometry, *size)
         height, width = layer.block.kernel_size(geometry)
         deploy = Conv(layer.block.deploy, (height, width), bias=True)
         params_deploy += sum(math.prod(leaf.shape) for leaf in leaves(deploy, geometry))
-        products = macs(deploy, geometry, size, size)
+        products = macs(deploy, geometry, *size)
         macs_deploy += products
         is_winograd = (height, width) == (3, 3) and layer.stride == 1
         winograd += products * 4 // 9 if is_winograd else products
-        size = -(-size // layer.stride)
+        size = -(-size[0] // layer.stride), -(-size[1] // layer.stride)
         if variant.se is not None:
             squeezed = layer.features // variant.se.reduction
             weights = 2 * layer.features * squeezed

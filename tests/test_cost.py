@@ -73,3 +73,12 @@ def test_costs_are_integers_and_follow_size_and_classes():
     assert all(isinstance(value, int) for value in vars(small).values())
     assert small.macs_deploy < large.macs_deploy / 3.9
     assert large.params_deploy - small.params_deploy == 990 * (1280 + 1)
+
+
+def test_rectangles():
+    square, wide, tall = (cost("B1g2", image_size=s) for s in (256, (128, 512), (512, 128)))
+    assert square == wide == tall  # the same number of pixels at every stride
+    small, odd, turned, large = (
+        cost("A0", image_size=s).macs_deploy for s in (33, (33, 70), (70, 33), 70)
+    )
+    assert small < odd == turned < large

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from repvgg_jax.data.decoding import Decoder, UndecodableError, open_image, read_file
+from repvgg_jax.data.decoding import Decoder, UndecodableError, decode, open_image, read_file
 from repvgg_jax.data.images import REDUCTIONS, CenterCrop, RandomResizedCrop, fast_resize
 from repvgg_jax.data.settings import height_width
 from tests.helpers.pictures import damaged, encoded, photo, pixels
-
-decode = Decoder()
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:

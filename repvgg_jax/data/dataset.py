@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from repvgg_jax.data.decoding import DECODER, Decoder, UndecodableError
+from repvgg_jax.data.decoding import Decoder, UndecodableError, decode
 from repvgg_jax.data.images import CenterCrop, RandomResizedCrop
 from repvgg_jax.data.records import load_records, load_tfds
 from repvgg_jax.data.settings import DataSettings, Size, height_width
@@ -140,7 +140,7 @@ class BadImages:
       decoder: that could not.
     """
 
-    def __init__(self, allowed: int = 0, decoder: Decoder = DECODER):
+    def __init__(self, allowed: int = 0, decoder: Decoder = decode):
         self.allowed = allowed
         self.decoder = decoder
         self._met: dict[tuple[str, int], str] = {}

@@ -226,7 +226,7 @@ class Decoder:
         return gray
 
 
-DECODER = Decoder()
+decode = Decoder()
 """With the default settings."""
 
 

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from repvgg_jax.data.decoding import DECODER, Decoder, is_jpeg
+from repvgg_jax.data.decoding import Decoder, decode, is_jpeg
 from repvgg_jax.data.settings import Size, height_width
 
 REDUCTIONS = (8, 4, 2)
@@ -41,7 +41,7 @@ class RandomResizedCrop:
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    decoder: Decoder = DECODER
+    decoder: Decoder = decode
 
     def __call__(
         self, example: Mapping[str, Any], size: Size, rng: np.random.Generator
@@ -126,7 +126,7 @@ class CenterCrop:
 
     size: Size
     fraction: float = 0.875
-    decoder: Decoder = DECODER
+    decoder: Decoder = decode
 
     def __call__(self, example: Mapping[str, Any]) -> np.ndarray:
         """uint8 (height, width, channels) of an example with `image` or `encoded`.

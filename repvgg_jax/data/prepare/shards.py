@@ -11,7 +11,7 @@ from PIL import Image
 
 from repvgg_jax import files
 from repvgg_jax.data import records
-from repvgg_jax.data.decoding import DECODER, MAX_BYTES, Decoder, UndecodableError, is_plain_jpeg
+from repvgg_jax.data.decoding import MAX_BYTES, Decoder, UndecodableError, decode, is_plain_jpeg
 from repvgg_jax.data.images import resize
 from repvgg_jax.data.prepare.inputs import Item
 
@@ -31,7 +31,7 @@ class Encoding:
 
     short_side: int = 0
     quality: int = JPEG_QUALITY
-    decoder: Decoder = DECODER
+    decoder: Decoder = decode
 
     def apply(self, content: bytes) -> bytes:
         """The bytes to store: `content` itself if it is a JPEG that needs no shrinking.
