@@ -20,6 +20,7 @@ from repvgg_jax.train import report
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.workdir import Workdir
+from repvgg_jax.typed import typed
 
 Row = Mapping[str, float]
 
@@ -217,15 +218,27 @@ class StepMetrics:
 def _rows_until(step: int, workdir: Workdir) -> list[Row]:
     if not workdir.metrics.exists():
         return []
-    rows = []
-    for line in workdir.metrics.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break  # the process died while it wrote this line
-        if row["step"] <= step and "final/accuracy" not in row:
-            rows.append(row)
-    return rows
+    *lines, last = workdir.metrics.read_bytes().split(b"\n")
+    rows = [_row(line) for line in lines]
+    if damaged := rows.count(None):
+        logger.warning(
+            "%s: %d of %d rows are damaged and are left out", workdir.metrics, damaged, len(rows)
+        )
+    rows.append(_row(last))  # empty, or the process died while it wrote this line
+    return [
+        row
+        for row in rows
+        if row is not None and row["step"] <= step and "final/accuracy" not in row
+    ]
+
+
+def _row(line: bytes) -> Row | None:
+    """A row of `metrics.jsonl`; None if it is damaged."""
+    try:
+        row = typed(dict[str, int | float | None], json.loads(line), "row")
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row.get("step"), int) else None
 
 
 def _duration(seconds: float) -> str:
