@@ -126,7 +126,7 @@ class TestKilled:
     def config(self):
         """Nine steps; an older checkpoint is removed whenever a new one is complete."""
         return small_config(
-            train__batch_size=479,
+            train__batch_size=472,
             train__epochs=3,
             checkpoint__keep=1,
             report__every_steps=2,

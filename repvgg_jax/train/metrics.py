@@ -12,13 +12,13 @@ from typing import Any, Self
 import jax
 import rich.console
 import rich.live
-from tensorboardX import SummaryWriter
 
 from repvgg_jax.files import write_text
 from repvgg_jax.text import named_leaves
 from repvgg_jax.train import report
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.tensorboard import EventFile
 from repvgg_jax.train.workdir import Workdir
 from repvgg_jax.typed import typed
 
@@ -48,8 +48,8 @@ class MetricsWriter:
         if not self._active:
             return
         write_text(workdir.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
-        self._board = SummaryWriter(
-            str(workdir.tensorboard), purge_step=start_step + 1 if start_step else None
+        self._board = EventFile(
+            workdir.tensorboard, purge_step=start_step + 1 if start_step else None
         )
         console = rich.console.Console(highlight=False, soft_wrap=True)
         if console.is_terminal:
@@ -73,9 +73,8 @@ class MetricsWriter:
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         with self._workdir.metrics.open("a") as file:
             file.write(json.dumps(finite) + "\n")
-        for name, value in row.items():
-            if "/" in name:
-                self._board.add_scalar(name, value, int(row["step"]))
+        scalars = {name: value for name, value in row.items() if "/" in name}
+        self._board.write(int(row["step"]), scalars)
         if "train/loss" in row:
             if self._live is None:
                 logger.info("%s", self._line(int(row["step"]), row))
