@@ -155,7 +155,10 @@ class Section:
             elif parse is not None:
                 value = parse(f"{cls.path}.{name}", value)
             values[name] = value
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:  # of a comparison with a value in a list
+            raise ValueError(f"{cls.path} has a value of a wrong type: {error}") from error
 
     def plain(self) -> dict[str, Any]:
         """The settings as nested dictionaries of plain values; tuples stay tuples."""
@@ -187,7 +190,7 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     kind = type(default)
     if kind is tuple and isinstance(value, (list, tuple)):
         return as_tuples(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**1000:
         return float(value)
     if type(value) is not kind:
         raise ValueError(f"{name}={value!r} must be of type {kind.__name__}, as {default!r} is")
@@ -196,8 +199,10 @@ def _typed(name: str, value: Any, default: Any) -> Any:
 
 def _check(name: str, value: Any, limits: Limits) -> None:
     for number in _numbers(value):
-        if not math.isfinite(number):
+        if isinstance(number, float) and not math.isfinite(number):
             raise ValueError(f"{name}={number} must be a finite number")
+        if abs(number) > 2**1000:
+            raise ValueError(f"{name} is too large a number")
     if value is not None and not limits.allow(value):
         if limits.choices:
             hint = did_you_mean(value, limits.choices) if isinstance(value, str) else ""

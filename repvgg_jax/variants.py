@@ -15,7 +15,9 @@ import types
 from collections.abc import Mapping
 
 from repvgg_jax.reparam import REPVGG, BlockSpec, Conv, Geometry, leaves, macs
-from repvgg_jax.text import did_you_mean
+from repvgg_jax.text import did_you_mean, one_line
+
+_MOST_BLOCKS, _MOST_CHANNELS = 10_000, 1_000_000  # anything above is a damaged file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,12 @@ class Variant:
         numbers = (*self.depths, *self.channels, self.stem_channels, self.stem_stride)
         if not all(isinstance(n, int) and n > 0 for n in (*numbers, *self.stage_strides)):
             raise ValueError(f"{where}: depths, channels and strides must be positive integers")
+        if sum(self.depths) > _MOST_BLOCKS or max(numbers) > _MOST_CHANNELS:
+            blocks, widest = one_line(sum(self.depths), 20), one_line(max(numbers), 20)
+            raise ValueError(
+                f"{where}: {blocks} blocks of up to {widest} channels; the most are "
+                f"{_MOST_BLOCKS} blocks of {_MOST_CHANNELS} channels"
+            )
         if isinstance(self.groups, tuple) and len(self.groups) != sum(self.depths):
             raise ValueError(
                 f"{where}: {len(self.groups)} groups for {sum(self.depths)} blocks after the stem; "

@@ -281,7 +281,7 @@ class TestRestoring:
         flip(files_of(path / "22" / "state")[-1], 64)
         with Checkpoints(path) as checkpoints:
             assert int(checkpoints.restore(make_state(0)).step) == 11
-            checkpoints.set_aside_corrupt()
+            checkpoints.tidy()
             assert checkpoints.newest() == 11
             checkpoints.save(make_state(22), wait=True)
             assert int(checkpoints.restore(make_state(0)).step) == 22

@@ -1,6 +1,9 @@
 """Conversions: from a run or a checkpoint to a deploy directory that is proven and verified."""
 
+import contextlib
 import dataclasses
+import fcntl
+import functools
 import json
 import os
 import shutil
@@ -234,6 +237,28 @@ class TestOutput:
             Output(tmp_path / "letter.txt")
         assert (tmp_path / "letter.txt").read_text() == "x"
 
+    def test_what_a_killed_conversion_left_is_removed(self, deploy, tmp_path):
+        """Not what another process is writing at the moment, and nothing of another output."""
+        for name in (".out.0123abcd", ".out.0123abce", ".other.0123abcd"):
+            shutil.copytree(deploy, tmp_path / name)
+        held = os.open(tmp_path / ".out.0123abce", os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with Output(tmp_path / "out").writing() as directory:
+            (directory / "x").touch()
+        os.close(held)
+        left = {entry.name for entry in tmp_path.iterdir()}
+        assert left == {"out", ".out.0123abce", ".other.0123abcd"}
+
+    def test_killed_between_two_renames(self, deploy, tmp_path):
+        """Where a file system cannot exchange them. The next conversion begins with the old one."""
+        shutil.copytree(deploy, tmp_path / ".out.0123abcd.old")
+        with pytest.raises(ValueError, match=r"\.out\.0123abcd\.old"):
+            load_deployed(tmp_path / "out")
+        with pytest.raises(OSError, match="ink"), Output(tmp_path / "out").writing():
+            raise OSError("no more ink")
+        load_deployed(tmp_path / "out")
+        assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
 
 class TestLoadDeployed:
     """Reading a deploy directory."""
@@ -267,9 +292,8 @@ class TestLoadDeployed:
         [
             ("proof.json", None, r"proof\.json"),
             ("proof.json", "{", r"proof\.json"),
-            ("proof.json", "[]", r"proof\.json.*list"),
-            ("proof.json", "{}", r"checksums"),
-            ("proof.json", '{"sha256": {}}', r"metadata\.json"),
+            ("proof.json", "[]", r"proof\.json.*object"),
+            ("proof.json", "{}", r"digest"),
             ("metadata.json", None, "not a converted"),
             ("metadata.json", "{}", "not a converted"),
             ("model.safetensors", None, "--format safetensors"),
@@ -286,10 +310,90 @@ class TestLoadDeployed:
     def test_a_proof_that_does_not_hold_is_refused(self, deploy, tmp_path):
         shutil.copytree(deploy, tmp_path / "deploy")
         proof = json.loads((deploy / "proof.json").read_text())
+        del proof["digest"]
         proof["fused"]["holds"] = False
+        proof["digest"] = files.json_digest(proof)
         (tmp_path / "deploy" / "proof.json").write_text(json.dumps(proof))
-        with pytest.raises(ValueError, match="differs"):
+        with pytest.raises(ValueError, match="fused network differs"):
             load_deployed(tmp_path / "deploy")
+        load_deployed(tmp_path / "deploy", verify=False)
+
+    @pytest.mark.parametrize("name", ["metadata.json", "proof.json", "model.safetensors"])
+    def test_every_flipped_bit_is_noticed(self, name, deploy, tmp_path, rng):
+        """In all three files that are read; without verifying, whatever is not refused loads."""
+        shutil.copytree(deploy, tmp_path / "deploy")
+        data = np.fromfile(deploy / name, np.uint8)
+        for i in rng.choice(len(data), 40, replace=False):
+            flipped = data.copy()
+            flipped[i] ^= 1 << rng.integers(8)
+            flipped.tofile(tmp_path / "deploy" / name)
+            with pytest.raises(ValueError) as caught:  # noqa: PT011, any field may be meant
+                load_deployed(tmp_path / "deploy")
+            assert len(str(caught.value).splitlines()) == 1
+            if i % 4 == 0:
+                with contextlib.suppress(ValueError):
+                    load_deployed(tmp_path / "deploy", verify=False)
+
+    def test_a_list_without_its_digest_is_that_of_version_1(self, deploy, tmp_path):
+        """Losing the digest does not turn a directory into an older one."""
+        shutil.copytree(deploy, tmp_path / "deploy")
+        proof = json.loads((deploy / "proof.json").read_text())
+        del proof["digest"]
+        (tmp_path / "deploy" / "proof.json").write_text(json.dumps(proof))
+        with pytest.raises(ValueError, match="digest"):
+            load_deployed(tmp_path / "deploy")
+        assert "digest" not in json.loads((OLD / "deploy" / "proof.json").read_text())
+        shutil.copytree(OLD / "deploy", tmp_path / "old")
+        file = tmp_path / "old" / "orbax" / "_METADATA"
+        file.write_bytes(file.read_bytes() + b" ")
+        with pytest.raises(ValueError, match="orbax/_METADATA"):
+            load_deployed(tmp_path / "old")
+
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            ("format", 3, "format=3"),
+            ("variant", "A0", "variant='A0'"),
+            ("variant", {"name": "x"}, "lacks depths"),
+            ("variant.depths", [1, 2, 10**6], "1000003 blocks"),
+            ("variant.depths", [1, 2, 10**400], "blocks"),
+            ("variant.channels", [8, "16"], r"channels\[1\]='16'"),
+            ("variant.stem_channels", 10**9, "1000000000 channels"),
+            ("variant.se", 3, "se=3"),
+            ("variant.se", {"reduction": 2.5}, "reduction=2.5"),
+            ("variant.groups", {}, "groups={}"),
+            ("num_classes", -1, "num_classes=-1"),
+            ("num_classes", True, "num_classes=True"),
+            ("activation", "gelu", "gelu"),
+            ("activation", [], "activation"),
+            ("classes", ["a"], "1 classes"),
+            ("classes", {"a": 0}, "classes"),
+            ("image_shape", [24, 24], "2 values"),
+            ("image_shape", [24, 0, 3], "image_shape"),
+            ("mean", [0.1, 0.2], "mean"),
+            ("mean", [[[[0.5]]]], "mean"),
+            ("std", [0.1, float("nan"), 0.1], "finite"),
+            ("std", [0, 1, 1], "above 0"),
+        ],
+    )
+    def test_types_and_ranges_are_checked(self, field, value, message, deploy, tmp_path):
+        shutil.copytree(deploy, tmp_path / "deploy")
+        metadata = json.loads((deploy / "metadata.json").read_text())
+        *outer, name = field.split(".")
+        functools.reduce(dict.get, outer, metadata)[name] = value
+        (tmp_path / "deploy" / "metadata.json").write_text(json.dumps(metadata))
+        for verify in (True, False):
+            with pytest.raises(ValueError, match=message) as caught:
+                load_deployed(tmp_path / "deploy", verify=verify)
+            assert len(str(caught.value)) < 500
+
+    @pytest.mark.parametrize("text", ["[" * 10**5, '{"kind":' * 10**5, "\0" * 900, "7", "\xff"])
+    def test_files_that_are_not_what_they_were(self, text, deploy, tmp_path):
+        shutil.copytree(deploy, tmp_path / "deploy")
+        for name in ("proof.json", "metadata.json"):
+            (tmp_path / "deploy" / name).write_text(text, encoding="latin-1")
+            with pytest.raises(ValueError, match=name):
+                load_deployed(tmp_path / "deploy", verify=False)
 
     def test_the_page_says_how(self, deploy, monkeypatch):
         monkeypatch.chdir(deploy.parent)

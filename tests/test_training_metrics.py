@@ -1,7 +1,10 @@
 """What a run reports: rows, TensorBoard, curves and the page."""
 
+import itertools
 import logging
 import re
+import threading
+import time
 
 import jax
 import pytest
@@ -30,6 +33,24 @@ def test_tensorboard_events_hold_the_same_numbers(small_run):
         for name, value in row.items():
             if "/" in name:
                 assert found[name, row["step"]] == pytest.approx(value, rel=1e-6)
+
+
+def test_a_clock_that_jumps_stops_nothing(tmp_path, monkeypatch):
+    """Nor does it make a file of an earlier start disappear."""
+    times = itertools.cycle((1.7e9, 1.7e9, -4e9, 3e11, 0.0))
+    monkeypatch.setattr(time, "time", lambda: next(times))
+    workdir, experiment = Workdir(tmp_path), small_experiment()
+    row = {"eval/accuracy": 0.5, "eval/loss": 1.0}
+    for start in range(3):
+        with MetricsWriter(workdir, experiment, start_step=start) as writer:
+            writing = threading.Thread(
+                target=lambda w=writer: [w.write({"step": step, **row}) for step in range(40)],
+                daemon=True,
+            )
+            writing.start()
+            writing.join(timeout=60)
+            assert not writing.is_alive()
+    assert len(list(workdir.tensorboard.iterdir())) == 3
 
 
 def test_the_page_holds_everything_and_needs_nothing(small_run):

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from repvgg_jax.text import one_line
+
 _log = logging.getLogger(__name__)
 
 FILE = "owner.json"
@@ -89,7 +91,8 @@ def _check_owner(file: pathlib.Path, sleep: Callable[[float], None], *, flocked:
     if before is None:
         return
     owner = _parse(before)
-    who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+    began = one_line(owner.get("began", "?"))
+    who = one_line(f"process {owner.get('pid', '?')} on {owner.get('host', '?')}")
     if not flocked or owner.get("machine") != machine_id():
         _log.warning("%s belongs to %s: watching it for %.0f s", file, who, TIMEOUT)
         for _ in range(_LOOKS):
@@ -99,8 +102,8 @@ def _check_owner(file: pathlib.Path, sleep: Callable[[float], None], *, flocked:
                 return  # it has just ended
             if now != before:
                 raise ValueError(
-                    f"{file.parent} is in use by {who}, which began at "
-                    f"{owner.get('began', '?')}; wait until it ends, or give another --workdir"
+                    f"{file.parent} is in use by {who}, which began at {began}; wait until it "
+                    "ends, or give another --workdir"
                 )
         _log.warning("%s is gone: this run takes over", who)
     file.unlink(missing_ok=True)
@@ -172,6 +175,6 @@ def _read(file: pathlib.Path) -> str | None:
 def _parse(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,7 +1,8 @@
 """The deploy directory: what a converted network is on disk, written completely or not at all.
 
 metadata.json        architecture, classes, normalization, source, versions
-proof.json           how its logits compare with those of its source; SHA-256 of every file
+proof.json           how its logits compare with those of its source; SHA-256 of every file, and
+                     of itself
 model.safetensors    the deploy variables, params/stage1_block0/…
 orbax/               the same, for Orbax
 model.onnx, …        what `--format` asks for
@@ -9,18 +10,22 @@ model.onnx, …        what `--format` asks for
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from repvgg_jax import files
 from repvgg_jax._version import __version__
 from repvgg_jax.export import FORMATS, Artifact, Network
 from repvgg_jax.export.operators import ACTIVATIONS, activation_kind
 from repvgg_jax.model import RepVGG, create_model
+from repvgg_jax.normalize import Normalize
 from repvgg_jax.proof import Proof
-from repvgg_jax.text import first_few, versions
+from repvgg_jax.text import first_few, one_line, versions
+from repvgg_jax.typed import typed
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights import load_weights
 
@@ -28,6 +33,9 @@ KIND = "repvgg_jax deployment"
 
 # Keys of the two files; files on disk have them, so spellings stay.
 _ARTIFACTS = "artefacts"
+
+_FORMAT = 2  # of the directory: proof.json has a digest of itself
+_MOST = 10_000_000  # classes, or pixels of a side: anything above is damage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +55,18 @@ class Deployment:
     proof: dict[str, Any]
 
 
-def load_deployed(path: str | pathlib.Path) -> Deployment:
+def load_deployed(path: str | pathlib.Path, *, verify: bool = True) -> Deployment:
     """Reads a directory that `convert.py` wrote.
 
-    Every file in it that `proof.json` lists is compared with its checksum there. Files that are
-    not needed here, e.g. `model.onnx`, may be missing.
+    Before anything is used, `proof.json` is compared with its own digest and every file that it
+    lists with its SHA-256. Files that are not needed here, e.g. `model.onnx`, may be missing. This
+    detects damage, not forgery: whoever changes a file on purpose can change its checksum, too.
+    Version 0.1 wrote no digest of `proof.json`: of its directories the listed files are verified.
+
+    Args:
+      path: the directory.
+      verify: False skips digest, checksums and the recorded proof. Types and ranges in
+        `metadata.json` are always checked.
 
     Raises:
       ValueError: not such a directory; a damaged or missing file; or weights that are not those
@@ -59,52 +74,124 @@ def load_deployed(path: str | pathlib.Path) -> Deployment:
     """
     path = pathlib.Path(path)
     if not is_deployment(path):
-        raise ValueError(f"{path} is not a converted model (no metadata.json of convert.py)")
-    metadata, proof = _read_json(path / "metadata.json"), _read_json(path / "proof.json")
+        raise ValueError(
+            f"{path} is not a converted model (no metadata.json of convert.py){_interrupted(path)}"
+        )
+    content, proof = _read_object(path / "metadata.json"), _read_object(path / "proof.json")
     weights = path / FORMATS["safetensors"].filename
     if not weights.exists():
         raise ValueError(f"{path} has no {weights.name}; convert again with --format safetensors")
-    _verify(path, proof, needed=("metadata.json", weights.name))
     try:
-        variant = Variant(**metadata["variant"])
-        num_classes = metadata["num_classes"]
-        activation = ACTIVATIONS[metadata.get("activation", "relu")]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path / 'metadata.json'} describes no known network: {error}") from error
-    model = create_model(variant, num_classes=num_classes, deploy=True, activation=activation)
-    loaded = load_weights(weights, variant=variant, num_classes=num_classes)
+        metadata = Metadata.from_json(content)
+    except ValueError as error:
+        raise ValueError(
+            f"{path / 'metadata.json'} describes no known network: {one_line(error, 300)}"
+        ) from error
+    if verify:
+        _verify(path, proof, metadata.format, needed=("metadata.json", weights.name))
+    model = create_model(
+        metadata.variant,
+        num_classes=metadata.num_classes,
+        deploy=True,
+        activation=ACTIVATIONS[metadata.activation],
+    )
+    loaded = load_weights(weights, variant=metadata.variant, num_classes=metadata.num_classes)
     if not loaded.deploy:
         raise ValueError(f"{weights} is in training form, but a converted model is in deploy form")
-    return Deployment(model, loaded.variables, metadata, proof)
+    return Deployment(model, loaded.variables, content, proof)
+
+
+def _interrupted(path: pathlib.Path) -> str:
+    old = files.interrupted(path.absolute())
+    return "" if old is None else f"; a conversion was killed, and {old} was there before it"
 
 
 def is_deployment(path: pathlib.Path) -> bool:
     """Whether `convert.py` wrote this directory."""
     try:
-        return json.loads((path / "metadata.json").read_text()).get("kind") == KIND
-    except (OSError, ValueError, AttributeError):
+        content = files.read_json(path / "metadata.json")
+    except (OSError, ValueError):
         return False
+    return isinstance(content, dict) and content.get("kind") == KIND
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """The fields of `metadata.json` that using a network takes; each is checked.
+
+    Attributes:
+      variant: the architecture.
+      num_classes: 0 for pooled features.
+      activation: of its blocks, one of `ACTIVATIONS`.
+      classes: names, by label; empty if unknown.
+      image_shape: (height, width, channels) of its images.
+      mean: per channel or a single one, of pixels scaled to 0 … 1.
+      std: the same.
+      with_preprocessing: whether its graphs take uint8 images.
+      format: version of the directory; 2 has a digest of `proof.json`.
+    """
+
+    variant: Variant
+    num_classes: int
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    activation: str | None = "relu"
+    with_preprocessing: bool = False
+    format: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.format <= _FORMAT:
+            raise ValueError(
+                f"format={self.format} is of a later version, this one reads up to {_FORMAT}"
+            )
+        if not 0 <= self.num_classes <= _MOST:
+            raise ValueError(f"num_classes={self.num_classes} must be from 0 to {_MOST:,}")
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(map(str, ACTIVATIONS))
+            raise ValueError(f"activation={one_line(self.activation, 60)!r} must be one of {known}")
+        if self.classes and len(self.classes) != self.num_classes:
+            raise ValueError(f"{len(self.classes)} classes have names, of {self.num_classes}")
+        if not all(0 < size <= _MOST for size in self.image_shape):
+            raise ValueError(f"image_shape={list(self.image_shape)} must be from 1 to {_MOST:,}")
+        if len(Normalize(self.mean, self.std).mean) not in (1, self.image_shape[-1]):
+            raise ValueError(f"{len(self.mean)} means for {self.image_shape[-1]} channels")
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Reads `metadata.json`; later versions may add fields.
+
+        Raises:
+          ValueError: a field is missing, or its type or value is not allowed.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known = {key: value for key, value in content.items() if key in fields}
+        return typed(cls, known, "metadata")
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        return typed(dict[str, Any], files.read_json(path), path.stem)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}; convert again") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} has a {type(content).__name__}, expected an object; convert again"
-        )
-    return content
 
 
-def _verify(path: pathlib.Path, proof: Mapping[str, Any], *, needed: Sequence[str]) -> None:
+def _verify(
+    path: pathlib.Path, proof: Mapping[str, Any], version: int, *, needed: Sequence[str]
+) -> None:
     """Compares files with their checksums; those not needed may be missing, but not differ."""
-    listed = proof.get("sha256")
-    if not isinstance(listed, Mapping):
-        raise ValueError(f"{path / 'proof.json'} has no checksums; convert again")
+    where = path / "proof.json"
+    rest = {key: value for key, value in proof.items() if key != "digest"}
+    if (version > 1 or "digest" in proof) and proof.get("digest") != files.json_digest(rest):
+        raise ValueError(f"{where} differs from its own digest; convert again")
+    try:
+        listed = typed(dict[str, str], proof.get("sha256"), "sha256")
+        fused = typed(dict[str, Any] | None, proof.get("fused"), "fused")
+    except ValueError as error:
+        raise ValueError(f"{where} has no list of checksums: {error}; convert again") from error
     if unlisted := [name for name in needed if name not in listed]:
-        raise ValueError(f"{path / 'proof.json'} has no checksum of {first_few(unlisted)}")
+        raise ValueError(f"{where} has no checksum of {first_few(unlisted)}; convert again")
     damaged = [
         name
         for name, expected in listed.items()
@@ -115,10 +202,8 @@ def _verify(path: pathlib.Path, proof: Mapping[str, Any], *, needed: Sequence[st
             f"{path}: {len(damaged)} of {len(listed)} files differ from their checksums in "
             f"proof.json: {first_few(damaged)}; convert again"
         )
-    if (proof.get("fused") or {}).get("holds") is False:
-        raise ValueError(
-            f"{path / 'proof.json'} records that the fused network differs; convert again"
-        )
+    if (fused or {}).get("holds") is False:
+        raise ValueError(f"{where} records that the fused network differs; convert again")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +235,37 @@ class Output:
         Raises:
           OSError: it cannot be written.
         """
-        with files.replacing(self.path) as temporary:
+        with files.replacing(self.path) as temporary, contextlib.ExitStack() as stack:
+            for left in files.leftovers(self.path.absolute()):
+                with _locked(left) as dead:
+                    if dead:
+                        files.remove(left)
             temporary.mkdir()
+            stack.enter_context(_locked(temporary))
             yield temporary
+
+
+@contextlib.contextmanager
+def _locked(directory: pathlib.Path) -> Iterator[bool]:
+    """A context in which other processes see that a directory is being written.
+
+    Yields:
+      False if another process holds it, or if it cannot be locked.
+    """
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def write_description(
@@ -175,6 +288,7 @@ def write_description(
     installed = {"repvgg-jax": __version__, **versions("jax", "jaxlib", "flax", "numpy")}
     metadata = {
         "kind": KIND,
+        "format": _FORMAT,
         "variant": dataclasses.asdict(network.model.variant),
         "num_classes": network.model.num_classes,
         "activation": activation_kind(network.model.activation, network.model.variant.name),
@@ -191,10 +305,11 @@ def write_description(
     checksums = {path.name: files.sha256(path)}
     for artifact in artifacts:
         checksums |= artifact.checksums
-    content = {
+    content: dict[str, Any] = {
         "fused": None if proof is None else proof.as_dict(),
         _ARTIFACTS: [artifact.as_dict() for artifact in artifacts],
         "sha256": dict(sorted(checksums.items())),
         "versions": installed,
     }
+    content["digest"] = files.json_digest(content)
     (directory / "proof.json").write_text(json.dumps(content, indent=2) + "\n")

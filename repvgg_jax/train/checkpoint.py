@@ -7,11 +7,9 @@ and does not retry if a disk is full for a moment. Here every array has a checks
 
 import contextlib
 import functools
-import inspect
 import logging
 import pathlib
 import shutil
-import sys
 import time
 import types
 from collections.abc import Callable, Sequence
@@ -20,9 +18,11 @@ from typing import Any, Self, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from repvgg_jax import files
 from repvgg_jax.cluster import consensus
 from repvgg_jax.cluster.consensus import SaveBarrier
 from repvgg_jax.text import first_few
+from repvgg_jax.train import orbax
 from repvgg_jax.train.manifest import Manifest, checksums, topology
 from repvgg_jax.train.state import TrainState
 
@@ -30,6 +30,7 @@ _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 RETRIES = 3  # of a failed save, before the run stops
+_DELETED = "deleted"  # holds checkpoints that are being removed
 
 
 class Checkpoints:
@@ -53,7 +54,7 @@ class Checkpoints:
             times as long.
         """
         self._pause = pause
-        _quiet_orbax()
+        orbax.be_quiet()
         self._path = path
         self._accuracies = {
             step: manifest.accuracy
@@ -86,6 +87,7 @@ class Checkpoints:
         if reason is not None:
             failures = 1
             self._prepare_retry(self._pending, step, failures, reason)
+        self._remove_deleted()
         while (reason := self._try(state, accuracy, wait=wait or failures > 0)) is not None:
             failures += 1
             self._prepare_retry(step, step, failures, reason)
@@ -149,9 +151,14 @@ class Checkpoints:
         newest, _, variables = found
         return newest, variables.get("ema", variables)
 
-    def set_aside_corrupt(self) -> None:
-        """Moves what `restore` skipped to `unsound/`, so that its steps can be saved again."""
-        for step in self._corrupt if jax.process_index() == 0 else ():
+    def tidy(self) -> None:
+        """Moves what `restore` skipped to `unsound/`, so that its steps can be saved again.
+
+        Also removes what a process left that was killed while it saved. No other may be saving.
+        """
+        self._remove_deleted()
+        self._remove_unfinished()
+        for step in self._corrupt if _is_first() else ():
             aside = self._path.with_name("unsound") / str(step)
             aside.parent.mkdir(exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
@@ -192,6 +199,7 @@ class Checkpoints:
         except Exception as error:  # Orbax raises whatever its writers raise
             raise OSError(f"saving at step {self._pending} failed: {_first_line(error)}") from error
         self._manager.close()
+        self._remove_deleted()
 
     def __enter__(self) -> Self:
         return self
@@ -217,8 +225,11 @@ class Checkpoints:
                 # Not Orbax's own best-checkpoint policy: it reads metrics files that may be
                 # damaged before anyone can say which.
                 preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(self._keep), _Best(self._best_of)]
+                    [policies.LatestN(self._keep), orbax.Best(self._best_of)]
                 ),
+                temporary_path_class=orbax.DurablePath,
+                # Renaming is atomic, removing is not: a kill would leave half a checkpoint.
+                todelete_subdir=_DELETED,
                 lightweight_initialize=True,
                 create=False,
                 async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._barrier.wait),
@@ -272,15 +283,24 @@ class Checkpoints:
 
     def _clear_unfinished(self) -> None:
         """Frees the space of a failed save."""
-        for _ in range(20 if jax.process_index() == 0 else 0):  # its writers may still be running
-            found = list(self._path.glob("*.orbax-checkpoint-tmp*"))
-            if not found:
+        for _ in range(20 if _is_first() else 0):  # its writers may still be running
+            if not self._remove_unfinished():
                 break
-            for unfinished in found:
-                shutil.rmtree(unfinished, ignore_errors=True)
             time.sleep(0.05)
         self._barrier.verdict(None)  # wait for process 0
         self._manager.reload()
+
+    def _remove_unfinished(self) -> bool:
+        """Removes checkpoints that are not complete; whether there were any."""
+        found = list(self._path.glob("*.orbax-checkpoint-tmp*")) if _is_first() else []
+        for unfinished in found:
+            files.remove(unfinished)
+        return bool(found)
+
+    def _remove_deleted(self) -> None:
+        """Removes the files of checkpoints that are no longer kept."""
+        if _is_first():
+            files.remove(self._path / _DELETED)
 
     def _on_disk(self) -> list[int]:
         """Steps of all checkpoints, newest first, including those that Orbax does not list."""
@@ -354,57 +374,16 @@ class Checkpoints:
         return (tree if consensus.all_true(not damaged) else None), reason
 
 
-class _Best:
-    """Orbax's question which checkpoints to keep, answered with the best one."""
-
-    def __init__(self, best_of: Callable[[Sequence[int]], int | None]):
-        self._best_of = best_of
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Which of these to keep."""
-        best = self._best_of([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step == best for checkpoint in checkpoints]
+def _is_first() -> bool:
+    return jax.process_index() == 0
 
 
 def _warn(message: str) -> None:
     """Logs what all processes agree on, once."""
-    if jax.process_index() == 0:
+    if _is_first():
         _log.warning("%s", message)
 
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
-
-
-def _quiet_orbax() -> None:
-    """Suppresses what Orbax reports about failures that are raised anyway.
-
-    After a failed save Orbax abandons its work on other arrays. Each piece prints a traceback
-    when it ends, some hundred lines around the one line with the cause.
-    """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").addFilter(_not_abandoned)  # adding it twice is harmless
-    # Errors of abandoned coroutines are raised while they are garbage-collected, where only this
-    # hook sees them.
-    if not isinstance(sys.unraisablehook, _UnraisableFilter):
-        sys.unraisablehook = _UnraisableFilter(sys.unraisablehook)
-
-
-def _not_abandoned(record: logging.LogRecord) -> bool:
-    return "exception was never retrieved" not in record.getMessage()
-
-
-class _UnraisableFilter:
-    """A `sys.unraisablehook` that drops errors of Orbax's abandoned coroutines."""
-
-    def __init__(self, hook: Any):
-        self._hook = hook
-
-    def __call__(self, unraisable: Any) -> None:
-        error, source = unraisable.exc_value, unraisable.object
-        orbax = inspect.iscoroutine(source) and "orbax" in source.cr_code.co_filename
-        if not orbax and not (
-            isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-        ):
-            self._hook(unraisable)

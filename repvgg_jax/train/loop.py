@@ -197,7 +197,7 @@ def _metadata(experiment: Experiment) -> RunMetadata:
 
 def _restore_or_start(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
     restored = checkpoints.restore(experiment.abstract_state())
-    checkpoints.set_aside_corrupt()
+    checkpoints.tidy()
     if restored is None:
         return starting_state(experiment)
     logger.info("resuming from step %d of %d", int(restored.step), experiment.total_steps)

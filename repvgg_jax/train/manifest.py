@@ -6,7 +6,6 @@ own shards, in any order.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import pathlib
@@ -17,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from repvgg_jax.text import first_few, named_leaves
+from repvgg_jax import files
+from repvgg_jax.text import named_leaves
+from repvgg_jax.typed import typed
 
 _CLASSES = "the number of classes, which is that of the data (config.data.source)"
 
@@ -60,20 +61,17 @@ class Manifest:
           ValueError: it is damaged.
           OSError: it is missing or cannot be read.
         """
-        content = json.loads((step / "manifest" / "metadata").read_text())
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
+        content = files.read_json(step / "manifest" / "metadata")
+        content = typed(dict[str, Any], content, "manifest")
         digest = content.pop("digest", None)
-        if digest != _digest(content):
+        if digest != files.json_digest(content):
             raise ValueError("its digest does not match its content")
-        if content.keys() != {field.name for field in dataclasses.fields(cls)}:
-            raise ValueError(f"unknown format with the fields {first_few(content)}")
-        return cls(**content)
+        return typed(cls, content, "manifest")
 
     def content(self) -> dict[str, Any]:
         """What is written to disk and `read` takes back."""
         plain = dataclasses.asdict(self)
-        return {**plain, "digest": _digest(plain)}
+        return {**plain, "digest": files.json_digest(plain)}
 
     def difference(self, like: Any) -> str | None:
         """How the saved arrays differ from those of `like`, and the settings behind it, or None."""
@@ -158,7 +156,3 @@ def _arrays(tree: Any) -> dict[str, str]:
 def _parse(text: str) -> jax.ShapeDtypeStruct:
     dtype, _, shape = text.partition("[")
     return jax.ShapeDtypeStruct(tuple(json.loads(f"[{shape}")), np.dtype(dtype))
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -12,14 +12,15 @@ from typing import Any, Self
 import jax
 import rich.console
 import rich.live
-from tensorboardX import SummaryWriter
 
 from repvgg_jax.files import write_text
 from repvgg_jax.text import named_leaves
 from repvgg_jax.train import report
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.tensorboard import EventFile
 from repvgg_jax.train.workdir import Workdir
+from repvgg_jax.typed import typed
 
 Row = Mapping[str, float]
 
@@ -47,8 +48,8 @@ class MetricsWriter:
         if not self._active:
             return
         write_text(workdir.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
-        self._board = SummaryWriter(
-            str(workdir.tensorboard), purge_step=start_step + 1 if start_step else None
+        self._board = EventFile(
+            workdir.tensorboard, purge_step=start_step + 1 if start_step else None
         )
         console = rich.console.Console(highlight=False, soft_wrap=True)
         if console.is_terminal:
@@ -72,9 +73,8 @@ class MetricsWriter:
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         with self._workdir.metrics.open("a") as file:
             file.write(json.dumps(finite) + "\n")
-        for name, value in row.items():
-            if "/" in name:
-                self._board.add_scalar(name, value, int(row["step"]))
+        scalars = {name: value for name, value in row.items() if "/" in name}
+        self._board.write(int(row["step"]), scalars)
         if "train/loss" in row:
             if self._live is None:
                 logger.info("%s", self._line(int(row["step"]), row))
@@ -217,15 +217,27 @@ class StepMetrics:
 def _rows_until(step: int, workdir: Workdir) -> list[Row]:
     if not workdir.metrics.exists():
         return []
-    rows = []
-    for line in workdir.metrics.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break  # the process died while it wrote this line
-        if row["step"] <= step and "final/accuracy" not in row:
-            rows.append(row)
-    return rows
+    *lines, last = workdir.metrics.read_bytes().split(b"\n")
+    rows = [_row(line) for line in lines]
+    if damaged := rows.count(None):
+        logger.warning(
+            "%s: %d of %d rows are damaged and are left out", workdir.metrics, damaged, len(rows)
+        )
+    rows.append(_row(last))  # empty, or the process died while it wrote this line
+    return [
+        row
+        for row in rows
+        if row is not None and row["step"] <= step and "final/accuracy" not in row
+    ]
+
+
+def _row(line: bytes) -> Row | None:
+    """A row of `metrics.jsonl`; None if it is damaged."""
+    try:
+        row = typed(dict[str, int | float | None], json.loads(line), "row")
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row.get("step"), int) else None
 
 
 def _duration(seconds: float) -> str:

@@ -80,7 +80,7 @@ def _forms(rows: Sequence[Row]) -> list[str]:
         if name.startswith("final/") and not name.endswith("_fused")
     ]
     body = [
-        (name, _number(final[f"final/{name}"]), _number(final[f"final/{name}_fused"]))
+        (name, _number(final[f"final/{name}"]), _number(final.get(f"final/{name}_fused")))
         for name in names
     ]
     return [
@@ -105,17 +105,17 @@ def _evaluations(rows: Sequence[Row]) -> list[str]:
         "<h2>Evaluations</h2>",
         _table(
             ["step", *(name.removeprefix("eval/") for name in names)],
-            [(f"{row['step']:,}", *(_number(row[name]) for name in names)) for row in found],
+            [(f"{row['step']:,}", *(_number(row.get(name)) for name in names)) for row in found],
         ),
     ]
 
 
 def _speed(rows: Sequence[Row]) -> list[str]:
-    found = [row for row in rows if "images_per_second_per_device" in row]
+    names = ("images_per_second_per_device", "data_wait")
+    found = [row for row in rows if all(row.get(name) is not None for name in names)]
     if not found:
         return []
-    speeds = [row["images_per_second_per_device"] for row in found]
-    waits = [row["data_wait"] for row in found]
+    speeds, waits = ([row[name] for row in found] for name in names)
     body = [
         (name, *(form(value) for value in (statistics.median(values), min(values), max(values))))
         for name, values, form in (

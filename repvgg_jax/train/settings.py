@@ -12,8 +12,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from repvgg_jax.data.settings import AugmentSettings, DataSettings
-from repvgg_jax.settings import Section, as_json, as_tuples, setting
+from repvgg_jax.settings import Section, as_json, setting
 from repvgg_jax.text import did_you_mean, first_few
+from repvgg_jax.typed import typed
 from repvgg_jax.variants import VARIANTS, Variant, get_variant
 
 FEWER_COPIES = "xla_tpu_msa_inefficient_use_to_copy_ratio=3"
@@ -35,10 +36,7 @@ def _parse_variant(name: str, value: Any) -> Variant:
             f"unknown setting {first_few(f'{name}.{key}' for key in unknown)}; "
             f"{did_you_mean(unknown[0], fields)}{name} has: {', '.join(fields)}"
         )
-    try:
-        return Variant(**as_tuples(value))
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from error
+    return typed(Variant, value, name)
 
 
 def _plain_variant(variant: Variant) -> str | dict[str, Any]:

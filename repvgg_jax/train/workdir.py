@@ -21,11 +21,13 @@ import shutil
 from collections.abc import Iterator
 from typing import Any, Self
 
+from repvgg_jax import files
 from repvgg_jax.cluster import lock
 from repvgg_jax.files import write_text
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import differences, first_few
 from repvgg_jax.train.settings import Settings
+from repvgg_jax.typed import typed
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +63,28 @@ class RunMetadata:
     @classmethod
     def from_json(cls, content: Any) -> Self:
         """The inverse of `as_json`; raises ValueError for anything else."""
-        try:
-            height, width, channels = content["image_shape"]
-            eval_height, eval_width, eval_channels = content["eval_shape"]
-            return cls(
-                classes=tuple(map(str, content["classes"])),
-                image_shape=(height, width, channels),
-                eval_shape=(eval_height, eval_width, eval_channels),
-                normalize=Normalize(content["mean"], content["std"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not the metadata of a run: {error!r}") from error
+        found = typed(_Metadata, content, "metadata")
+        return cls(
+            classes=found.classes,
+            image_shape=found.image_shape,
+            eval_shape=found.eval_shape,
+            normalize=Normalize(found.mean, found.std),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Metadata:
+    """The fields of `metadata.json`."""
+
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    eval_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not all(0 < size <= 10**6 for size in (*self.image_shape, *self.eval_shape)):
+            raise ValueError("sizes of images must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +151,7 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         with lock.locked(self.path):
             self.claim(settings)
+            self._remove_leftovers()
             yield
 
     def claim(self, settings: Settings) -> None:
@@ -166,7 +180,9 @@ class Workdir:
             self._write_settings(settings)
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        if others := sorted(e.name for e in self.path.iterdir() if e.name != lock.FILE):
+        # A start that was killed leaves these two.
+        ours = {self.path / lock.FILE, *files.leftovers(self.config)}
+        if others := sorted(entry.name for entry in self.path.iterdir() if entry not in ours):
             raise ValueError(
                 f"{self.path} is not a run directory (no config.json); it contains "
                 f"{first_few(others)}; give another --workdir"
@@ -175,6 +191,12 @@ class Workdir:
 
     def _write_settings(self, settings: Settings) -> None:
         write_text(self.config, json.dumps(settings.as_json(), indent=2) + "\n")
+
+    def _remove_leftovers(self) -> None:
+        """Removes what processes left that were killed while they wrote a file."""
+        for file in (self.config, self.metadata, self.metrics, self.curves, self.report):
+            for left in files.leftovers(file):
+                files.remove(left)
 
     def write_metadata(self, metadata: RunMetadata) -> None:
         """Writes `metadata.json`, if it is not there yet."""
@@ -196,7 +218,7 @@ class Workdir:
                 "give the --workdir of a training run"
             )
         try:
-            return Settings.from_mapping(json.loads(self.config.read_text()))
+            return Settings.from_mapping(files.read_json(self.config))
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.config} cannot be read: {error}") from error
 
@@ -209,6 +231,6 @@ class Workdir:
         if not self.metadata.exists():
             return None
         try:
-            return RunMetadata.from_json(json.loads(self.metadata.read_text()))
+            return RunMetadata.from_json(files.read_json(self.metadata))
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.metadata} cannot be read: {error}") from error
