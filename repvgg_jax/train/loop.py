@@ -12,7 +12,10 @@ from ml_collections import ConfigDict
 
 from repvgg_jax.cluster import consensus, watchdog
 from repvgg_jax.data.batches import train_batches
+from repvgg_jax.data.dataset import load
+from repvgg_jax.data.identity import DataIdentity
 from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.classes import for_resuming
 from repvgg_jax.train.evaluate import Evaluator, counted, metrics_row
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.hooks import Profile, StopRequest
@@ -49,6 +52,8 @@ def train(
     path: str | pathlib.Path,
     *,
     init_from: str | None = None,
+    init_entry: str | None = None,
+    other_data: bool = False,
     profile_steps: range = range(0),
     recipe: str = "",
 ) -> Outcome:
@@ -61,6 +66,9 @@ def train(
       config: from `default_config`, as a recipe changes it.
       path: the run directory; see `repvgg_jax.train.workdir`.
       init_from: replaces `config.init_from`.
+      init_entry: replaces `config.init_entry`.
+      other_data: resume with other images than the run began with; their classes are matched
+        by name.
       profile_steps: steps to write a trace of, for TensorBoard or Perfetto.
       recipe: where `config` is from, for the log.
 
@@ -73,6 +81,8 @@ def train(
     settings = Settings.from_config(config)
     if init_from is not None:
         settings = dataclasses.replace(settings, init_from=init_from)
+    if init_entry is not None:
+        settings = dataclasses.replace(settings, init_entry=init_entry)
     consensus.require_same(settings.as_json())
     check_batches(settings, devices=jax.device_count(), processes=jax.process_count())
     consensus.announce(
@@ -84,13 +94,17 @@ def train(
     with contextlib.ExitStack() as stack:
         # First, so that a signal during start-up waits for the first poll.
         stop = stack.enter_context(StopRequest(watchdog.agree_to_stop))
-        experiment = Experiment.from_config(settings)
+        dataset, begun = load(settings.data), workdir.has_checkpoint
+        metadata = workdir.read_metadata() if begun else None
+        dataset = for_resuming(dataset, metadata, owner=str(workdir.path), other_data=other_data)
+        experiment = Experiment.from_config(settings, dataset=dataset)
         check_compiler_options(settings, experiment.mesh)
-        if settings.init_from and not workdir.has_checkpoint:
+        if settings.init_from and not begun:
             check_source(settings.init_from)  # before anything is written
         if jax.process_index() == 0:
             stack.enter_context(workdir.claimed(settings))
-            workdir.write_metadata(_metadata(experiment))
+            if metadata is None or other_data:
+                workdir.write_metadata(_metadata(experiment))
         consensus.barrier("claimed")
         source = f"recipe={recipe} " if recipe else ""
         logger.info("%s%s workdir=%s", source, experiment.describe(), workdir.path)
@@ -192,6 +206,7 @@ def _metadata(experiment: Experiment) -> RunMetadata:
         image_shape=experiment.dataset.image_shape,
         eval_shape=experiment.dataset.eval_shape,
         normalize=experiment.normalize,
+        data=DataIdentity.of(experiment.dataset),
     )
 
 

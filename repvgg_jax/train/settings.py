@@ -188,6 +188,7 @@ class Settings(Section, path="config"):
         "",
         "weights to start from: a run's workdir, a weights file, a hub name or a deploy directory",
     )
+    init_entry: str = setting("", "of a weights file that holds several state dicts, e.g. ema")
     model: ModelSettings = ModelSettings()
     bn: NormSettings = NormSettings()
     data: DataSettings = DataSettings()  # noqa: RUF009

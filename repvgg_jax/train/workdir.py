@@ -1,7 +1,8 @@
 """A run directory.
 
 config.json        the configuration
-metadata.json      classes, image shapes and normalization: what using the weights takes
+metadata.json      classes, image shapes and normalization: what using the weights takes; what
+                   tells the run's data from others
 checkpoints/       one directory per checkpoint, named by its step
 unsound/           checkpoints that were found corrupt, if any
 metrics.jsonl      one JSON object per row
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 from repvgg_jax.cluster import lock
+from repvgg_jax.data.identity import DataIdentity
 from repvgg_jax.files import write_text
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import differences, first_few
@@ -41,21 +43,25 @@ class RunMetadata:
       image_shape: (height, width, channels) of training images.
       eval_shape: the same of validation images.
       normalize: pixels to the network's input.
+      data: of the data set; None if an older version wrote the file.
     """
 
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
     eval_shape: tuple[int, int, int]
     normalize: Normalize
+    data: DataIdentity | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The content of `metadata.json`."""
+        data = {} if self.data is None else {"data": self.data.as_json()}
         return {
             "classes": list(self.classes),
             "image_shape": list(self.image_shape),
             "eval_shape": list(self.eval_shape),
             "mean": list(self.normalize.mean),
             "std": list(self.normalize.std),
+            **data,
         }
 
     @classmethod
@@ -69,6 +75,7 @@ class RunMetadata:
                 image_shape=(height, width, channels),
                 eval_shape=(eval_height, eval_width, eval_channels),
                 normalize=Normalize(content["mean"], content["std"]),
+                data=DataIdentity.from_json(content["data"]) if "data" in content else None,
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the metadata of a run: {error!r}") from error
@@ -177,9 +184,8 @@ class Workdir:
         write_text(self.config, json.dumps(settings.as_json(), indent=2) + "\n")
 
     def write_metadata(self, metadata: RunMetadata) -> None:
-        """Writes `metadata.json`, if it is not there yet."""
-        if not self.metadata.exists():
-            write_text(self.metadata, json.dumps(metadata.as_json(), indent=2) + "\n")
+        """Writes `metadata.json`."""
+        write_text(self.metadata, json.dumps(metadata.as_json(), indent=2) + "\n")
 
     def read_settings(self) -> Settings:
         """The settings that the run started with.
