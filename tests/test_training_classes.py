@@ -125,7 +125,7 @@ class TestIdentity:
         assert found.classes[4] == "ash"
         assert [found.train[i]["label"] for i in (0, 12, 24, 36)] == [4, 3, 2, 0]
         assert found.train.labels[::12].tolist() == [4, 3, 2, 0]
-        with pytest.raises(ValueError, match="1 classes .* ash"):
+        with pytest.raises(ValueError, match=r"1 classes .* ash"):
             with_classes(dataset, ("dusk", "coal", "bone"))
         with pytest.raises(ValueError, match="same name"):
             with_classes(dataset, ("dusk", "coal", "bone", "ash", "ash"))
@@ -134,7 +134,7 @@ class TestIdentity:
 class TestEvaluation:
     def test_a_renamed_class_is_refused(self, renamed):
         config = tree_config(renamed / "data")
-        with pytest.raises(ValueError, match="missing: ash; new: zinc.*init_from"):
+        with pytest.raises(ValueError, match=r"missing: ash; new: zinc.*init_from"):
             evaluate_only(config, renamed / "run")
         with pytest.raises(ValueError, match="zinc"):
             evaluate_only(config, renamed / "run", other_data=True)
@@ -144,7 +144,7 @@ class TestEvaluation:
         for split in ("train", "val"):
             shutil.rmtree(renamed / "data" / split / "zinc")
         config = tree_config(renamed / "data")
-        with pytest.raises(ValueError, match="4 classes -> 3; missing: ash; .*--other_data"):
+        with pytest.raises(ValueError, match=r"4 classes -> 3; missing: ash; .*--other_data"):
             evaluate_only(config, renamed / "run")
         part = evaluate_only(config, renamed / "run", other_data=True)
         np.testing.assert_array_equal(
@@ -175,7 +175,7 @@ class TestEvaluation:
 class TestResuming:
     def test_other_data_are_refused_and_nothing_is_written(self, renamed):
         before = (renamed / "run" / "metadata.json").read_bytes()
-        with pytest.raises(ValueError, match="other classes.*new: zinc"):
+        with pytest.raises(ValueError, match=r"other classes.*new: zinc"):
             train(tree_config(renamed / "data"), renamed / "run")
         for split in ("train", "val"):
             (renamed / "data" / split / "zinc").rename(renamed / "data" / split / "ash")
