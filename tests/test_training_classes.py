@@ -11,7 +11,8 @@ from PIL import Image
 
 from repvgg_jax import fuse_params, save_weights
 from repvgg_jax.convert.deployed import Output
-from repvgg_jax.convert.pipeline import convert, from_run
+from repvgg_jax.convert.pipeline import convert
+from repvgg_jax.convert.source import from_run
 from repvgg_jax.data.identity import (
     DataIdentity,
     class_difference,
