@@ -265,3 +265,11 @@ class TestStartingFromOtherClasses:
             state.params["head"]["kernel"], run.variables["params"]["head"]["kernel"]
         )
         assert "do not name their classes" in caplog.text
+
+
+def test_data_that_were_moved_are_the_same(shades_run, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="repvgg_jax")
+    shutil.copytree(shades_run, tmp_path / "moved")
+    outcome = train(tree_config(tmp_path / "moved" / "data"), tmp_path / "moved" / "run")
+    assert outcome.step == 18
+    assert f"-> 'folder:{tmp_path / 'moved' / 'data'}'" in caplog.text

@@ -56,6 +56,12 @@ OTHER_DATA = flags.DEFINE_bool(
     "Resume or evaluate with data other than the run's: classes are matched by their names. "
     "Without it, other classes are refused, and other images to resume with.",
 )
+EXTEND = flags.DEFINE_bool(
+    "extend",
+    False,
+    "Resume with another config.train.epochs or batch_size: the run goes on where it is, with the "
+    "learning rates of a run that had them from its start.",
+)
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", "", "FIRST:END, steps to write a trace of; 10:20 traces 10 to 19."
 )
@@ -109,6 +115,7 @@ def main(_: Sequence[str]) -> int:
             init_from=init_from,
             init_entry=ENTRY.value,
             other_data=OTHER_DATA.value,
+            extend=EXTEND.value,
             profile_steps=steps,
             recipe=recipe,
         )

@@ -98,6 +98,9 @@ class TrainSettings(Section, path="config.train"):
     batch_size: int = setting(256, "images per step, of all devices together")
     epochs: int = setting(120, "length of the run", least=1)
     accumulate: int = setting(1, "microbatches per step", least=1)
+    step_offset: int = setting(
+        0, "batches by which the position in the data is ahead of the step; --extend sets it"
+    )
     label_smoothing: float = setting(
         0.0, "fraction of the target that goes to all classes evenly", least=0, below=1
     )

@@ -31,8 +31,6 @@ from repvgg_jax.train.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 5  # settings that differ, in a message
-
 
 @dataclasses.dataclass(frozen=True)
 class RunMetadata:
@@ -105,7 +103,13 @@ class Workdir:
     @property
     def has_checkpoint(self) -> bool:
         """Whether there is any checkpoint, valid or not; unfinished ones do not count."""
-        return any(entry.name.isdigit() for entry in self.checkpoints.glob("*"))
+        return self.newest_step is not None
+
+    @property
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint, valid or not; None if there is none."""
+        steps = [int(e.name) for e in self.checkpoints.glob("*") if e.name.isdigit()]
+        return max(steps, default=None)
 
     @property
     def metrics(self) -> pathlib.Path:
@@ -133,7 +137,7 @@ class Workdir:
         return self.path / "profile"
 
     @contextlib.contextmanager
-    def claimed(self, settings: Settings) -> Iterator[None]:
+    def claimed(self, settings: Settings, *, replacing: Settings | None = None) -> Iterator[None]:
         """A context in which the directory belongs to this process and these settings.
 
         Raises:
@@ -144,30 +148,39 @@ class Workdir:
             raise ValueError(f"{self.path} is a file; give a directory as --workdir")
         self.path.mkdir(parents=True, exist_ok=True)
         with lock.locked(self.path):
-            self.claim(settings)
+            self.claim(settings, replacing=replacing)
             yield
 
-    def claim(self, settings: Settings) -> None:
+    def claim(self, settings: Settings, *, replacing: Settings | None = None) -> None:
         """Writes the configuration, or checks that it is the one that is there.
 
         Without any checkpoint, another configuration replaces the one that is there.
+
+        Args:
+          settings: of the run.
+          replacing: those that may be there although there are checkpoints.
 
         Raises:
           ValueError: the directory belongs to another configuration, or holds other files.
           OSError: it cannot be written.
         """
         if self.config.exists():
-            changed = differences(self.read_settings().as_json(), settings.as_json())
+            stored = self.read_settings()
+            changed = differences(stored.as_json(), settings.as_json())
             if not changed:
                 return
-            few = "; ".join(changed[:_NAMED])
-            few += f"; and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
             if self.has_checkpoint:
-                raise ValueError(
-                    f"{self.path} holds a run with another configuration: {few}. "
-                    "Give another --workdir, or the configuration that the run started with"
-                )
-            logger.info("%s has no checkpoint: starting anew with %s", self.path, few)
+                if stored != replacing:
+                    raise ValueError(
+                        f"{self.path} holds a run with another configuration: "
+                        f"{first_few(changed)}. Give another --workdir, or the configuration that "
+                        "the run started with"
+                    )
+                self._write_settings(settings)
+                return
+            logger.info(
+                "%s has no checkpoint: starting anew with %s", self.path, first_few(changed)
+            )
             self.metadata.unlink(missing_ok=True)  # it belongs to the old configuration
             shutil.rmtree(self.tensorboard, ignore_errors=True)
             self._write_settings(settings)
