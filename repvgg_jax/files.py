@@ -32,7 +32,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         yield temporary
         if temporary.is_dir():
             for inner in temporary.rglob("*"):
-                if inner.is_file() and not inner.is_symlink():
+                # A file with a second name was there before; its mode is its owner's matter.
+                if inner.is_file() and not inner.is_symlink() and inner.stat().st_nlink == 1:
                     _follow_umask(inner)
             if path.exists():
                 path.replace(replaced)

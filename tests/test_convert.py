@@ -236,6 +236,93 @@ class TestOutput:
         assert (tmp_path / "letter.txt").read_text() == "x"
 
 
+class TestEarlierConversion:
+    """What stays when another conversion takes its place."""
+
+    def test_formats_of_the_same_weights_stay(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        before = load_deployed(path)
+        done = convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
+        assert {"orbax", "model.safetensors", "model.stablehlo"} <= set(os.listdir(path))
+        assert "kept: orbax, of the same weights" in done.table()
+        after = load_deployed(path)  # which verifies all files that are listed
+        chex.assert_trees_all_equal(after.variables, before.variables)
+        listed = [entry["format"] for entry in after.proof["artefacts"]]
+        assert listed == ["stablehlo", "orbax", "safetensors"]
+        assert "orbax/_METADATA" in after.proof["sha256"]
+        # Again: a format that is written anew appears once.
+        convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
+        assert len(load_deployed(path).proof["artefacts"]) == 3
+
+    def test_formats_of_other_weights_go(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        variables = jax.tree.map(np.copy, nets.variables("plain"))
+        variables["params"]["head"]["bias"][0] += 1e-6
+        given, targets = network(variables=variables), parse_targets(["safetensors"])
+        done = convert(given, Output(path), targets=targets)
+        assert "removed: orbax, of another network" in done.table()
+        assert sorted(os.listdir(path)) == ["metadata.json", "model.safetensors", "proof.json"]
+        load_deployed(path)
+        # The same weights under other names are another network, too.
+        other = network(variables=variables, labels=nets.LABELS[::-1])
+        done = convert(other, Output(path), targets=parse_targets(["orbax"]))
+        assert "removed: model.safetensors" in done.table()
+
+    def test_preprocessing_matters_for_graphs_only(self, tmp_path):
+        output = Output(tmp_path / "deploy")
+        convert(network(), output, targets=parse_targets(["stablehlo", "safetensors"]))
+        targets = parse_targets(["orbax"])
+        done = convert(network(), output, targets=targets, with_preprocessing=True)
+        assert "removed: model.stablehlo, with another preprocessing" in done.table()
+        assert (output.path / "model.safetensors").exists()
+
+    def test_damaged_formats_go(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        (path / "orbax" / "_METADATA").write_text("{}")
+        done = convert(network(), Output(path), targets=parse_targets(["safetensors"]))
+        assert "removed: orbax, damaged: orbax/_METADATA" in done.table()
+        load_deployed(path)
+
+    def test_an_older_version_wrote_it(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        metadata = json.loads((path / "metadata.json").read_text())
+        del metadata["weights_sha256"]
+        (path / "metadata.json").write_text(json.dumps(metadata))
+        done = convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
+        assert "kept: orbax" in done.table()
+
+    def test_files_of_others_stay(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        (path / "notes" / "deep").mkdir(parents=True)
+        (path / "notes" / "deep" / "a.txt").write_text("x")
+        (path / "orbax" / "mine.txt").write_text("y")
+        (path / "secret").write_text("z")
+        (path / "secret").chmod(0o600)
+        (path / "link").symlink_to("nowhere")
+        for targets in (parse_targets(["stablehlo"]), DEFAULT):
+            convert(network(), Output(path), targets=targets)
+            assert (path / "notes" / "deep" / "a.txt").read_text() == "x"
+            assert (path / "orbax" / "mine.txt").read_text() == "y"
+            assert stat.S_IMODE((path / "secret").stat().st_mode) == 0o600
+            assert os.readlink(path / "link") == "nowhere"
+        load_deployed(path)
+
+    def test_a_file_of_others_in_the_way(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        (path / "model.stablehlo").write_text("mine")
+        with pytest.raises(ValueError, match=r"model\.stablehlo was not written by"):
+            convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
+        assert (path / "model.stablehlo").read_text() == "mine"
+        load_deployed(path)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["deploy"]
+
+
 class TestLoadDeployed:
     """Reading a deploy directory."""
 

@@ -92,7 +92,8 @@ def convert(
 
     Args:
       source: the network.
-      output: where to write; an earlier conversion there is replaced.
+      output: where to write; an earlier conversion there is replaced, except for formats of the
+        same weights and files of others.
       targets: what to write.
       tolerance: largest |Δlogit| allowed, relative to the largest |logit|.
       with_preprocessing: artifacts that hold a graph take uint8 images and return probabilities.
@@ -141,7 +142,14 @@ def convert(
             for target in targets
             for name in target.filenames
         ]
-        write_description(directory, network, artifacts, proof=proof, source=source.details)
+        kept = write_description(
+            directory,
+            network,
+            artifacts,
+            proof=proof,
+            source=source.details,
+            earlier=output.path,
+        )
     return Conversion(
         title=source.title,
         params=(
@@ -152,7 +160,11 @@ def convert(
         proof=proof,
         image_source=source.image_source,
         output=output.path,
-        lines=(*(str(artifact) for artifact in artifacts), "metadata.json, proof.json"),
+        lines=(
+            *(str(artifact) for artifact in artifacts),
+            *kept.lines,
+            "metadata.json, proof.json",
+        ),
         notes=source.notes,
     )
 
