@@ -19,10 +19,11 @@ from absl import flags
 from absl.testing import flagsaver
 from flax import linen as nn
 
-from repvgg_jax import create_model, files, fuse_params, load_weights, save_weights
+from repvgg_jax import create_model, files, fuse_params, load_weights, save_weights, to_state_dict
 from repvgg_jax.convert import command
 from repvgg_jax.convert.deployed import Output, load_deployed
-from repvgg_jax.convert.pipeline import Source, convert, from_run, from_weights
+from repvgg_jax.convert.pipeline import convert
+from repvgg_jax.convert.source import Facts, Source, from_run, from_weights
 from repvgg_jax.export import FORMATS, Normalize, Target, parse_targets
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import build_model
@@ -260,6 +261,93 @@ class TestOutput:
         assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+class TestEarlierConversion:
+    """What stays when another conversion takes its place."""
+
+    def test_formats_of_the_same_weights_stay(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        before = load_deployed(path)
+        done = convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
+        assert {"orbax", "model.safetensors", "model.stablehlo"} <= set(os.listdir(path))
+        assert "kept: orbax, of the same weights" in done.table()
+        after = load_deployed(path)  # which verifies all files that are listed
+        chex.assert_trees_all_equal(after.variables, before.variables)
+        listed = [entry["format"] for entry in after.proof["artefacts"]]
+        assert listed == ["stablehlo", "orbax", "safetensors"]
+        assert "orbax/_METADATA" in after.proof["sha256"]
+        # Again: a format that is written anew appears once.
+        convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
+        assert len(load_deployed(path).proof["artefacts"]) == 3
+
+    def test_formats_of_other_weights_go(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        variables = jax.tree.map(np.copy, nets.variables("plain"))
+        variables["params"]["head"]["bias"][0] += 1e-6
+        given, targets = network(variables=variables), parse_targets(["safetensors"])
+        done = convert(given, Output(path), targets=targets)
+        assert "removed: orbax, of another network" in done.table()
+        assert sorted(os.listdir(path)) == ["metadata.json", "model.safetensors", "proof.json"]
+        load_deployed(path)
+        # The same weights under other names are another network, too.
+        other = network(variables=variables, labels=nets.LABELS[::-1])
+        done = convert(other, Output(path), targets=parse_targets(["orbax"]))
+        assert "removed: model.safetensors" in done.table()
+
+    def test_preprocessing_matters_for_graphs_only(self, tmp_path):
+        output = Output(tmp_path / "deploy")
+        convert(network(), output, targets=parse_targets(["stablehlo", "safetensors"]))
+        targets = parse_targets(["orbax"])
+        done = convert(network(), output, targets=targets, with_preprocessing=True)
+        assert "removed: model.stablehlo, with another preprocessing" in done.table()
+        assert (output.path / "model.safetensors").exists()
+
+    def test_damaged_formats_go(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        (path / "orbax" / "_METADATA").write_text("{}")
+        done = convert(network(), Output(path), targets=parse_targets(["safetensors"]))
+        assert "removed: orbax, damaged: orbax/_METADATA" in done.table()
+        load_deployed(path)
+
+    def test_an_older_version_wrote_it(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        metadata = json.loads((path / "metadata.json").read_text())
+        del metadata["weights_sha256"]
+        (path / "metadata.json").write_text(json.dumps(metadata))
+        done = convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
+        assert "kept: orbax" in done.table()
+
+    def test_files_of_others_stay(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        (path / "notes" / "deep").mkdir(parents=True)
+        (path / "notes" / "deep" / "a.txt").write_text("x")
+        (path / "orbax" / "mine.txt").write_text("y")
+        (path / "secret").write_text("z")
+        (path / "secret").chmod(0o600)
+        (path / "link").symlink_to("nowhere")
+        for targets in (parse_targets(["stablehlo"]), DEFAULT):
+            convert(network(), Output(path), targets=targets)
+            assert (path / "notes" / "deep" / "a.txt").read_text() == "x"
+            assert (path / "orbax" / "mine.txt").read_text() == "y"
+            assert stat.S_IMODE((path / "secret").stat().st_mode) == 0o600
+            assert os.readlink(path / "link") == "nowhere"
+        load_deployed(path)
+
+    def test_a_file_of_others_in_the_way(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        (path / "model.stablehlo").write_text("mine")
+        with pytest.raises(ValueError, match=r"model\.stablehlo was not written by"):
+            convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
+        assert (path / "model.stablehlo").read_text() == "mine"
+        load_deployed(path)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["deploy"]
+
+
 class TestLoadDeployed:
     """Reading a deploy directory."""
 
@@ -411,6 +499,8 @@ class TestSource:
         [
             ("x.pth", {}, r"x\.pth"),
             ("repvgg_a0.rvgg_in1k", {}, r"repvgg_a0\.rvgg_in1k"),
+            ("hf-hub:timm/repvgg_a0", {}, r"timm/repvgg_a0\.rvgg_in1k"),
+            ("timm/repvgg_a0", {"entry": "ema"}, "entry is for"),
             ("x.pth", {"image_size": 0}, "image-size=0"),
         ],
     )
@@ -418,7 +508,7 @@ class TestSource:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         with pytest.raises((ValueError, OSError), match=message):
-            from_weights(name, **options)
+            from_weights(name, Facts(**options))
 
     @pytest.mark.parametrize("path", [None, OLD / "deploy"])
     def test_an_earlier_conversion_of_any_variant(self, path, deploy, tmp_path):
@@ -445,21 +535,112 @@ class TestSource:
         with pytest.raises(ValueError, match=f"--workdir {tmp_path}$"):
             from_weights(str(tmp_path))
 
-    def test_a_file_of_a_variant_of_ones_own(self, deploy, tmp_path):
-        """The architecture is in the directory, not in the file."""
-        with pytest.raises(ValueError, match=f"--from {deploy}, or .* --workdir") as caught:
-            from_weights(str(deploy / "model.safetensors"))
+    @pytest.mark.parametrize("kind", ["plain", "silu", "features"])
+    def test_a_file_of_ours_says_what_it_takes(self, kind, tmp_path):
+        """Its architecture, too, if that is of one's own."""
+        done = convert(network(kind), Output(tmp_path / "deploy"), targets=DEFAULT)
+        alone = tmp_path / "alone.safetensors"
+        shutil.copy(done.output / "model.safetensors", alone)
+        given, wanted = from_weights(str(alone)), load_deployed(done.output)
+        assert given.model.variant == wanted.model.variant
+        assert given.model.activation == wanted.model.activation
+        assert given.labels == network(kind).labels
+        assert given.normalize == network(kind).normalize
+        assert given.images.shape[1:] == (24, 24, 3)
+        assert given.notes == ()
+        chex.assert_trees_all_equal(given.variables, wanted.variables)
+        convert(given, Output(tmp_path / "again"), targets=DEFAULT)
+        again = load_deployed(tmp_path / "again")
+        assert again.metadata["classes"] == wanted.metadata["classes"]
+        with pytest.raises(ValueError, match=r"--mean .* header"):
+            from_weights(str(alone), Facts(mean=(0.5,) * 3))
+
+    def test_a_file_of_an_older_version_lacks_its_architecture(self, tmp_path):
+        """It is in the directory, not in the file."""
+        with pytest.raises(ValueError, match=f"--from {OLD / 'deploy'}, or .* --workdir") as caught:
+            from_weights(str(OLD / "deploy" / "model.safetensors"))
         assert len(str(caught.value)) < 400
         assert "depths" in str(caught.value)
-        shutil.copy(deploy / "model.safetensors", tmp_path / "alone.safetensors")
+        shutil.copy(OLD / "deploy" / "model.safetensors", tmp_path / "alone.safetensors")
         with pytest.raises(ValueError, match="--from DEPLOY"):
             from_weights(str(tmp_path / "alone.safetensors"))
 
-    def test_a_file_for_images_of_another_depth(self, tmp_path):
-        variables = random_variables(create_model("A0", num_classes=3), channels=1)
-        save_weights(tmp_path / "gray.npz", variables, family="flax", variant="A0")
-        with pytest.raises(ValueError, match="1 channels"):
-            from_weights(str(tmp_path / "gray.npz"))
+    def test_a_damaged_header(self, deploy, tmp_path):
+        content = (deploy / "model.safetensors").read_bytes()
+        assert content.count(b'"[24, 24]"') == 1
+        (tmp_path / "w.safetensors").write_bytes(content.replace(b'"[24, 24]"', b'"[24, 2a]"'))
+        with pytest.raises(ValueError, match="header"):
+            from_weights(str(tmp_path / "w.safetensors"))
+
+    def test_a_file_of_another_project(self, tmp_path):
+        """What it does not say is assumed, and said."""
+        saved = random_variables(create_model("A0", num_classes=3))
+        state = to_state_dict(saved, family="official")
+        path = str(tmp_path / "w.pth")
+        other = {
+            key: array * 2 if array.dtype == np.float32 else array for key, array in state.items()
+        }
+        torch = pytest.importorskip("torch")
+        as_torch = [{k: torch.from_numpy(v) for k, v in d.items()} for d in (state, other)]
+        torch.save(dict(zip(("model", "ema"), as_torch, strict=True)), path)
+        with pytest.raises(ValueError, match="model and ema"):
+            from_weights(path)
+        given = from_weights(path, Facts(entry="model"))
+        chex.assert_trees_all_equal(given.variables, saved)
+        assert given.images.shape[1:] == (224, 224, 3)
+        (note,) = given.notes
+        for word in ("224x224", "ImageNet", "no class names"):
+            assert word in note
+        told = Facts(48, ("a", "b", "c"), (0.1, 0.2, 0.3), (1.0, 1.0, 0.5), "ema")
+        given = from_weights(path, told)
+        assert given.notes == ()
+        assert given.labels == ("a", "b", "c")
+        assert given.normalize == Normalize((0.1, 0.2, 0.3), (1.0, 1.0, 0.5))
+        kernel = given.variables["params"]["head"]["kernel"]
+        np.testing.assert_array_equal(kernel, 2 * saved["params"]["head"]["kernel"])
+        for wrong, message in (
+            ({"classes": ("a", "b")}, "2 names.* 3 classes"),
+            ({"std": None}, "both --mean and --std"),
+            ({"mean": (0.5,), "std": (0.5,)}, "3 channels"),
+            ({"entry": "nothing"}, "nothing"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                from_weights(path, dataclasses.replace(told, **wrong))
+
+    def test_a_backbone_without_a_classifier(self, tmp_path):
+        trained = random_variables(create_model("A0", num_classes=0))
+        save_weights(tmp_path / "w.npz", trained, family="timm")
+        given = from_weights(str(tmp_path / "w.npz"), Facts(image_size=32))
+        assert given.model.num_classes == 0
+        assert "class names" not in given.notes[0]
+
+    def test_images_of_ones_own(self, deploy, small_run):
+        given = from_run(small_run[0], data="digits")
+        assert given.image_source == "360 validation images of digits"
+        with pytest.raises(ValueError, match=r"fake have the shape \(32, 32, 3\).*\(8, 8, 1\)"):
+            from_run(small_run[0], data="fake")
+        with pytest.raises(ValueError, match=r"fake.*\(32, 32, 3\).*\(24, 24, 3\)"):
+            from_weights(str(deploy), data="fake")
+        for missing in ("folder:/nothing/there", "nothing"):
+            with pytest.raises(ValueError, match="nothing"):
+                from_run(small_run[0], data=missing)
+
+    def test_which_checkpoint(self, small_run, tmp_path):
+        newest, best = (from_run(small_run[0], step=step) for step in ("newest", "best"))
+        assert newest.details["step"] == 22
+        by_step = {step: from_run(small_run[0], step=step) for step in (11, 22)}
+        accuracies = {step: given.details["accuracy"] for step, given in by_step.items()}
+        wanted = max(accuracies, key=lambda step: (accuracies[step], step))
+        assert best.details["step"] == wanted
+        assert f"{accuracies[wanted]:.2%}" in newest.notes[0]
+        assert f"{accuracies[11]:.2%}" in by_step[11].notes[0]
+        with pytest.raises(ValueError, match="step 5"):
+            from_run(small_run[0], step=5)
+        shutil.copytree(OLD / "run", tmp_path / "run")
+        for manifest in (tmp_path / "run").rglob("manifest/metadata"):
+            manifest.write_text("{")
+        with pytest.raises(ValueError, match="evaluated"):
+            from_run(tmp_path / "run", step="best")
 
     def test_a_run_without_its_data_and_its_optimizer(self, tmp_path):
         """It has the built-in photographs instead of its validation images, and says so."""
@@ -505,7 +686,7 @@ def test_a_checkpoint_of_another_project(family, tmp_path):
     trained = random_variables(create_model("A0", num_classes=7))
     path = tmp_path / "a0.safetensors"
     save_weights(path, trained, family=family)
-    given = from_weights(str(path), image_size=64)
+    given = from_weights(str(path), Facts(image_size=64))
     assert f"A0, training form, 7 classes, {family}" in given.title
     targets = parse_targets(["safetensors", "torch-timm", "orbax"])
     done = convert(given, Output(tmp_path / "deploy"), targets=targets)
@@ -517,7 +698,7 @@ def test_a_checkpoint_of_another_project(family, tmp_path):
     chex.assert_trees_all_equal(again.variables, fuse_params(trained))
 
     # What came fused stays as it is.
-    given = from_weights(str(tmp_path / "deploy" / "model.timm.safetensors"), image_size=64)
+    given = from_weights(str(tmp_path / "deploy" / "model.timm.safetensors"), Facts(image_size=64))
     assert convert(given, Output(tmp_path / "again"), targets=DEFAULT).proof is None
     chex.assert_trees_all_equal(load_deployed(tmp_path / "again").variables, deployed.variables)
 
@@ -564,6 +745,11 @@ class TestCommand:
             ([], "nothing to convert"),
             (["--workdir=x"], "give --output"),
             (["--from=x", "--output=./x"], "--output=./x would replace"),
+            (["--from=x", "--output=y", "--step=best"], "--step=best is for a run"),
+            (["--workdir=x", "--output=y", "--mean=1,2"], "--mean is for checkpoint files"),
+            (["--workdir=x", "--output=y", "--step=0"], "--step=0"),
+            (["--from=x", "--output=y", "--std=1,two"], "--std=1,two"),
+            (["--from=x", "--output=y", "--classes=one"], "--classes=one"),
         ],
     )
     def test_what_is_missing_is_named(self, arguments, message):

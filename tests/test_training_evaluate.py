@@ -98,5 +98,5 @@ def test_no_such_step(small_run):
 
 def test_data_with_other_classes(small_run):
     other = small_config(data__source="fake", data__mean=(0.5,) * 3, data__std=(0.3,) * 3)
-    with pytest.raises(ValueError, match=r"10 classes.* fake has 4"):
+    with pytest.raises(ValueError, match=r"fake has other.* 10 classes -> 4"):
         evaluate_only(other, small_run[0])

@@ -1,13 +1,18 @@
 """The command `convert.py`, and `repvgg-convert` of an installed package."""
 
+import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from repvgg_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Convert the newest checkpoint of this run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Convert a checkpoint of this run.")
+STEP = flags.DEFINE_string(
+    "step", None, "With --workdir: the checkpoint, by its step, or best, or newest, the default."
+)
 FROM = flags.DEFINE_string(
     "from",
     None,
@@ -21,15 +26,40 @@ FORMAT = flags.DEFINE_list(
     "What to write, one or several of orbax, safetensors, stablehlo, onnx, tflite, savedmodel, "
     "torch-official, torch-timm; a dtype may follow, e.g. onnx:float16. See docs/deploy.md.",
 )
+DATA = flags.DEFINE_string(
+    "data",
+    None,
+    "Images for the proof, as config.data.source, e.g. folder:/data/flowers. Default: those of "
+    "the run, or built-in photographs.",
+)
 PREPROCESSING = flags.DEFINE_bool(
     "with-preprocessing", False, "Artifacts take uint8 images and return probabilities."
 )
 IMAGE_SIZE = flags.DEFINE_integer(
-    "image-size", 224, "With --from and a file or name: height and width of images."
+    "image-size", None, "With a checkpoint file of another project: height and width of images."
+)
+CLASSES = flags.DEFINE_string(
+    "classes",
+    None,
+    "With such a file: class names by label, separated by commas, or a file with one per line or "
+    "a JSON list.",
+)
+MEAN = flags.DEFINE_list("mean", None, "With such a file: mean per channel, on the scale 0 to 1.")
+STD = flags.DEFINE_list("std", None, "With such a file: standard deviation per channel.")
+ENTRY = flags.DEFINE_string(
+    "entry", None, "With such a file: key of the state dict if there are several, e.g. ema."
 )
 TOLERANCE = flags.DEFINE_float(
     "tolerance", 1e-5, "Largest |Δlogit| allowed, relative to the largest |logit|."
 )
+
+_OF_A_FILE = {
+    "image-size": IMAGE_SIZE,
+    "classes": CLASSES,
+    "mean": MEAN,
+    "std": STD,
+    "entry": ENTRY,
+}
 
 
 def main(_: Sequence[str]) -> int:
@@ -42,6 +72,12 @@ def main(_: Sequence[str]) -> int:
         )
     if workdir is not None and weights is not None:
         raise ValueError(f"give --workdir={workdir} or --from={weights}, not both")
+    if workdir is not None and (given := [n for n, f in _OF_A_FILE.items() if f.value is not None]):
+        raise ValueError(
+            f"--{given[0]} is for checkpoint files, --from; the run in {workdir} says it itself"
+        )
+    if weights is not None and STEP.value is not None:
+        raise ValueError(f"--step={STEP.value} is for a run, --workdir; --from={weights} has none")
     if OUTPUT.value is None:
         raise ValueError("give --output, the directory to write")
     if (
@@ -53,16 +89,26 @@ def main(_: Sequence[str]) -> int:
             "another --output"
         )
     from repvgg_jax.convert.deployed import Output
-    from repvgg_jax.convert.pipeline import convert, from_run, from_weights
+    from repvgg_jax.convert.pipeline import convert
+    from repvgg_jax.convert.source import Facts, from_run, from_weights
     from repvgg_jax.export import parse_targets
+    from repvgg_jax.train.restore import parse_step
 
     targets = parse_targets(FORMAT.value)
     output = Output(pathlib.Path(OUTPUT.value))
     if workdir is not None:
-        network = from_run(pathlib.Path(workdir))
+        step = parse_step(STEP.value)
+        network = from_run(pathlib.Path(workdir), step=step, data=DATA.value)
     else:
         assert weights is not None
-        network = from_weights(weights, image_size=IMAGE_SIZE.value)
+        facts = Facts(
+            image_size=IMAGE_SIZE.value,
+            classes=_names(CLASSES.value),
+            mean=_numbers("mean", MEAN.value),
+            std=_numbers("std", STD.value),
+            entry=ENTRY.value,
+        )
+        network = from_weights(weights, facts, data=DATA.value)
     done = convert(
         network,
         output,
@@ -72,6 +118,36 @@ def main(_: Sequence[str]) -> int:
     )
     print(done.table())
     return 0
+
+
+def _numbers(name: str, values: Sequence[str] | None) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    try:
+        return tuple(map(float, values))
+    except ValueError as error:
+        raise ValueError(
+            f"--{name}={','.join(values)} must be numbers separated by commas, one per channel"
+        ) from error
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """Class names of `--classes`: a list, or a file."""
+    if text is None:
+        return None
+    path = pathlib.Path(text)
+    if not path.is_file():
+        if "," not in text:
+            raise ValueError(f"--classes={text} is neither a file nor names separated by commas")
+        return tuple(name.strip() for name in text.split(","))
+    content = path.read_text()
+    names: Any = content.splitlines()
+    if content.lstrip().startswith("["):
+        try:
+            names = json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"--classes={text} is not a JSON list: {error}") from error
+    return tuple(str(name).strip() for name in names if str(name).strip())
 
 
 def run() -> None:

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from repvgg_jax import files
 from repvgg_jax._version import __version__
+from repvgg_jax.convert.earlier import WEIGHTS, Kept, take_over, weights_digest
 from repvgg_jax.export import FORMATS, Artifact, Network
 from repvgg_jax.export.operators import ACTIVATIONS, activation_kind
 from repvgg_jax.model import RepVGG, create_model
@@ -275,7 +276,8 @@ def write_description(
     *,
     proof: Proof | None,
     source: Mapping[str, Any],
-) -> None:
+    earlier: pathlib.Path | None = None,
+) -> Kept:
     """Writes `metadata.json` and `proof.json` next to the artifacts.
 
     Args:
@@ -284,6 +286,13 @@ def write_description(
       artifacts: what was written there.
       proof: that it computes what its source does; None if the source is in deploy form.
       source: where the network comes from.
+      earlier: the directory whose place this one takes.
+
+    Returns:
+      What was taken over from `earlier`.
+
+    Raises:
+      ValueError: a file there that would be lost, see `earlier.take_over`.
     """
     installed = {"repvgg-jax": __version__, **versions("jax", "jaxlib", "flax", "numpy")}
     metadata = {
@@ -297,19 +306,25 @@ def write_description(
         "mean": list(network.normalize.mean),
         "std": list(network.normalize.std),
         "with_preprocessing": network.with_preprocessing,
+        WEIGHTS: weights_digest(network.params),
         "source": dict(source),
         "versions": installed,
     }
     path = directory / "metadata.json"
-    path.write_text(json.dumps(metadata, indent=2) + "\n")
-    checksums = {path.name: files.sha256(path)}
+    text = json.dumps(metadata, indent=2) + "\n"
+    kept = Kept()
+    if earlier is not None:
+        kept = take_over(earlier, directory, json.loads(text), artifacts)
+    path.write_text(text)
+    checksums = {path.name: files.sha256(path), **kept.checksums}
     for artifact in artifacts:
         checksums |= artifact.checksums
     content: dict[str, Any] = {
         "fused": None if proof is None else proof.as_dict(),
-        _ARTIFACTS: [artifact.as_dict() for artifact in artifacts],
+        _ARTIFACTS: [*(artifact.as_dict() for artifact in artifacts), *kept.artifacts],
         "sha256": dict(sorted(checksums.items())),
         "versions": installed,
     }
     content["digest"] = files.json_digest(content)
     (directory / "proof.json").write_text(json.dumps(content, indent=2) + "\n")
+    return kept

@@ -1,4 +1,4 @@
-"""From a training run or a checkpoint to a deploy directory: read, fuse, prove, write."""
+"""From a source to a deploy directory: fuse, prove, write."""
 
 import dataclasses
 import pathlib
@@ -10,168 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from repvgg_jax.convert.deployed import Output, is_deployment, load_deployed, write_description
-from repvgg_jax.data.sources import photo_crops
+from repvgg_jax.convert.deployed import Output, write_description
+from repvgg_jax.convert.source import Source
 from repvgg_jax.export import Network, Target
 from repvgg_jax.export.operators import activation_kind
-from repvgg_jax.model import RepVGG, create_model
-from repvgg_jax.normalize import Normalize
 from repvgg_jax.proof import TOLERANCE, Forward, Proof, compare
-from repvgg_jax.text import plural
-from repvgg_jax.train.restore import load_run, validation_images
-from repvgg_jax.weights import load_file_or_pretrained
-from repvgg_jax.weights.detect import UnknownVariantError
 
-PROOF_IMAGES = 1000  # validation images in a proof, at most
 ARTIFACT_IMAGES = 64  # at most, run by every runtime of every artifact
 BATCH = 32  # images, of the proof and of the timing
 TIMED_ROUNDS = 3, 11  # at least, at most
 TIMED_SECONDS = 10.0  # no further round after this
-
-IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-"""What the published networks were trained with."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A network to convert, and real images to prove the result on.
-
-    Attributes:
-      title: what it is, in a line.
-      model: in the form of the variables; computes in float32.
-      variables: NumPy arrays.
-      images: real ones, uint8 (images, height, width, channels).
-      image_source: what the images are, e.g. "360 validation images of digits".
-      normalize: pixels to what the model takes.
-      labels: name of every class; empty if unknown.
-      details: where it comes from, for `metadata.json`.
-    """
-
-    title: str
-    model: RepVGG
-    variables: dict[str, Any]
-    images: np.ndarray
-    image_source: str
-    normalize: Normalize
-    labels: tuple[str, ...]
-    details: dict[str, Any]
-
-
-def from_run(path: pathlib.Path) -> Source:
-    """The newest valid checkpoint of a training run, and real images.
-
-    Neither the run's data nor its optimizer is needed. Without its data, the images are the
-    built-in photographs.
-
-    Raises:
-      ValueError: no run or no valid checkpoint there.
-    """
-    run = load_run(path)
-    images, image_source = validation_images(run, PROOF_IMAGES)
-    return Source(
-        title=f"RepVGG {run.model.variant.name}, step {run.step} of {path}",
-        # The proof is about the function, not about the rounding of a half-precision run.
-        model=run.model.clone(dtype=np.float32, remat=False),
-        variables=run.variables,
-        images=images,
-        image_source=image_source,
-        normalize=run.normalize,
-        labels=run.classes,
-        details={"workdir": str(path), "step": run.step, "images": image_source},
-    )
-
-
-def from_deployed(path: pathlib.Path) -> Source:
-    """A directory that `convert.py` wrote, verified, and photographs of its images' shape.
-
-    Raises:
-      ValueError: no such directory, a damaged file, or images of neither 1 nor 3 channels.
-    """
-    deployed = load_deployed(path)
-    metadata = deployed.metadata
-    try:
-        height, width, channels = metadata["image_shape"]
-        normalize = Normalize(tuple(metadata["mean"]), tuple(metadata["std"]))
-        labels = tuple(metadata["classes"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path / 'metadata.json'} lacks a valid {error}") from error
-    if channels not in (1, 3):
-        raise ValueError(
-            f"{path} takes images of {channels} channels, but the built-in photographs have 1 or "
-            "3; convert the training run that it came from"
-        )
-    images = photo_crops(max(height, width))[:, :height, :width]
-    if channels == 1:
-        images = images.mean(-1, keepdims=True).round().astype(np.uint8)
-    image_source = f"{plural(len(images), 'crop')} of built-in photographs"
-    return Source(
-        title=f"RepVGG {deployed.model.variant.name} of {path}",
-        model=deployed.model,
-        variables=deployed.variables,
-        images=images,
-        image_source=image_source,
-        normalize=normalize,
-        labels=labels,
-        details={
-            "deployment": str(path),
-            "fused": deployed.proof.get("fused"),
-            "source": metadata.get("source"),
-            "images": image_source,
-        },
-    )
-
-
-def from_weights(name: str, *, image_size: int = 224) -> Source:
-    """A directory of `convert.py`, a checkpoint file, or a model of timm by its hub name.
-
-    Args:
-      name: e.g. `deploy`, `RepVGG-B1g4-train.pth` or `repvgg_b1g4.rvgg_in1k`.
-      image_size: height and width of the images it will be used on, in pixels; a directory
-        records its own.
-
-    Raises:
-      ValueError: not readable, not a RepVGG, or not for images of three channels.
-    """
-    if image_size < 1:
-        raise ValueError(f"--image-size={image_size} must be positive")
-    path = pathlib.Path(name)
-    if path.is_dir():
-        if not is_deployment(path):
-            raise ValueError(
-                f"{name} is a directory that convert.py did not write; if it is a training run, "
-                f"give --workdir {name}"
-            )
-        return from_deployed(path)
-    try:
-        loaded = load_file_or_pretrained(name)
-    except UnknownVariantError as error:
-        directory = path.parent if is_deployment(path.parent) else "DEPLOY"
-        raise ValueError(
-            f"{name} is none of the official architectures ({error.architecture}): give the "
-            f"directory that convert.py wrote, --from {directory}, or the run, --workdir RUN"
-        ) from error
-    if loaded.in_channels != 3:
-        raise ValueError(
-            f"{name} takes images of {loaded.in_channels} channels, but the built-in proof images "
-            "have 3; convert the training run that it came from"
-        )
-    images = photo_crops(image_size)
-    image_source = f"{plural(len(images), 'crop')} of built-in photographs"
-    return Source(
-        title=f"RepVGG {loaded} of {name}",
-        model=create_model(
-            loaded.variant,
-            num_classes=loaded.num_classes,
-            deploy=loaded.deploy,
-            epsilon=loaded.epsilon,
-        ),
-        variables=loaded.variables,
-        images=images,
-        image_source=image_source,
-        normalize=IMAGENET,
-        labels=(),
-        details={"weights": name, "family": loaded.family, "images": image_source},
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +35,7 @@ class Conversion:
       image_source: what the proof ran on.
       output: the directory written.
       lines: what was written there, with its proofs.
+      notes: what the source had to assume, or what else it offers.
     """
 
     title: str
@@ -196,6 +45,7 @@ class Conversion:
     image_source: str
     output: pathlib.Path
     lines: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def table(self) -> str:
         """A summary as text."""
@@ -223,6 +73,7 @@ class Conversion:
                 *(line.rstrip() for line in lines),
                 f"proof: {proof}",
                 f"{images}: {self.image_source}",
+                *self.notes,
                 f"written to {self.output}:",
                 *(f"  {line}" for text in self.lines for line in text.splitlines()),
             ]
@@ -241,7 +92,8 @@ def convert(
 
     Args:
       source: the network.
-      output: where to write; an earlier conversion there is replaced.
+      output: where to write; an earlier conversion there is replaced, except for formats of the
+        same weights and files of others.
       targets: what to write.
       tolerance: largest |Δlogit| allowed, relative to the largest |logit|.
       with_preprocessing: artifacts that hold a graph take uint8 images and return probabilities.
@@ -290,7 +142,14 @@ def convert(
             for target in targets
             for name in target.filenames
         ]
-        write_description(directory, network, artifacts, proof=proof, source=source.details)
+        kept = write_description(
+            directory,
+            network,
+            artifacts,
+            proof=proof,
+            source=source.details,
+            earlier=output.path,
+        )
     return Conversion(
         title=source.title,
         params=(
@@ -301,7 +160,12 @@ def convert(
         proof=proof,
         image_source=source.image_source,
         output=output.path,
-        lines=(*(str(artifact) for artifact in artifacts), "metadata.json, proof.json"),
+        lines=(
+            *(str(artifact) for artifact in artifacts),
+            *kept.lines,
+            "metadata.json, proof.json",
+        ),
+        notes=source.notes,
     )
 
 

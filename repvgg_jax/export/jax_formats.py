@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
+from repvgg_jax.export.description import model_header
 from repvgg_jax.export.format import Format, Run, Runtime
 from repvgg_jax.export.network import Network
 from repvgg_jax.proof import TOLERANCE
@@ -69,7 +70,8 @@ def write_safetensors(network: Network, path: Path, dtype: str) -> None:
     """Writes every array under its path, `params/stage1_block0/…`; `dtype` is float32."""
     named = named_leaves({"params": network.params})
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in named.items()}
-    safetensors.numpy.save_file(tensors, path, metadata=network.header(SAFETENSORS.layout))
+    header = {**network.header(SAFETENSORS.layout), **model_header(network)}
+    safetensors.numpy.save_file(tensors, path, metadata=header)
 
 
 def _read_safetensors(path: Path, network: Network) -> Any:

@@ -44,8 +44,23 @@ EVAL_ONLY = flags.DEFINE_bool(
 BY_CLASS = flags.DEFINE_bool(
     "by_class", False, "With --eval_only: also the accuracy of each class."
 )
-STEP = flags.DEFINE_integer(
-    "step", None, "With --eval_only: step of the checkpoint; default: the newest.", lower_bound=1
+STEP = flags.DEFINE_string(
+    "step", None, "With --eval_only: the checkpoint, by its step, or best, or newest, the default."
+)
+ENTRY = flags.DEFINE_string(
+    "entry", None, "With --init_from: key in a weights file that holds several, e.g. ema."
+)
+OTHER_DATA = flags.DEFINE_bool(
+    "other_data",
+    False,
+    "Resume or evaluate with data other than the run's: classes are matched by their names. "
+    "Without it, other classes are refused, and other images to resume with.",
+)
+EXTEND = flags.DEFINE_bool(
+    "extend",
+    False,
+    "Resume with another config.train.epochs or batch_size: the run goes on where it is, with the "
+    "learning rates of a run that had them from its start.",
 )
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", "", "FIRST:END, steps to write a trace of; 10:20 traces 10 to 19."
@@ -69,7 +84,9 @@ def main(_: Sequence[str]) -> int:
     from repvgg_jax.train.evaluate import evaluate_only
     from repvgg_jax.train.hooks import parse_steps
     from repvgg_jax.train.loop import train
+    from repvgg_jax.train.restore import parse_step
 
+    _check_flags()
     recipe = _recipe()
     if COMPILE_ONLY.value is not None:
         from repvgg_jax.train.aot import compile_ahead
@@ -80,16 +97,43 @@ def main(_: Sequence[str]) -> int:
     workdir, init_from = WORKDIR.value or pathlib.Path("runs", stem), INIT_FROM.value
     with initialized(DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain):
         if EVAL_ONLY.value:
-            result = evaluate_only(CONFIG.value, workdir, init_from=init_from, step=STEP.value)
+            result = evaluate_only(
+                CONFIG.value,
+                workdir,
+                init_from=init_from,
+                init_entry=ENTRY.value,
+                step=parse_step(STEP.value),
+                other_data=OTHER_DATA.value,
+            )
             if jax.process_index() == 0:
                 print("\n".join(result.lines(by_class=BY_CLASS.value)))
             return 0
         steps = parse_steps(PROFILE_STEPS.value)
         outcome = train(
-            CONFIG.value, workdir, init_from=init_from, profile_steps=steps, recipe=recipe
+            CONFIG.value,
+            workdir,
+            init_from=init_from,
+            init_entry=ENTRY.value,
+            other_data=OTHER_DATA.value,
+            extend=EXTEND.value,
+            profile_steps=steps,
+            recipe=recipe,
         )
     # A preempted run did what it was asked to; after Ctrl-C, shells expect 128 + its number.
     return 128 + signal.SIGINT if outcome.stopped_by == signal.SIGINT else 0
+
+
+def _check_flags() -> None:
+    """Raises ValueError for a flag that would have no effect."""
+    for name, given, needs in (
+        ("step", STEP.value is not None, "--eval_only" if not EVAL_ONLY.value else ""),
+        ("by_class", BY_CLASS.value, "--eval_only" if not EVAL_ONLY.value else ""),
+        ("entry", ENTRY.value is not None, "--init_from" if INIT_FROM.value is None else ""),
+    ):
+        if given and needs:
+            raise ValueError(f"--{name} has an effect with {needs} only")
+    if EVAL_ONLY.value and PROFILE_STEPS.value:
+        raise ValueError("--profile_steps has no effect with --eval_only")
 
 
 def defaults(arguments: Sequence[str], recipe: str | None = None) -> Mapping[str, str]:

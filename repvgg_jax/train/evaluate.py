@@ -10,11 +10,20 @@ from ml_collections import ConfigDict
 
 from repvgg_jax.cluster import consensus
 from repvgg_jax.data.batches import eval_batches
+from repvgg_jax.data.dataset import load
 from repvgg_jax.model import RepVGG
 from repvgg_jax.text import differences
+from repvgg_jax.train.classes import for_network, note_other_images
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.hooks import StopRequest
-from repvgg_jax.train.restore import load_run, run_directory, starting_weights
+from repvgg_jax.train.restore import (
+    Loaded,
+    Step,
+    load_run,
+    load_source,
+    run_directory,
+    starting_weights,
+)
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.step import EvalStep
 from repvgg_jax.train.validate import check_batches
@@ -141,7 +150,9 @@ def evaluate_only(
     path: str | pathlib.Path,
     *,
     init_from: str | None = None,
-    step: int | None = None,
+    init_entry: str | None = None,
+    step: Step = "newest",
+    other_data: bool = False,
 ) -> Evaluation:
     """Evaluates a network on the validation images of `config`, in both forms.
 
@@ -150,32 +161,44 @@ def evaluate_only(
         it started from.
       path: a run directory; ignored if `init_from` is given.
       init_from: another run directory, a deploy directory, a weights file or a hub name.
-      step: of the run's checkpoint; default: the newest.
+      init_entry: of a weights file that holds several state dicts.
+      step: of the run's checkpoint.
+      other_data: accept data with other classes, or with some of them, matched by name.
 
     Raises:
-      ValueError: nothing to evaluate there, or another network or head.
+      ValueError: nothing to evaluate there, another network or head, or other classes.
     """
-    settings = dataclasses.replace(Settings.from_config(config), init_from=init_from or "")
+    settings = dataclasses.replace(
+        Settings.from_config(config), init_from=init_from or "", init_entry=init_entry or ""
+    )
     consensus.require_same(settings.as_json())
     check_batches(settings, devices=jax.device_count(), processes=jax.process_count())
     workdir = run_directory(init_from) if init_from else Workdir(pathlib.Path(path))
-    if workdir is None and step is not None:
+    if workdir is None and step != "newest":
         raise ValueError(f"--step={step} needs a run, and {init_from} is not a run directory")
     if workdir is not None:
         _check_same_network(settings, workdir)  # before any data are read
     consensus.announce(batch_size=settings.eval.batch_size)
-    experiment = Experiment.from_config(settings)
+    dataset = load(settings.data)
     if workdir is None:
-        variables, source = _from_weights(experiment)
+        loaded = load_source(settings.init_from, settings)
+        dataset = for_network(
+            dataset, loaded.classes, owner=settings.init_from, other_data=other_data
+        )
+        experiment = Experiment.from_config(settings, dataset=dataset)
+        variables, source = _from_weights(experiment, loaded)
     else:
-        variables, source = _from_run(experiment, workdir, step)
+        run = load_run(workdir, step=step)
+        dataset = for_network(dataset, run.classes, owner=str(run.path), other_data=other_data)
+        note_other_images(dataset, run.metadata, owner=str(run.path))
+        experiment = Experiment.from_config(settings, dataset=dataset)
+        variables, source = run.variables, str(run)
     variables = jax.device_put(variables, experiment.replicated)
     evaluator = Evaluator(experiment)
     trained = evaluator(experiment.model, variables)
     fused = evaluator(experiment.model.clone(deploy=True), experiment.model.fuse(variables))
     assert trained is not None
     assert fused is not None
-    dataset = experiment.dataset
     return Evaluation(source, len(dataset.evaluation), dataset.classes, trained, fused)
 
 
@@ -193,19 +216,9 @@ def _check_same_network(settings: Settings, workdir: Workdir) -> None:
         )
 
 
-def _from_run(experiment: Experiment, workdir: Workdir, step: int | None) -> tuple[Any, str]:
-    run, classes = load_run(workdir, step=step), experiment.dataset.classes
-    if len(run.classes) != len(classes):
-        raise ValueError(
-            f"{run} has a head for {len(run.classes)} classes, but {experiment.dataset.name} has "
-            f"{len(classes)}; evaluate it on data with its own classes, or fine-tune it first"
-        )
-    return run.variables, str(run)
-
-
-def _from_weights(experiment: Experiment) -> tuple[Any, str]:
+def _from_weights(experiment: Experiment, loaded: Loaded) -> tuple[Any, str]:
     source = experiment.settings.init_from
-    merged = starting_weights(experiment, source)
+    merged = starting_weights(experiment, loaded)
     if missing := [name for name in merged.replaced if not name.startswith("aux_")]:
         raise ValueError(
             f"{source} has no {', '.join(missing)} for the {len(experiment.dataset.classes)} "

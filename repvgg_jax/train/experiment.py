@@ -51,7 +51,7 @@ class Experiment:
       mixing: mixup and cutmix, or None.
       mesh: all devices, on one axis `data`.
       steps_per_epoch: whole batches in the training images.
-      total_steps: length of the run.
+      total_steps: step at which the run ends.
     """
 
     settings: Settings
@@ -101,7 +101,8 @@ class Experiment:
                 f"training images of {dataset.name}"
             )
         steps_per_epoch = len(dataset.train) // batch_size
-        total_steps = settings.train.epochs * steps_per_epoch
+        offset = settings.train.step_offset
+        total_steps = settings.train.epochs * steps_per_epoch - offset
         normalize = Normalize(mean, std)
         return cls(
             settings=settings,
@@ -117,6 +118,7 @@ class Experiment:
                 batch_size=batch_size,
                 steps_per_epoch=steps_per_epoch,
                 total_steps=total_steps,
+                offset=offset,
             ),
             normalize=normalize,
             augment=make_augmentation(settings.augment, normalize),
@@ -222,7 +224,23 @@ class Experiment:
 
     def is_due(self, every_epochs: int, step: int) -> bool:
         """Whether something that happens every so many epochs, and at the end, is due."""
-        return step == self.total_steps or step % (every_epochs * self.steps_per_epoch) == 0
+        period = every_epochs * self.steps_per_epoch
+        return step == self.total_steps or self.position(step) % period == 0
+
+    def position(self, step: int) -> int:
+        """Batches of the present size from the start of the data to this step."""
+        return step + self.settings.train.step_offset
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate with which that step was taken, counted from 1."""
+        rate = schedule(
+            self.settings.optimizer,
+            batch_size=self.settings.train.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+            offset=self.settings.train.step_offset,
+        )
+        return float(rate(step - 1))
 
     def describe(self) -> str:
         """The run as one line of key=value."""
@@ -247,7 +265,12 @@ class Experiment:
 
 
 def make_optimizer(
-    settings: OptimizerSettings, *, batch_size: int, steps_per_epoch: int, total_steps: int
+    settings: OptimizerSettings,
+    *,
+    batch_size: int,
+    steps_per_epoch: int,
+    total_steps: int,
+    offset: int = 0,
 ) -> optax.GradientTransformation:
     """The gradient transformation that `config.optimizer` describes.
 
@@ -259,13 +282,15 @@ def make_optimizer(
       settings: of the optimizer.
       batch_size: images per step, of all devices together.
       steps_per_epoch: whole batches in the training images.
-      total_steps: length of the run.
+      total_steps: step at which the run ends.
+      offset: steps by which the schedule is ahead.
     """
     rate = schedule(
         settings,
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
+        offset=offset,
     )
 
     def mask(params: Any) -> Any:
@@ -288,17 +313,23 @@ def make_optimizer(
 
 
 def schedule(
-    settings: OptimizerSettings, *, batch_size: int, steps_per_epoch: int, total_steps: int
+    settings: OptimizerSettings,
+    *,
+    batch_size: int,
+    steps_per_epoch: int,
+    total_steps: int,
+    offset: int = 0,
 ) -> optax.Schedule:
     """The learning rate by step: linear warm-up from 0, then the schedule of that name.
 
     The peak is `learning_rate` for a batch of 256 images and proportional to the batch.
     `cosine` and `linear` reach 0 at the last step; `step` multiplies by `step_factor` every
-    `step_epochs` epochs, counted from the start of the run.
+    `step_epochs` epochs, counted from the start of the run. At a step it is what it would be
+    `offset` steps later without one.
     """
     peak = settings.learning_rate * batch_size / REFERENCE_BATCH
     warmup = round(settings.warmup_epochs * steps_per_epoch)
-    left = max(1, total_steps - warmup)
+    left = max(1, total_steps + offset - warmup)
     every = max(1, round(settings.step_epochs * steps_per_epoch))
     falls = optax.exponential_decay(peak, every, settings.step_factor, staircase=True)
     schedules: dict[str, optax.Schedule] = {
@@ -308,6 +339,8 @@ def schedule(
         "constant": optax.constant_schedule(peak),
     }
     chosen = schedules[settings.schedule]
-    if not warmup:
+    if warmup:
+        chosen = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), chosen], [warmup])
+    if not offset:
         return chosen
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), chosen], [warmup])
+    return lambda count: chosen(count + offset)

@@ -12,7 +12,11 @@ from ml_collections import ConfigDict
 
 from repvgg_jax.cluster import consensus, watchdog
 from repvgg_jax.data.batches import train_batches
+from repvgg_jax.data.dataset import Dataset, load
+from repvgg_jax.data.identity import DataIdentity
+from repvgg_jax.train import resume
 from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.classes import for_resuming
 from repvgg_jax.train.evaluate import Evaluator, counted, metrics_row
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.hooks import Profile, StopRequest
@@ -49,6 +53,9 @@ def train(
     path: str | pathlib.Path,
     *,
     init_from: str | None = None,
+    init_entry: str | None = None,
+    other_data: bool = False,
+    extend: bool = False,
     profile_steps: range = range(0),
     recipe: str = "",
 ) -> Outcome:
@@ -61,6 +68,10 @@ def train(
       config: from `default_config`, as a recipe changes it.
       path: the run directory; see `repvgg_jax.train.workdir`.
       init_from: replaces `config.init_from`.
+      init_entry: replaces `config.init_entry`.
+      other_data: resume with other images than the run began with; their classes are matched
+        by name.
+      extend: resume with another number of epochs or batch size, see `repvgg_jax.train.resume`.
       profile_steps: steps to write a trace of, for TensorBoard or Perfetto.
       recipe: where `config` is from, for the log.
 
@@ -70,9 +81,11 @@ def train(
       FloatingPointError: the loss or a gradient is not finite.
       OSError: the directory cannot be written.
     """
-    settings = Settings.from_config(config)
+    settings = resume.started(Settings.from_config(config))
     if init_from is not None:
         settings = dataclasses.replace(settings, init_from=init_from)
+    if init_entry is not None:
+        settings = dataclasses.replace(settings, init_entry=init_entry)
     consensus.require_same(settings.as_json())
     check_batches(settings, devices=jax.device_count(), processes=jax.process_count())
     consensus.announce(
@@ -84,13 +97,20 @@ def train(
     with contextlib.ExitStack() as stack:
         # First, so that a signal during start-up waits for the first poll.
         stop = stack.enter_context(StopRequest(watchdog.agree_to_stop))
-        experiment = Experiment.from_config(settings)
+        begun = _Begun.at(workdir)
+        if begun is None:
+            dataset = load(settings.data)
+        else:
+            settings, dataset = begun.resumed(settings, extend=extend, other_data=other_data)
+        experiment = Experiment.from_config(settings, dataset=dataset)
         check_compiler_options(settings, experiment.mesh)
-        if settings.init_from and not workdir.has_checkpoint:
+        if settings.init_from and begun is None:
             check_source(settings.init_from)  # before anything is written
         if jax.process_index() == 0:
-            stack.enter_context(workdir.claimed(settings))
-            workdir.write_metadata(_metadata(experiment))
+            replacing = None if begun is None else begun.settings
+            stack.enter_context(workdir.claimed(settings, replacing=replacing))
+            if begun is None or begun.metadata is None or other_data:
+                workdir.write_metadata(_metadata(experiment))
         consensus.barrier("claimed")
         source = f"recipe={recipe} " if recipe else ""
         logger.info("%s%s workdir=%s", source, experiment.describe(), workdir.path)
@@ -109,6 +129,52 @@ def train(
         return Outcome(int(state.step), stopped_by=stop.signal)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A run that has a checkpoint, as its directory describes it."""
+
+    path: pathlib.Path
+    settings: Settings
+    metadata: RunMetadata | None
+    step: int
+
+    @classmethod
+    def at(cls, workdir: Workdir) -> "_Begun | None":
+        step = workdir.newest_step
+        if step is None or not workdir.config.exists():
+            return None
+        return cls(workdir.path, workdir.read_settings(), workdir.read_metadata(), step)
+
+    def resumed(
+        self, given: Settings, *, extend: bool, other_data: bool
+    ) -> tuple[Settings, Dataset]:
+        """Settings and data that it goes on with; raises ValueError where it must not."""
+        known_data = self.metadata is not None and self.metadata.data is not None
+        changes = resume.check_changes(
+            self.settings, given, owner=str(self.path), extend=extend, known_data=known_data
+        )
+        dataset = for_resuming(
+            load(given.data), self.metadata, owner=str(self.path), other_data=other_data
+        )
+        images = len(dataset.train)
+        settings = resume.resumed(self.settings, given, step=self.step, images=images)
+        if changes:
+            logger.info("%s goes on with %s", self.path, "; ".join(changes))
+        if settings.train != self.settings.train:
+            old, new = (
+                Experiment.from_config(s, dataset=dataset) for s in (self.settings, settings)
+            )
+            logger.info(
+                "extended: epoch %g to %d, with the learning rates of a run that had this length "
+                "and batch from its start: %.4g, then %.4g",
+                new.position(self.step) / new.steps_per_epoch,
+                settings.train.epochs,
+                old.learning_rate(self.step),
+                new.learning_rate(self.step + 1),
+            )
+        return settings, dataset
+
+
 def _train_steps(
     experiment: Experiment,
     state: TrainState,
@@ -122,7 +188,9 @@ def _train_steps(
     step_fn = CompiledStep(experiment)
     if _stopped_before(start_step, stop):
         return state
-    step_fn.compile(experiment.size_at(start_step // experiment.steps_per_epoch))
+    step_fn.compile(
+        experiment.size_at(experiment.position(start_step) // experiment.steps_per_epoch)
+    )
     if _evaluation_is_missing(experiment, writer, start_step):
         _evaluate(experiment, state, evaluator, writer, stop)
     if _stopped_before(start_step, stop):
@@ -132,7 +200,7 @@ def _train_steps(
         experiment.dataset,
         batch_size=settings.train.batch_size,
         seed=settings.seed,
-        start_step=start_step,
+        start_step=experiment.position(start_step),
         sharding=experiment.over_batch,
         size_at=experiment.size_at if settings.data.sizes else None,
     )
@@ -192,6 +260,7 @@ def _metadata(experiment: Experiment) -> RunMetadata:
         image_shape=experiment.dataset.image_shape,
         eval_shape=experiment.dataset.eval_shape,
         normalize=experiment.normalize,
+        data=DataIdentity.of(experiment.dataset),
     )
 
 

@@ -184,7 +184,7 @@ class StepMetrics:
         images = self._count * settings.train.batch_size
         self._row = {
             "step": step,
-            "epoch": step / self._experiment.steps_per_epoch,
+            "epoch": self._experiment.position(step) / self._experiment.steps_per_epoch,
             **{f"train/{name}": total / self._count for name, total in self._sums.items()},
             "images_per_second_per_device": images / seconds / jax.device_count(),
             "data_wait": self._waited / seconds,

@@ -6,31 +6,37 @@ A run's weights are read from its directory alone; neither its data nor its opti
 import dataclasses
 import logging
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from repvgg_jax.data.dataset import load
+from repvgg_jax.data.identity import DataIdentity
+from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import photo_crops
+from repvgg_jax.export.description import read_description
 from repvgg_jax.model import RepVGG
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import one_line
 from repvgg_jax.train.checkpoint import Checkpoints
+from repvgg_jax.train.classes import fit_head
 from repvgg_jax.train.experiment import Experiment, build_model
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import TrainState, state_from
 from repvgg_jax.train.workdir import RunMetadata, Workdir
 from repvgg_jax.weights import (
-    PRETRAINED,
     Merged,
     Weights,
+    is_pretrained,
     load_file_or_pretrained,
-    load_weights,
     merge_weights,
 )
 
 logger = logging.getLogger(__name__)
+
+Step = int | Literal["best", "newest"]
+"""Which checkpoint of a run: that of a step, of the best validation accuracy, or the newest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,8 @@ class RunWeights:
       variables: `params` and `batch_stats`, NumPy arrays; the averages if the run keeps any.
       step: of the checkpoint.
       metadata: class names, image shapes and normalization.
+      accuracy: validation accuracy of the checkpoint; None if it was not evaluated.
+      best: step and accuracy of the best evaluated checkpoint, if any was.
     """
 
     path: pathlib.Path
@@ -52,6 +60,8 @@ class RunWeights:
     variables: dict[str, Any]
     step: int
     metadata: RunMetadata
+    accuracy: float | None = None
+    best: tuple[int, float] | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -72,28 +82,71 @@ class RunWeights:
         return f"step {self.step} of {self.path}"
 
 
-def load_run(workdir: Workdir | str | pathlib.Path, *, step: int | None = None) -> RunWeights:
+def parse_step(text: str | None) -> Step:
+    """`--step` of the command lines: a number, `best` or `newest`; None is the newest.
+
+    Raises:
+      ValueError: anything else.
+    """
+    if text in (None, "newest"):
+        return "newest"
+    if text == "best":
+        return "best"
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--step={text} must be the step of a checkpoint, best or newest")
+    return int(text)
+
+
+def load_run(workdir: Workdir | str | pathlib.Path, *, step: Step = "newest") -> RunWeights:
     """Loads the weights of a run.
 
     Runs of version 0164ae8 and before have no `metadata.json`; their classes come from the data.
 
     Args:
       workdir: the run directory.
-      step: of the checkpoint; default: the newest valid one.
+      step: of the checkpoint; the newest is the newest valid one.
 
     Raises:
-      ValueError: no run or no valid checkpoint there.
+      ValueError: no run or no valid checkpoint there, or classes that are not the network's.
     """
     workdir = workdir if isinstance(workdir, Workdir) else Workdir(pathlib.Path(workdir))
     settings = workdir.read_settings()
     metadata = workdir.read_metadata() or _metadata_from_data(workdir, settings)
     model = build_model(settings, len(metadata.classes))
     with Checkpoints(workdir.checkpoints) as checkpoints:
-        found, variables = checkpoints.restore_variables(step)
-    return RunWeights(workdir.path, settings, model, variables, found, metadata)
+        best = checkpoints.best()
+        wanted = best if step == "best" else None if step == "newest" else step
+        if step == "best" and best is None:
+            raise ValueError(f"no checkpoint of {workdir.path} was evaluated; give --step newest")
+        found, variables = checkpoints.restore_variables(wanted)
+        accuracy = checkpoints.accuracy(found)
+        of_best = None if best is None else checkpoints.accuracy(best)
+    _check_head(workdir, variables, metadata)
+    return RunWeights(
+        workdir.path,
+        settings,
+        model,
+        variables,
+        found,
+        metadata,
+        accuracy,
+        None if best is None or of_best is None else (best, of_best),
+    )
 
 
-def validation_images(run: RunWeights, count: int) -> tuple[np.ndarray, str]:
+def _check_head(workdir: Workdir, variables: Any, metadata: RunMetadata) -> None:
+    head = variables["params"].get("head")
+    if head is not None and head["kernel"].shape[-1] != len(metadata.classes):
+        raise ValueError(
+            f"the network in {workdir.path} has {head['kernel'].shape[-1]} classes, but "
+            f"{len(metadata.classes)} are known by name; restore {workdir.metadata} or the data "
+            "that the run was trained on"
+        )
+
+
+def validation_images(
+    run: RunWeights, count: int, *, data: str | None = None
+) -> tuple[np.ndarray, str]:
     """Real images of the shape that a run's network is evaluated on.
 
     The run's own validation images if its data are there, else crops of the built-in
@@ -102,26 +155,69 @@ def validation_images(run: RunWeights, count: int) -> tuple[np.ndarray, str]:
     Args:
       run: whose images.
       count: largest number of images.
+      data: a data set to take them from instead, as `config.data.source`; it must be there.
 
     Returns:
       uint8 (images, height, width, channels), and what they are, e.g.
       `360 validation images of digits`.
 
     Raises:
-      ValueError: no data, and a number of channels that photographs do not have.
+      ValueError: no data, and a number of channels that photographs do not have; or `data` is
+        not there, or has images of another shape.
     """
-    source, (height, width, channels) = run.settings.data.source, run.eval_shape
+    settings = run.settings.data
+    if data is not None:
+        return data_images(dataclasses.replace(settings, source=data), run.eval_shape, count)
     try:
-        images = load(run.settings.data).evaluation_images(count)
+        dataset = load(settings)
+        images = dataset.evaluation_images(count)
     except (ImportError, OSError, ValueError) as error:  # only training needs some libraries
-        if channels not in (1, 3):
-            raise
-        images = photo_crops(max(height, width))[:, :height, :width]
-        if channels == 1:
-            images = images.mean(-1, keepdims=True).round().astype(np.uint8)
-        reason = one_line(error)
-        return images, f"{len(images)} crops of built-in photographs (no {source}: {reason})"
-    return images, f"{len(images):,} validation images of {source}"
+        images, what = photographs(run.eval_shape)
+        return images, f"{what} (no {settings.source}: {one_line(error)})"
+    text = f"{len(images):,} validation images of {settings.source}"
+    if images.shape[1:] != run.eval_shape:
+        images, what = photographs(run.eval_shape)
+        return images, f"{what} (those of {settings.source} have another shape)"
+    known = run.metadata.data
+    now = DataIdentity.of(dataset).evaluation
+    if known and (difference := known.evaluation.difference(now, run.classes)):
+        text += f" (not those of the run: {difference})"
+    return images, text
+
+
+def data_images(
+    settings: DataSettings, shape: tuple[int, int, int], count: int
+) -> tuple[np.ndarray, str]:
+    """The first validation images of a data set, and what they are.
+
+    Raises:
+      ValueError: it is not there, or has images of another shape.
+    """
+    images = load(settings).evaluation_images(count)
+    if images.shape[1:] != shape:
+        raise ValueError(
+            f"images of {settings.source} have the shape {images.shape[1:]}, but the network "
+            f"takes {shape}"
+        )
+    return images, f"{len(images):,} validation images of {settings.source}"
+
+
+def photographs(shape: tuple[int, int, int]) -> tuple[np.ndarray, str]:
+    """Crops of the built-in photographs, in gray for a single channel, and what they are.
+
+    Raises:
+      ValueError: a number of channels that they do not have.
+    """
+    height, width, channels = shape
+    if channels not in (1, 3):
+        raise ValueError(
+            f"the network takes images of {channels} channels, but the built-in photographs have "
+            "1 or 3; give images with --data, or convert the run where its data are"
+        )
+    images = photo_crops(max(height, width))[:, :height, :width]
+    if channels == 1:
+        images = images.mean(-1, keepdims=True).round().astype(np.uint8)
+    return images, f"{len(images)} crops of built-in photographs"
 
 
 def run_directory(source: str | pathlib.Path) -> Workdir | None:
@@ -140,7 +236,7 @@ def check_source(source: str) -> None:
         workdir.read_settings()
         if not workdir.has_checkpoint:
             raise ValueError(f"{workdir.path} holds no checkpoint yet; train there first")
-    elif source not in PRETRAINED and not pathlib.Path(source).exists():
+    elif not is_pretrained(source) and not pathlib.Path(source).exists():
         load_file_or_pretrained(source)  # raises
 
 
@@ -156,45 +252,64 @@ def starting_state(experiment: Experiment) -> TrainState:
     state, source = experiment.initial_state(), experiment.settings.init_from
     if not source:
         return state
-    merged = starting_weights(experiment, source, state)
-    logger.info("%s (%s)", merged, source)
+    loaded = load_source(source, experiment.settings)
+    weights, note = fit_head(loaded.weights, loaded.classes, experiment.dataset.classes)
+    merged = merge_weights(weights, jax.device_get(state.variables))
+    logger.info("%s%s (%s)", merged, f"; {note}" if note else "", source)
     begun = state_from(merged.variables, experiment.optimizer, average=bool(state.ema))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.device_put(begun, shardings)
 
 
-def starting_weights(
-    experiment: Experiment, source: str, state: TrainState | None = None
-) -> Merged:
-    """Weights from elsewhere, merged into the network of an experiment.
-
-    Args:
-      experiment: whose network.
-      source: as `config.init_from`.
-      state: its initial state, if there is one already.
+def starting_weights(experiment: Experiment, loaded: "Loaded") -> Merged:
+    """Weights from elsewhere, merged into the network of an experiment as they are.
 
     Raises:
-      ValueError: nothing readable there, or another network.
+      ValueError: another network.
     """
-    fresh = experiment.initial_state() if state is None else state
-    weights = _load(source, experiment.model.variant)
-    return merge_weights(weights, jax.device_get(fresh.variables))
+    return merge_weights(loaded.weights, jax.device_get(experiment.initial_state().variables))
 
 
-def _load(source: str, variant: Any) -> Weights:
-    path = pathlib.Path(source)
-    if (workdir := run_directory(path)) is not None:
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Weights from elsewhere.
+
+    Attributes:
+      weights: of either form.
+      classes: names by label; empty if the source does not tell.
+    """
+
+    weights: Weights
+    classes: tuple[str, ...]
+
+
+def load_source(source: str, settings: Settings) -> Loaded:
+    """What `config.init_from` and `config.init_entry` name.
+
+    Raises:
+      ValueError: nothing readable there, or another network than that of the settings.
+    """
+    path, entry = pathlib.Path(source), settings.init_entry or None
+    variant = settings.model.variant
+    workdir = run_directory(path)
+    if entry is not None and path.is_dir():
+        raise ValueError(
+            f"config.init_entry={entry!r} is for checkpoint files, but {source} is a directory"
+        )
+    if workdir is not None:
         run = load_run(workdir)
-        return Weights(
+        weights = Weights(
             variant=run.model.variant.name,
             deploy=False,
             variables=run.variables,
             num_classes=run.model.num_classes,
             family="flax",
         )
-    if path.is_dir():
-        return load_weights(path / "model.safetensors", variant=variant)
-    return load_file_or_pretrained(source, variant=variant)
+        return Loaded(weights, run.classes)
+    file = path / "model.safetensors" if path.is_dir() else path
+    weights = load_file_or_pretrained(str(file), variant=variant, entry=entry)
+    description = read_description(file)
+    return Loaded(weights, () if description is None else description.labels)
 
 
 def _metadata_from_data(workdir: Workdir, settings: Settings) -> RunMetadata:

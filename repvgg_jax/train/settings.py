@@ -96,6 +96,9 @@ class TrainSettings(Section, path="config.train"):
     batch_size: int = setting(256, "images per step, of all devices together")
     epochs: int = setting(120, "length of the run", least=1)
     accumulate: int = setting(1, "microbatches per step", least=1)
+    step_offset: int = setting(
+        0, "batches by which the position in the data is ahead of the step; --extend sets it"
+    )
     label_smoothing: float = setting(
         0.0, "fraction of the target that goes to all classes evenly", least=0, below=1
     )
@@ -186,6 +189,7 @@ class Settings(Section, path="config"):
         "",
         "weights to start from: a run's workdir, a weights file, a hub name or a deploy directory",
     )
+    init_entry: str = setting("", "of a weights file that holds several state dicts, e.g. ema")
     model: ModelSettings = ModelSettings()
     bn: NormSettings = NormSettings()
     data: DataSettings = DataSettings()  # noqa: RUF009

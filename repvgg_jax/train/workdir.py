@@ -1,7 +1,8 @@
 """A run directory.
 
 config.json        the configuration
-metadata.json      classes, image shapes and normalization: what using the weights takes
+metadata.json      classes, image shapes and normalization: what using the weights takes; what
+                   tells the run's data from others
 checkpoints/       one directory per checkpoint, named by its step
 unsound/           checkpoints that were found corrupt, if any
 metrics.jsonl      one JSON object per row
@@ -23,6 +24,7 @@ from typing import Any, Self
 
 from repvgg_jax import files
 from repvgg_jax.cluster import lock
+from repvgg_jax.data.identity import DataIdentity
 from repvgg_jax.files import write_text
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import differences, first_few
@@ -30,8 +32,6 @@ from repvgg_jax.train.settings import Settings
 from repvgg_jax.typed import typed
 
 logger = logging.getLogger(__name__)
-
-_NAMED = 5  # settings that differ, in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +43,25 @@ class RunMetadata:
       image_shape: (height, width, channels) of training images.
       eval_shape: the same of validation images.
       normalize: pixels to the network's input.
+      data: of the data set; None if an older version wrote the file.
     """
 
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
     eval_shape: tuple[int, int, int]
     normalize: Normalize
+    data: DataIdentity | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The content of `metadata.json`."""
+        data = {} if self.data is None else {"data": self.data.as_json()}
         return {
             "classes": list(self.classes),
             "image_shape": list(self.image_shape),
             "eval_shape": list(self.eval_shape),
             "mean": list(self.normalize.mean),
             "std": list(self.normalize.std),
+            **data,
         }
 
     @classmethod
@@ -69,6 +73,7 @@ class RunMetadata:
             image_shape=found.image_shape,
             eval_shape=found.eval_shape,
             normalize=Normalize(found.mean, found.std),
+            data=found.data,
         )
 
 
@@ -81,6 +86,7 @@ class _Metadata:
     eval_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    data: DataIdentity | None = None
 
     def __post_init__(self) -> None:
         if not all(0 < size <= 10**6 for size in (*self.image_shape, *self.eval_shape)):
@@ -111,7 +117,13 @@ class Workdir:
     @property
     def has_checkpoint(self) -> bool:
         """Whether there is any checkpoint, valid or not; unfinished ones do not count."""
-        return any(entry.name.isdigit() for entry in self.checkpoints.glob("*"))
+        return self.newest_step is not None
+
+    @property
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint, valid or not; None if there is none."""
+        steps = [int(e.name) for e in self.checkpoints.glob("*") if e.name.isdigit()]
+        return max(steps, default=None)
 
     @property
     def metrics(self) -> pathlib.Path:
@@ -139,7 +151,7 @@ class Workdir:
         return self.path / "profile"
 
     @contextlib.contextmanager
-    def claimed(self, settings: Settings) -> Iterator[None]:
+    def claimed(self, settings: Settings, *, replacing: Settings | None = None) -> Iterator[None]:
         """A context in which the directory belongs to this process and these settings.
 
         Raises:
@@ -150,31 +162,40 @@ class Workdir:
             raise ValueError(f"{self.path} is a file; give a directory as --workdir")
         self.path.mkdir(parents=True, exist_ok=True)
         with lock.locked(self.path):
-            self.claim(settings)
+            self.claim(settings, replacing=replacing)
             self._remove_leftovers()
             yield
 
-    def claim(self, settings: Settings) -> None:
+    def claim(self, settings: Settings, *, replacing: Settings | None = None) -> None:
         """Writes the configuration, or checks that it is the one that is there.
 
         Without any checkpoint, another configuration replaces the one that is there.
+
+        Args:
+          settings: of the run.
+          replacing: those that may be there although there are checkpoints.
 
         Raises:
           ValueError: the directory belongs to another configuration, or holds other files.
           OSError: it cannot be written.
         """
         if self.config.exists():
-            changed = differences(self.read_settings().as_json(), settings.as_json())
+            stored = self.read_settings()
+            changed = differences(stored.as_json(), settings.as_json())
             if not changed:
                 return
-            few = "; ".join(changed[:_NAMED])
-            few += f"; and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
             if self.has_checkpoint:
-                raise ValueError(
-                    f"{self.path} holds a run with another configuration: {few}. "
-                    "Give another --workdir, or the configuration that the run started with"
-                )
-            logger.info("%s has no checkpoint: starting anew with %s", self.path, few)
+                if stored != replacing:
+                    raise ValueError(
+                        f"{self.path} holds a run with another configuration: "
+                        f"{first_few(changed)}. Give another --workdir, or the configuration that "
+                        "the run started with"
+                    )
+                self._write_settings(settings)
+                return
+            logger.info(
+                "%s has no checkpoint: starting anew with %s", self.path, first_few(changed)
+            )
             self.metadata.unlink(missing_ok=True)  # it belongs to the old configuration
             shutil.rmtree(self.tensorboard, ignore_errors=True)
             self._write_settings(settings)
@@ -199,9 +220,8 @@ class Workdir:
                 files.remove(left)
 
     def write_metadata(self, metadata: RunMetadata) -> None:
-        """Writes `metadata.json`, if it is not there yet."""
-        if not self.metadata.exists():
-            write_text(self.metadata, json.dumps(metadata.as_json(), indent=2) + "\n")
+        """Writes `metadata.json`."""
+        write_text(self.metadata, json.dumps(metadata.as_json(), indent=2) + "\n")
 
     def read_settings(self) -> Settings:
         """The settings that the run started with.

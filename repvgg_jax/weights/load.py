@@ -67,6 +67,7 @@ def load_weights(
     variant: str | Variant | None = None,
     entry: str | None = None,
     epsilon: float = EPSILON,
+    allow_headless: bool = False,
 ) -> Weights:
     """Loads a RepVGG checkpoint of the authors, timm, mmpretrain or this project.
 
@@ -84,6 +85,7 @@ def load_weights(
       entry: the key of the state dict if a file contains several, e.g. `ema`.
       epsilon: of the batch normalization that the checkpoint was trained with, e.g. 1e-3 for
         YOLO's; it is passed on as `Weights.epsilon`.
+      allow_headless: with `num_classes=None`, also accept a checkpoint without a classifier.
 
     Raises:
       ValueError: in one line. Not a readable file; a pickle that needs anything but tensors;
@@ -100,7 +102,7 @@ def load_weights(
             {key: tensor.shape for key, tensor in tensors.items()},
             variant=None if variant is None else get_variant(variant),
         )
-        _check_classes(found, num_classes)
+        _check_classes(found, num_classes, allow_headless=allow_headless)
     except UnknownVariantError as error:
         raise UnknownVariantError(f"{where}: {error}", error.architecture) from error
     except ValueError as error:
@@ -123,12 +125,13 @@ def load_weights(
     )
 
 
-def _check_classes(found: Detected, wanted: int | None) -> None:
+def _check_classes(found: Detected, wanted: int | None, *, allow_headless: bool) -> None:
     advice = (
         "num_classes=0 loads the backbone only, and merge_weights adds the head of a freshly "
         "initialized model"
     )
-    if not found.num_classes and wanted != 0:
+    headless = wanted == 0 or (wanted is None and allow_headless)
+    if not found.num_classes and not headless:
         raise ValueError(f"{found.variant.name} has no classifier; {advice}")
     if wanted not in (None, 0, found.num_classes):
         raise ValueError(
@@ -315,22 +318,43 @@ def load_pretrained(
     return load_weights(path, num_classes=num_classes, variant=PRETRAINED[hub_name])
 
 
-def load_file_or_pretrained(source: str, *, variant: str | Variant | None = None) -> Weights:
+def is_pretrained(source: str) -> bool:
+    """Whether `source` is a name that `load_pretrained` takes, and not a file."""
+    return _find_hub_name(source) is not None and not os.path.exists(source)
+
+
+def load_file_or_pretrained(
+    source: str, *, variant: str | Variant | None = None, entry: str | None = None
+) -> Weights:
     """`load_weights` for a file, `load_pretrained` for a name without a file of that name.
 
+    A file without a classifier gives the backbone.
+
+    Args:
+      source: the file or the name, in every spelling that `load_pretrained` takes.
+      variant: as in `load_weights`.
+      entry: as in `load_weights`.
+
     Raises:
-      ValueError: as they do.
+      ValueError: as they do; an entry of pretrained weights, which have only one.
     """
-    if source in PRETRAINED and not os.path.exists(source):
+    if is_pretrained(source):
+        if entry is not None:
+            raise ValueError(f"{source} has no entry {entry!r}: it is a state dict")
         return load_pretrained(source)
-    return load_weights(source, variant=variant)
+    return load_weights(source, variant=variant, entry=entry, allow_headless=True)
+
+
+def _find_hub_name(name: str) -> str | None:
+    short = name.removeprefix("hf-hub:").removeprefix("timm/")
+    return next((n for n in (short, f"{short}.rvgg_in1k") if n in PRETRAINED), None)
 
 
 def _hub_name(name: str) -> str:
+    found = _find_hub_name(name)
+    if found is not None:
+        return found
     short = name.removeprefix("hf-hub:").removeprefix("timm/")
-    for candidate in (short, f"{short}.rvgg_in1k"):
-        if candidate in PRETRAINED:
-            return candidate
     raise ValueError(
         f"unknown pretrained weights {name!r}; {did_you_mean(short, PRETRAINED, cutoff=0.6)}"
         f"choose from {', '.join(PRETRAINED)}"

@@ -1,0 +1,283 @@
+"""What a conversion starts from: a run, a deploy directory, a checkpoint file or a hub name."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from repvgg_jax.convert.deployed import is_deployment, load_deployed
+from repvgg_jax.data.settings import DataSettings
+from repvgg_jax.export.description import Description, read_description
+from repvgg_jax.model import RepVGG, create_model
+from repvgg_jax.normalize import Normalize
+from repvgg_jax.train.restore import Step, data_images, load_run, photographs, validation_images
+from repvgg_jax.variants import Variant
+from repvgg_jax.weights import Weights, is_pretrained, load_file_or_pretrained
+from repvgg_jax.weights.detect import UnknownVariantError
+
+PROOF_IMAGES = 1000  # validation images in a proof, at most
+
+IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+"""What the published networks were trained with."""
+
+IMAGE_SIZE = 224
+"""Height and width of the images that most published networks were trained on."""
+
+_HUB_SIZES = {"D2se": 320}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A network to convert, and real images to prove the result on.
+
+    Attributes:
+      title: what it is, in a line.
+      model: in the form of the variables; computes in float32.
+      variables: NumPy arrays.
+      images: real ones, uint8 (images, height, width, channels).
+      image_source: what the images are, e.g. "360 validation images of digits".
+      normalize: pixels to what the model takes.
+      labels: name of every class; empty if unknown.
+      details: where it comes from, for `metadata.json`.
+      notes: what was assumed, or what else there is, a line each.
+    """
+
+    title: str
+    model: RepVGG
+    variables: dict[str, Any]
+    images: np.ndarray
+    image_source: str
+    normalize: Normalize
+    labels: tuple[str, ...]
+    details: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a user says of a checkpoint file that does not say it itself.
+
+    Attributes:
+      image_size: height and width, pixels; None for what is usual.
+      classes: names by label; None if unknown.
+      mean: per channel, of pixels on the scale 0 … 1; None for ImageNet's.
+      std: the same.
+      entry: key of the state dict in a file that holds several.
+    """
+
+    image_size: int | None = None
+    classes: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    entry: str | None = None
+
+    def refuse(self, owner: str, *, allowed: tuple[str, ...] = ()) -> None:
+        """Raises ValueError for a fact that is given but does not apply; `owner` says why."""
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is not None and field.name not in allowed:
+                raise ValueError(
+                    f"--{field.name.replace('_', '-')} is for checkpoint files of other projects; "
+                    f"{owner}"
+                )
+
+
+def from_run(path: pathlib.Path, *, step: Step = "newest", data: str | None = None) -> Source:
+    """A checkpoint of a training run, and real images.
+
+    Neither the run's data nor its optimizer is needed. Without its data, the images are the
+    built-in photographs.
+
+    Args:
+      path: the run directory.
+      step: of the checkpoint.
+      data: where the images are instead, as `config.data.source`.
+
+    Raises:
+      ValueError: no run or no such valid checkpoint there, or no such data.
+    """
+    run = load_run(path, step=step)
+    images, image_source = validation_images(run, PROOF_IMAGES, data=data)
+    accuracy = "" if run.accuracy is None else f", validation accuracy {run.accuracy:.2%}"
+    notes = []
+    if run.best is not None:
+        best, of_best = run.best
+        notes.append(
+            f"checkpoint: step {run.step}{accuracy}, the best evaluated one"
+            if best == run.step
+            else f"checkpoint: step {run.step}{accuracy}; the best evaluated one is that of step "
+            f"{best} with {of_best:.2%}: --step best"
+        )
+    return Source(
+        title=f"RepVGG {run.model.variant.name}, step {run.step} of {path}",
+        # The proof is about the function, not about the rounding of a half-precision run.
+        model=run.model.clone(dtype=np.float32, remat=False),
+        variables=run.variables,
+        images=images,
+        image_source=image_source,
+        normalize=run.normalize,
+        labels=run.classes,
+        details={
+            "workdir": str(path),
+            "step": run.step,
+            "accuracy": run.accuracy,
+            "images": image_source,
+        },
+        notes=tuple(notes),
+    )
+
+
+def from_weights(name: str, facts: Facts | None = None, *, data: str | None = None) -> Source:
+    """A directory of `convert.py`, a checkpoint file, or a model of timm by its hub name.
+
+    A directory, and a `model.safetensors` of ours, say themselves what their images and classes
+    are. What `facts` leaves open of another file is assumed to be ImageNet's, and noted.
+
+    Args:
+      name: e.g. `deploy`, `RepVGG-B1g4-train.pth` or `repvgg_b1g4.rvgg_in1k`.
+      facts: what the file does not say.
+      data: where images for the proof are, as `config.data.source`; default: photographs.
+
+    Raises:
+      ValueError: not readable, not a RepVGG, or facts that do not fit it.
+    """
+    facts, path = facts or Facts(), pathlib.Path(name)
+    if facts.image_size is not None and facts.image_size < 1:
+        raise ValueError(f"--image-size={facts.image_size} must be positive")
+    if path.is_dir():
+        if not is_deployment(path):
+            raise ValueError(
+                f"{name} is a directory that convert.py did not write; if it is a training run, "
+                f"give --workdir {name}"
+            )
+        facts.refuse(f"{name} says itself what it takes")
+        return _from_deployed(path, data)
+    description = read_description(path)
+    if description is not None:
+        facts.refuse(f"the header of {name} says what it takes")
+        return _from_own_file(path, description, data)
+    return _from_foreign(name, facts, data)
+
+
+def _from_deployed(path: pathlib.Path, data: str | None) -> Source:
+    deployed = load_deployed(path)
+    metadata = deployed.metadata
+    try:
+        height, width, channels = metadata["image_shape"]
+        normalize = Normalize(tuple(metadata["mean"]), tuple(metadata["std"]))
+        labels = tuple(metadata["classes"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'metadata.json'} lacks a valid {error}") from error
+    images, image_source = _images((height, width, channels), data)
+    return Source(
+        title=f"RepVGG {deployed.model.variant.name} of {path}",
+        model=deployed.model,
+        variables=deployed.variables,
+        images=images,
+        image_source=image_source,
+        normalize=normalize,
+        labels=labels,
+        details={
+            "deployment": str(path),
+            "fused": deployed.proof.get("fused"),
+            "source": metadata.get("source"),
+            "images": image_source,
+        },
+    )
+
+
+def _from_own_file(path: pathlib.Path, description: Description, data: str | None) -> Source:
+    loaded = _load(str(path), {"variant": description.variant})
+    images, image_source = _images(description.image_shape, data)
+    return Source(
+        title=f"RepVGG {loaded} of {path}",
+        model=_model(loaded, description),
+        variables=loaded.variables,
+        images=images,
+        image_source=image_source,
+        normalize=description.normalize,
+        labels=description.labels,
+        details={"weights": str(path), "family": loaded.family, "images": image_source},
+    )
+
+
+def _from_foreign(name: str, facts: Facts, data: str | None) -> Source:
+    if is_pretrained(name):
+        facts.refuse(
+            f"{name} is a single state dict", allowed=("image_size", "classes", "mean", "std")
+        )
+    loaded = _load(name, {"entry": facts.entry})
+    usual = _HUB_SIZES.get(loaded.variant, IMAGE_SIZE) if is_pretrained(name) else IMAGE_SIZE
+    size, labels = facts.image_size or usual, facts.classes or ()
+    normalize, channels = IMAGENET, loaded.in_channels
+    if facts.mean is not None or facts.std is not None:
+        if facts.mean is None or facts.std is None:
+            raise ValueError("give both --mean and --std, or neither")
+        normalize = Normalize(facts.mean, facts.std)
+    if len(normalize.mean) != channels:
+        raise ValueError(
+            f"{name} takes images of {channels} channels; give --mean and --std with {channels} "
+            f"values each, not {len(normalize.mean)}"
+        )
+    if labels and len(labels) != loaded.num_classes:
+        raise ValueError(
+            f"--classes gives {len(labels)} names, but {name} has {loaded.num_classes} classes"
+        )
+    assumed = [
+        text
+        for given, text in (
+            (facts.image_size, f"images of {size}x{size} pixels (--image-size)"),
+            (facts.mean, "ImageNet's mean and std (--mean, --std)"),
+            (facts.classes or not loaded.num_classes, "no class names (--classes)"),
+        )
+        if not given
+    ]
+    images, image_source = _images((size, size, channels), data)
+    return Source(
+        title=f"RepVGG {loaded} of {name}",
+        model=_model(loaded),
+        variables=loaded.variables,
+        images=images,
+        image_source=image_source,
+        normalize=normalize,
+        labels=labels,
+        details={"weights": name, "family": loaded.family, "images": image_source},
+        notes=(f"assumed: {', '.join(assumed)}",) if assumed else (),
+    )
+
+
+def _load(name: str, options: Mapping[str, Any]) -> Weights:
+    path = pathlib.Path(name)
+    try:
+        return load_file_or_pretrained(name, **options)
+    except UnknownVariantError as error:
+        directory = path.parent if is_deployment(path.parent) else "DEPLOY"
+        raise ValueError(
+            f"{name} is none of the official architectures ({error.architecture}): give the "
+            f"directory that convert.py wrote, --from {directory}, or the run, --workdir RUN"
+        ) from error
+
+
+def _model(loaded: Weights, description: Description | None = None) -> RepVGG:
+    variant: Variant | str = loaded.variant
+    options: dict[str, Any] = {}
+    if description is not None:
+        variant = description.variant or variant
+        options = {"activation": description.activation}
+    return create_model(
+        variant,
+        num_classes=loaded.num_classes,
+        deploy=loaded.deploy,
+        epsilon=loaded.epsilon,
+        **options,
+    )
+
+
+def _images(shape: tuple[int, int, int], data: str | None) -> tuple[np.ndarray, str]:
+    """Proof images of that shape, and what they are."""
+    if data is None:
+        return photographs(shape)
+    size = 0 if data in ("digits", "fake") else shape[0]
+    settings = DataSettings(source=data, train_size=size, eval_size=size)
+    return data_images(settings, shape, PROOF_IMAGES)

@@ -1,0 +1,86 @@
+"""What the header of our own `model.safetensors` says about the network in it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from repvgg_jax.export.network import Network
+from repvgg_jax.export.operators import ACTIVATIONS, activation_kind
+from repvgg_jax.normalize import Normalize
+from repvgg_jax.text import one_line
+from repvgg_jax.variants import VARIANTS, Variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A header, read back.
+
+    Attributes:
+      variant: the architecture; None if an older version wrote it for a variant of one's own.
+      activation: of the blocks.
+      image_shape: (height, width, channels).
+      normalize: pixels to what the network takes.
+      labels: class names by label; empty if unknown.
+    """
+
+    variant: Variant | None
+    activation: Callable | None
+    image_shape: tuple[int, int, int]
+    normalize: Normalize
+    labels: tuple[str, ...]
+
+
+def model_header(network: Network) -> dict[str, str]:
+    """What `Network.header` lacks to build the model again, for formats that hold its weights."""
+    variant = network.model.variant
+    header = {}
+    if VARIANTS.get(variant.name) != variant:
+        header["architecture"] = json.dumps(dataclasses.asdict(variant), ensure_ascii=False)
+    with contextlib.suppress(ValueError):  # one that `read_description` could not give back
+        header["activation"] = activation_kind(network.model.activation, variant.name) or "none"
+    return header
+
+
+def read_description(path: str | os.PathLike) -> Description | None:
+    """The header of a safetensors file that this package wrote; None for any other file.
+
+    Raises:
+      ValueError: the header is damaged.
+    """
+    header = _header(path)
+    if header is None or "normalisation" not in header:
+        return None
+    try:
+        given: dict[str, Any] = {
+            name: json.loads(header[name])
+            for name in ("image_size", "channels", "mean", "std", "labels")
+        }
+        fields = json.loads(header.get("architecture", "{}"))
+        variant = Variant(**fields) if fields else VARIANTS.get(header["variant"])
+        height, width = map(int, given["image_size"])
+        activation = header.get("activation", "relu")
+        return Description(
+            variant=variant,
+            activation=ACTIVATIONS[None if activation == "none" else activation],
+            image_shape=(height, width, int(given["channels"])),
+            normalize=Normalize(given["mean"], given["std"]),
+            labels=tuple(map(str, given["labels"])),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its header cannot be read: {one_line(error)}") from error
+
+
+def _header(path: str | os.PathLike) -> dict[str, str] | None:
+    import safetensors
+
+    try:
+        with open(path, "rb") as file:
+            if file.read(9)[8:] != b"{":
+                return None
+        with safetensors.safe_open(os.fspath(path), framework="np") as opened:
+            return opened.metadata()
+    except (OSError, safetensors.SafetensorError):
+        return None  # what is wrong is said by whoever reads the weights

@@ -1,0 +1,95 @@
+"""Which settings of a run may change when it is resumed.
+
+Those that say how something is read, evaluated or written always may. With `--extend` so may the
+length and the batch: the run then goes on at the same point of the same epoch, and from there on
+the learning rate is that of a run which had the new length and batch from its start.
+"""
+
+import dataclasses
+
+from repvgg_jax.text import differences
+from repvgg_jax.train.settings import Settings
+
+FREE = (
+    "config.data.source",  # the images must be the same, see `classes.for_resuming`
+    "config.data.directory",
+    "config.data.workers",
+    "config.data.threads",
+    "config.data.max_bad",
+    "config.eval",
+    "config.checkpoint",
+    "config.report",
+)
+EXTENDABLE = ("config.train.epochs", "config.train.batch_size")
+
+_NAMED = 5  # settings that differ, in a message
+
+
+def check_changes(
+    stored: Settings, given: Settings, *, owner: str, extend: bool, known_data: bool
+) -> list[str]:
+    """Checks what changes when a run is resumed.
+
+    Args:
+      stored: of the run.
+      given: that it is resumed with.
+      owner: the run, for messages.
+      extend: whether its length and batch may change.
+      known_data: whether the run stored what tells its data from others.
+
+    Returns:
+      What changes, a line per setting.
+
+    Raises:
+      ValueError: a setting that must not change.
+    """
+    given = _with_offset(given, stored.train.step_offset)
+    changed = differences(stored.as_json(), given.as_json())
+    free = FREE if known_data else FREE[1:]
+    refused = [line for line in changed if not line.startswith((*free, *EXTENDABLE))]
+    extended = [line for line in changed if line.startswith(EXTENDABLE)]
+    if refused or (extended and not extend):
+        named = refused or extended
+        few = "; ".join(named[:_NAMED])
+        few += f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        advice = "Give another --workdir, or the configuration that the run started with"
+        if not refused:
+            advice = "Give --extend to go on with that"
+        raise ValueError(f"{owner} holds a run with another configuration: {few}. {advice}")
+    return changed
+
+
+def resumed(stored: Settings, given: Settings, *, step: int, images: int) -> Settings:
+    """The settings that a run goes on with.
+
+    Args:
+      stored: of the run.
+      given: that it is resumed with; `check_changes` allows them.
+      step: of the newest checkpoint.
+      images: number of training images.
+
+    Raises:
+      ValueError: a new length that is already over.
+    """
+    before, after = (images // s.train.batch_size for s in (stored, given))
+    offset = stored.train.step_offset
+    epochs = (step + offset) / before
+    if given.train.epochs < epochs and given.train.epochs < stored.train.epochs:
+        raise ValueError(
+            f"config.train.epochs={given.train.epochs} is over already: the newest checkpoint is "
+            f"that of epoch {epochs:g}"
+        )
+    if before != after:
+        offset = round(epochs * after) - step
+    return _with_offset(given, offset)
+
+
+def started(given: Settings) -> Settings:
+    """The settings of a new run, which may have been read from another one."""
+    return _with_offset(given, 0)
+
+
+def _with_offset(settings: Settings, offset: int) -> Settings:
+    return dataclasses.replace(
+        settings, train=dataclasses.replace(settings.train, step_offset=offset)
+    )
