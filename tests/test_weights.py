@@ -260,6 +260,18 @@ def test_an_architecture_of_your_own_is_asked_for(state):
     assert "variant=" in message
 
 
+@FORMS
+@pytest.mark.parametrize("family", ["official", "timm", "flax"])
+def test_networks_with_a_width_per_block(family, deploy):
+    """As channel pruning leaves them."""
+    pruned = rv.Variant("pruned", (2, 2), ((8, 6), (10, 10)), stem_channels=8)
+    variables = random_variables(pruned, deploy=deploy)
+    state = rv.to_state_dict(variables, family=family, variant=pruned)
+    assert_identical(rv.load_weights(state, variant=pruned).variables, variables)
+    message = refusal(state, variant=None)
+    assert "depths (2, 2), channels ((8, 6), 10), stem_channels 8" in message
+
+
 # Loading.
 
 

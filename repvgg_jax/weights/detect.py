@@ -268,15 +268,15 @@ def _overlap(expected: Mapping[str, _Block], found: Mapping[str, _Block]) -> tup
 def _architecture(blocks: Mapping[str, _Block]) -> str:
     """Depths and widths in words."""
     stem = blocks["stem"].features if "stem" in blocks else "unknown"
-    depths: dict[int, int] = {}
-    channels: dict[int, int] = {}
+    widths: dict[int, dict[int, int]] = {}
     for name, block in blocks.items():
         if name != "stem":
             stage, index = map(int, name.removeprefix("stage").split("_block"))
-            depths[stage] = max(depths.get(stage, 0), index + 1)
-            channels[stage] = block.features
-    stages = sorted(depths)
-    return (
-        f"depths {tuple(depths[stage] for stage in stages)}, "
-        f"channels {tuple(channels[stage] for stage in stages)}, stem_channels {stem}"
-    )
+            widths.setdefault(stage, {})[index] = block.features
+    stages = sorted(widths)
+    depths = tuple(max(widths[stage]) + 1 for stage in stages)
+    channels = []
+    for stage in stages:
+        each = tuple(widths[stage][index] for index in sorted(widths[stage]))
+        channels.append(each if len(set(each)) > 1 else each[0])
+    return f"depths {depths}, channels {tuple(channels)}, stem_channels {stem}"
