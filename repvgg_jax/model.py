@@ -6,6 +6,7 @@ and needs `mutable=["batch_stats"]`. Momentum and epsilon are PyTorch's 0.1 (the
 value's share) and 1e-5; running variances are unbiased.
 """
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
@@ -19,6 +20,13 @@ from repvgg_jax.layers import BatchNorm, torch_bias_init, torch_kernel_init
 from repvgg_jax.reparam import EPSILON, REPVGG, fuse_params, input_channels
 from repvgg_jax.variants import Layer, Variant, get_variant
 
+RematPolicy = Callable[..., Any]  # as in `jax.checkpoint_policies`
+
+
+def keep_convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `remat`: keeps outputs of convolutions, recomputes norms, sums, activations."""
+    return primitive.name == "conv_general_dilated"
+
 
 def create_model(
     name: str | Variant,
@@ -29,7 +37,7 @@ def create_model(
     bn_group_size: int | None = None,
     train_form: TrainForm = "branches",
     lowering: Lowering = "auto",
-    remat: bool = False,
+    remat: bool | RematPolicy = False,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
     activation: Activation | None = nn.relu,
@@ -52,7 +60,8 @@ def create_model(
         three (`docs/covariance.md`). Variables are the same.
       lowering: "auto" computes float32 convolutions on CPUs in ways they are good at
         (`repvgg_jax.cpu_conv`); "plain" leaves them as they are on every platform.
-      remat: recompute every block's activations in the backward pass instead of keeping them.
+      remat: recompute every block's activations in the backward pass instead of keeping them; or
+        which of them to keep, a policy of JAX's, e.g. `keep_convolutions`.
       dtype: of the convolutions, float32 or bfloat16. Parameters, statistics, batch
         normalization and the classifier stay float32.
       param_dtype: of the parameters; float64 is for proofs.
@@ -99,7 +108,7 @@ class RepVGG(nn.Module):
     bn_group_size: int | None = None
     train_form: TrainForm = "branches"
     lowering: Lowering = "auto"
-    remat: bool = False
+    remat: bool | RematPolicy = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     activation: Activation | None = nn.relu
@@ -177,7 +186,8 @@ class RepVGG(nn.Module):
 
     def _block(self, layer: Layer) -> ReparamBlock:
         cls = RepVGGBlock if layer.block is REPVGG else ReparamBlock
-        block = nn.remat(cls, static_argnums=(2,)) if self.remat else cls
+        policy = self.remat if callable(self.remat) else None
+        block = nn.remat(cls, static_argnums=(2,), policy=policy) if self.remat else cls
         return block(
             features=layer.features,
             stride=layer.stride,

@@ -13,11 +13,14 @@ import math
 import re
 import types
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 from repvgg_jax.reparam import REPVGG, BlockSpec, Conv, Geometry, leaves, macs
 from repvgg_jax.text import did_you_mean, one_line
 
 _MOST_BLOCKS, _MOST_CHANNELS = 10_000, 1_000_000  # anything above is a damaged file
+
+Dilation = Literal["stage", "timm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,9 @@ class Variant:
     Attributes:
       name: what messages and metadata call it.
       depths: blocks of every stage after the stem.
-      channels: channels of every stage after the stem.
+      channels: channels of every stage after the stem; a tuple gives every block of a stage its
+        own, e.g. those that pruning has left. Only blocks that keep their width have an identity
+        branch.
       stem_channels: channels of the stem, a single block.
       groups: an int gives the paper's rule, g groups in every second block after the
         stem (the 2nd, 4th, …); a tuple gives every block after the stem its own.
@@ -89,24 +94,30 @@ class Variant:
       auxiliary: blocks whose output feeds an auxiliary classifier during training.
       strides: stride of the first block of every stage; None means 2 everywhere.
       stem_stride: stride of the stem.
+      dilation: which blocks are dilated where an output stride replaces the stride of a stage:
+        "stage", all of them, as in the paper's PSPNet; or "timm", where the first block of such a
+        stage has half of the dilation (1, then 2), for backbones that timm trained at that stride.
+        Parameters are the same.
     """
 
     name: str
     depths: tuple[int, ...]
-    channels: tuple[int, ...]
+    channels: tuple[int | tuple[int, ...], ...]
     stem_channels: int
     groups: int | tuple[int, ...] = 1
     se: SqueezeExcite | None = None
     auxiliary: tuple[str, ...] = ()
     strides: tuple[int, ...] | None = None
     stem_stride: int = 2
+    dilation: Dilation = "stage"
 
     def __post_init__(self) -> None:
         # Lists, e.g. from a config file, become tuples: a Variant must be hashable.
         for field in ("depths", "channels", "auxiliary", "strides", "groups"):
             value = getattr(self, field)
-            if isinstance(value, list):
-                object.__setattr__(self, field, tuple(value))
+            if isinstance(value, (list, tuple)):
+                value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+                object.__setattr__(self, field, value)
         if isinstance(self.se, Mapping):
             object.__setattr__(self, "se", SqueezeExcite(**self.se))
         self._check()
@@ -123,14 +134,26 @@ class Variant:
                 f"{where}: {len(self.stage_strides)} strides {self.strides} "
                 f"for {len(self.depths)} stages; give one for every stage"
             )
-        numbers = (*self.depths, *self.channels, self.stem_channels, self.stem_stride)
-        if not all(isinstance(n, int) and n > 0 for n in (*numbers, *self.stage_strides)):
+        numbers = [*self.depths, self.stem_channels, self.stem_stride, *self.stage_strides]
+        for stage, widths in enumerate(self.channels):
+            if isinstance(widths, tuple) and len(widths) != self.depths[stage]:
+                raise ValueError(
+                    f"{where}: {len(widths)} channels {widths} for {self.depths[stage]} blocks of "
+                    f"stage {stage + 1}; give one for every block, or one int for all"
+                )
+            numbers += widths if isinstance(widths, tuple) else (widths,)
+        if not all(isinstance(n, int) and n > 0 for n in numbers):
             raise ValueError(f"{where}: depths, channels and strides must be positive integers")
         if sum(self.depths) > _MOST_BLOCKS or max(numbers) > _MOST_CHANNELS:
             blocks, widest = one_line(sum(self.depths), 20), one_line(max(numbers), 20)
             raise ValueError(
                 f"{where}: {blocks} blocks of up to {widest} channels; the most are "
                 f"{_MOST_BLOCKS} blocks of {_MOST_CHANNELS} channels"
+            )
+        if self.dilation not in get_args(Dilation):
+            raise ValueError(
+                f"{where}: dilation={self.dilation!r} must be one of "
+                f"{', '.join(map(repr, get_args(Dilation)))}"
             )
         if isinstance(self.groups, tuple) and len(self.groups) != sum(self.depths):
             raise ValueError(
@@ -161,15 +184,17 @@ class Variant:
     @property
     def features(self) -> int:
         """Width of the pooled features that the classifier sees."""
-        return self.channels[-1]
+        last = self.channels[-1]
+        return last[-1] if isinstance(last, tuple) else last
 
     def layers(self, output_stride: int | None = None) -> tuple[Layer, ...]:
         """Every block in order.
 
         Args:
           output_stride: replaces the strides beyond it by dilation, as the paper's PSPNet
-            does: with 8, stage 3 runs at dilation 2 and stage 4 at dilation 4. None keeps
-            every stride. Names, parameter shapes and identity branches do not depend on it.
+            does: with 8, stage 3 runs at dilation 2 and stage 4 at dilation 4 (see `dilation`).
+            None keeps every stride. Names, parameter shapes and identity branches do not depend
+            on it.
 
         Raises:
           ValueError: no stage ends at that stride.
@@ -178,8 +203,9 @@ class Variant:
         layers = [Layer("stem", None, self.stem_channels, self.stem_stride, 1, 1, identity=False)]
         in_channels, stride_so_far, dilation = self.stem_channels, self.stem_stride, 1
         reached = {stride_so_far}
-        for stage, (depth, features) in enumerate(zip(self.depths, self.channels, strict=True)):
+        for stage, (depth, widths) in enumerate(zip(self.depths, self.channels, strict=True)):
             for index in range(depth):
+                features = widths[index] if isinstance(widths, tuple) else widths
                 stride = self.stage_strides[stage] if index == 0 else 1
                 # The identity branch is decided before dilation replaces a stride, so that
                 # one checkpoint serves every output stride.
@@ -194,7 +220,7 @@ class Variant:
                         in_channels=in_channels,
                         features=features,
                         stride=stride,
-                        dilation=dilation,
+                        dilation=self._dilation_of(index, dilation),
                         groups=self._groups_of(len(layers)),
                         identity=identity,
                     )
@@ -208,6 +234,12 @@ class Variant:
                 f"its stages end at strides {valid}"
             )
         return tuple(layers)
+
+    def _dilation_of(self, index: int, dilation: int) -> int:
+        """Dilation of block `index` of a stage, where the stage's is `dilation`."""
+        if self.dilation == "timm" and index == 0:
+            return 1 if dilation <= 2 else 2
+        return dilation
 
     def _groups_of(self, index: int) -> int:
         """Groups of block `index`, where the stem is 0."""

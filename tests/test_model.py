@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax import VARIANTS, RepVGGBlock, Variant, cost, create_model, fuse_params
+from repvgg_jax.model import keep_convolutions
 from tests.helpers.jit import quick_jit
 from tests.trees import TINY, TINY_AUXILIARY, paths, random_images, random_variables
 
@@ -117,9 +118,10 @@ def test_remat_changes_memory_not_values():
     """In float64, where two programs for the same function differ by nearly nothing."""
     images = random_images((4, 16, 16, 3), dtype=np.float64)
     wide = {"dtype": jnp.float64, "param_dtype": jnp.float64}
-    plain, remat = (
-        create_model(TINY, num_classes=5, remat=remat, **wide) for remat in (False, True)
-    )
+    models = [
+        create_model(TINY, num_classes=5, remat=remat, **wide)
+        for remat in (False, True, keep_convolutions, jax.checkpoint_policies.nothing_saveable)
+    ]
 
     def loss(model, params):
         logits, updated = model.apply(
@@ -128,14 +130,36 @@ def test_remat_changes_memory_not_values():
         return jnp.square(logits).sum(), updated
 
     with jax.enable_x64(True):
-        variables = random_variables(plain)
+        variables = random_variables(models[0])
         results = [
             quick_jit(jax.value_and_grad(lambda p, m=model: loss(m, p), has_aux=True))(
                 variables["params"]
             )
-            for model in (plain, remat)
+            for model in models
         ]
-    chex.assert_trees_all_close(*results, rtol=1e-10, atol=1e-10)
+    for other in results[1:]:
+        chex.assert_trees_all_close(results[0], other, rtol=1e-10, atol=1e-10)
+
+
+def test_remat_policies_choose_what_is_recomputed():
+    """Convolutions in the program of a gradient: forward, recomputed, backward."""
+    images = random_images((2, 16, 16, 3))
+
+    def convolutions(remat):
+        model = create_model(TINY, num_classes=5, remat=remat, lowering="plain")
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+        def loss(params, stats):
+            tree = {"params": params, "batch_stats": stats}
+            return model.apply(tree, images, train=True, mutable=["batch_stats"])[0].sum()
+
+        program = jax.make_jaxpr(jax.grad(loss))(variables["params"], variables["batch_stats"])
+        return str(program).count("conv_general_dilated[")
+
+    forward = 2 * len(TINY.layers())
+    none, everything = convolutions(False), convolutions(True)
+    assert everything == none + forward
+    assert convolutions(keep_convolutions) == none
 
 
 def test_evaluation_is_the_default_and_leaves_statistics_alone():

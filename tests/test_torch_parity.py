@@ -1,5 +1,6 @@
 """The same network in PyTorch and here: forward, statistics, gradients, training."""
 
+import dataclasses
 import functools
 
 import jax
@@ -141,6 +142,21 @@ def test_evaluation_and_deploy_form_are_pytorchs(networks, batch):
     fused = rv.fuse_params(variables)
     logits = quick_jit(model.clone(deploy=True).apply)(fused, images)
     assert relative(logits, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("output_stride", [2, 4, 8])
+def test_dilation_as_in_timm(output_stride, batch):
+    options = {"depths": (2, 2, 3), "channels": (8, 12, 16)}
+    variant = rv.Variant("timm", **options, stem_channels=8, dilation="timm")
+    start = {2: 1, 4: 2, 8: 3}[output_stride]
+    reference = torch_reference.RepVGG(**options, dilated_from=start, as_timm=True).randomize()
+    with torch.no_grad():
+        expected = reference.eval()(nchw(batch[0]))[0].numpy()
+    variables = rv.load_weights(reference.state_dict(), variant=variant).variables
+    model = rv.create_model(variant, num_classes=CLASSES, output_stride=output_stride)
+    assert relative(quick_jit(model.apply)(variables, batch[0]), expected) <= 1e-5
+    other = model.clone(variant=dataclasses.replace(variant, dilation="stage"))
+    assert relative(quick_jit(other.apply)(variables, batch[0]), expected) > 1e-3
 
 
 @pytest.fixture

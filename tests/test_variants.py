@@ -1,6 +1,9 @@
+import dataclasses
+import json
+
 import pytest
 
-from repvgg_jax import VARIANTS, SqueezeExcite, Variant, get_variant
+from repvgg_jax import VARIANTS, SqueezeExcite, Variant, cost, get_variant
 
 pytestmark = pytest.mark.core
 
@@ -88,6 +91,46 @@ def test_output_stride_dilates_whole_stages_and_keeps_names_and_identities():
         )
 
 
+@pytest.mark.parametrize(
+    ("stride", "stages"),
+    [
+        (32, {"stage3": (1, 1, 1), "stage4": (1,)}),
+        (16, {"stage3": (1, 1, 1), "stage4": (1,)}),
+        (8, {"stage3": (1, 2, 2), "stage4": (2,)}),
+        (4, {"stage2": (1, 2, 2), "stage3": (2, 4, 4), "stage4": (2,)}),
+    ],
+)
+def test_timms_dilation(stride, stages):
+    """As timm 1.0.31 builds its stages (create_byob_stages)."""
+    layers = dataclasses.replace(VARIANTS["B0"], dilation="timm").layers(stride)
+    for stage, dilations in stages.items():
+        found = tuple(layer.dilation for layer in layers if layer.stage == stage)
+        assert found[: len(dilations)] == dilations
+        assert set(found[1:]) <= {dilations[-1]}
+    plain = VARIANTS["B0"].layers(stride)
+    changed = [dataclasses.replace(layer, dilation=1) for layer in layers]
+    assert changed == [dataclasses.replace(layer, dilation=1) for layer in plain]
+
+
+def test_every_block_may_have_its_own_width():
+    pruned = Variant("pruned", (3, 2), ((8, 8, 6), (12, 10)), 8)
+    layers = pruned.layers()
+    assert [(layer.in_channels, layer.features) for layer in layers] == [
+        *((None, 8), (8, 8), (8, 8), (8, 6)),
+        *((6, 12), (12, 10)),
+    ]
+    assert [layer.identity for layer in layers] == [False, False, True, False, False, False]
+    assert pruned.features == 10
+    same = Variant("same", (3, 2), ((8, 8, 8), 12), 8)
+    assert same.layers() == Variant("same", (3, 2), (8, 12), 8).layers()
+    read = Variant(**json.loads(json.dumps(dataclasses.asdict(pruned))))
+    assert read == pruned
+    assert hash(read) == hash(pruned)
+    assert cost(pruned, image_size=32).params_deploy == sum(
+        9 * (layer.in_channels or 3) * layer.features + layer.features for layer in layers
+    ) + 1000 * (10 + 1)
+
+
 @pytest.mark.parametrize("stride", [1, 3, 24, 64])
 def test_impossible_output_strides_name_the_possible_ones(stride):
     with pytest.raises(ValueError, match=rf"output_stride={stride}.*2, 4, 8, 16, 32"):
@@ -101,6 +144,9 @@ def test_impossible_output_strides_name_the_possible_ones(stride):
         ({"depths": ()}, "0 depths"),
         ({"depths": (0,)}, "positive integers"),
         ({"channels": (8.5,)}, "positive integers"),
+        ({"channels": ((8, 8),)}, "2 channels .* for 1 blocks of stage 1"),
+        ({"channels": ((0,),)}, "positive integers"),
+        ({"dilation": "half"}, "'half' must be one of 'stage', 'timm'"),
         ({"strides": (1, 2)}, "2 strides .* for 1 stages"),
         ({"groups": (1, 2)}, "2 groups for 1 blocks"),
         ({"groups": (3,)}, "stage1_block0 has 4 channels in, which 3 groups do not divide"),

@@ -171,13 +171,13 @@ def test_an_unknown_family_is_refused():
 
 
 @FORMS
-@pytest.mark.parametrize("naming", NAMINGS, ids=lambda n: n.family + "-plus" * hasattr(n, "plus"))
+@pytest.mark.parametrize("naming", NAMINGS, ids=range(len(NAMINGS)))
 def test_every_official_variant_is_detected_from_keys_and_shapes(naming, deploy):
     for name, variant in rv.VARIANTS.items():
         if naming.covers(variant):
             entries = naming.entries(variant, deploy=deploy, num_classes=7, in_channels=4)
             found = detect({entry.key: entry.shape for entry in entries})
-            assert found == (variant, deploy, 7, 4, naming.family, entries), name
+            assert found == (variant, deploy, 7, 4, naming.family, entries, "", ()), name
 
 
 def test_missing_unexpected_and_misshaped_keys_are_listed(state):
@@ -260,6 +260,18 @@ def test_an_architecture_of_your_own_is_asked_for(state):
     assert "variant=" in message
 
 
+@FORMS
+@pytest.mark.parametrize("family", ["official", "timm", "flax"])
+def test_networks_with_a_width_per_block(family, deploy):
+    """As channel pruning leaves them."""
+    pruned = rv.Variant("pruned", (2, 2), ((8, 6), (10, 10)), stem_channels=8)
+    variables = random_variables(pruned, deploy=deploy)
+    state = rv.to_state_dict(variables, family=family, variant=pruned)
+    assert_identical(rv.load_weights(state, variant=pruned).variables, variables)
+    message = refusal(state, variant=None)
+    assert "depths (2, 2), channels ((8, 6), 10), stem_channels 8" in message
+
+
 # Loading.
 
 
@@ -282,6 +294,119 @@ def test_several_state_dicts_need_an_entry(state, variables):
     message = refusal(both, entry="net")
     assert "'net'" in message
     assert "model, ema" in message
+
+
+def test_a_state_dict_is_found_by_what_it_holds(state, variables):
+    saved = {"epoch": 3, "best": {"weights_of_net": {"net.0." + k: v for k, v in state.items()}}}
+    loaded = rv.load_weights({**saved, "optimizer": {"state": {0: {}}}}, variant=TINY)
+    assert_identical(loaded.variables, variables)
+    assert loaded.unused == ("epoch (a int)", "optimizer (a dict)")
+    other = {"ckpt": {"net": state, "ema": {key: array + 1 for key, array in state.items()}}}
+    assert "entry='ckpt/net'" in refusal(other)
+    assert_identical(rv.load_weights(other, variant=TINY, entry="ckpt/net").variables, variables)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "flax"])
+@pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.", "module.student.0._orig_mod."])
+def test_a_network_inside_another_one(prefix, family, variables):
+    state = rv.to_state_dict(variables, family=family, variant=TINY)
+    backbone = {prefix + k: v for k, v in state.items() if not k.startswith(("linear", "head"))}
+    others = {
+        **{"n_averaged": np.int64(3), "neck.convs.0.weight": np.zeros((8, 8, 1, 1))},
+        **{f"{prefix}bbox_head.cls.bias": np.zeros(4), "step": 7},
+    }
+    loaded = rv.load_weights({**others, **backbone}, variant=TINY, num_classes=0)
+    assert loaded.family == family
+    assert_identical(loaded.variables, without_head(variables))
+    assert loaded.unused == (*list(others)[:3], "step (a int)")
+    message = refusal({**others, **backbone})
+    assert "no classifier" in message
+    assert "neck.convs.0.weight" in message
+    # What belongs to the backbone must be complete, and nothing more.
+    first = next(iter(backbone))
+    assert "1 missing" in refusal({**others, **{k: v for k, v in backbone.items() if k != first}})
+    extra = {first.replace("weight", "scale"): backbone[first]}
+    assert "1 unexpected" in refusal({**others, **backbone, **extra})
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "after"),
+    [
+        ("timm", "stages.", "stages_"),  # timm.create_model(…, features_only=True)
+        ("mmpretrain", "backbone.", ""),  # the state dict of a detector's backbone
+        ("mmpretrain", "backbone.", "model.img_backbone."),
+    ],
+)
+def test_names_of_backbones_alone(family, before, after, variables):
+    state = rv.to_state_dict(variables, family=family, variant=TINY)
+    renamed = {k.replace(before, after): v for k, v in state.items() if "head" not in k}
+    loaded = rv.load_weights(renamed, variant=TINY, num_classes=0)
+    assert (loaded.family, loaded.unused) == (family, ())
+    assert_identical(loaded.variables, without_head(variables))
+
+
+def test_two_networks_in_one_state_dict(state, variables):
+    both = {f"student.{key}": array for key, array in state.items()}
+    both |= {f"teacher.{key}": array + 1 for key, array in state.items()}
+    assert "prefixes student., teacher.; choose with entry='student.'" in refusal(both)
+    loaded = rv.load_weights({"model": both, "epoch": 1}, variant=TINY, entry="student.")
+    assert_identical(loaded.variables, variables)
+    assert len(loaded.unused) == len(state) + 1
+
+
+def test_what_stands_in_the_way_is_named(state):
+    key = "stage1.0.rbr_dense.conv.weight"
+    message = refusal({**state, key: "a quantized tensor"})
+    assert f"1 missing [{key}]" in message
+    assert f"no arrays: {key} is a str" in message
+
+
+@FORMS
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_images_of_other_channels_than_the_checkpoints(channels, deploy, variables, rng):
+    """The rule of timm: summed for one channel, else repeated in turn and scaled."""
+    taken = rv.fuse_params(variables) if deploy else variables
+    state = rv.to_state_dict(taken, variant=TINY)
+    loaded = rv.load_weights(state, variant=TINY, in_channels=channels)
+    assert loaded.in_channels == channels
+    for name, child in loaded.variables["params"]["stem"].items():
+        if "kernel" in child:
+            own = taken["params"]["stem"][name]["kernel"]
+            if channels == 1:
+                wanted = own.sum(axis=2, keepdims=True)
+            else:
+                wanted = np.concatenate([own] * 3, axis=2)[:, :, :channels] * (3 / channels)
+            np.testing.assert_allclose(child["kernel"], wanted, rtol=1e-6)
+    rest = [{**tree["params"], "stem": {}} for tree in (loaded.variables, taken)]
+    assert_identical(*rest)
+    again = rv.load_weights(rv.to_state_dict(loaded.variables, variant=TINY), variant=TINY)
+    assert again.in_channels == channels
+
+
+def test_one_channel_is_the_network_on_images_that_repeat_it(variables, rng):
+    state = rv.to_state_dict(variables, variant=TINY)
+    gray = rng.normal(size=(2, 16, 16, 1)).astype(np.float32)
+    one = rv.load_weights(state, variant=TINY, in_channels=1).variables
+    expected = FEATURES(without_head(variables), np.repeat(gray, 3, axis=-1))
+    found = FEATURES(without_head(one), gray)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_impossible_channels(state):
+    assert "in_channels=0" in refusal(state, in_channels=0)
+
+    class Normed(rv.Variant):
+        """With a norm of the images."""
+
+        def layers(self, output_stride=None):
+            stem, *others = super().layers(output_stride)
+            norm = reparam.Chain((reparam.Norm("bn"), reparam.Conv("conv", (3, 3))))
+            block = reparam.BlockSpec("normed", train=norm)
+            return (dataclasses.replace(stem, block=block), *others)
+
+    variant = Normed("normed", (1,), (8,), stem_channels=4)
+    own = rv.to_state_dict(random_variables(variant), family="flax", variant=variant)
+    assert "stem/bn" in refusal(own, variant=variant, in_channels=1)
 
 
 def test_jax_arrays_are_arrays(state, variables):

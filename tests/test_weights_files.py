@@ -1,8 +1,14 @@
 """Checkpoint files: every format, and files that are damaged, hostile or something else."""
 
+import argparse
+import collections
+import datetime
 import io
 import os
+import pathlib
 import pickle
+import struct
+import types
 import zipfile
 
 import ml_dtypes
@@ -11,6 +17,7 @@ import pytest
 import safetensors.numpy
 
 import repvgg_jax as rv
+from repvgg_jax.weights import archive, files, unpickle
 from tests.helpers import pth_writer
 from tests.helpers.weights_samples import (
     CLASSES,
@@ -172,7 +179,7 @@ class Evil:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("container", ["zip", "legacy", "bare"])
-def test_a_pickle_that_would_run_code_is_refused(protocol, container, tmp_path):
+def test_a_pickle_that_would_run_code_runs_nothing(protocol, container, tmp_path):
     target = tmp_path / "it-ran"
     evil = pickle.dumps({"state_dict": {"a": Evil(target)}}, protocol=protocol)
     path = tmp_path / "weights.pth"
@@ -180,43 +187,95 @@ def test_a_pickle_that_would_run_code_is_refused(protocol, container, tmp_path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", evil)
     else:
-        headers = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
-        legacy = b"".join(pickle.dumps(header, protocol=2) for header in headers)
-        path.write_bytes(legacy + evil if container == "legacy" else evil)
+        path.write_bytes(pth_writer.LEGACY + evil if container == "legacy" else evil)
     message = refusal(path)
-    if container == "bare" and protocol < 2:
-        assert "not a safetensors" in message
-    else:
-        assert f"its pickle asks for {os.name}.system" in message
-        assert "no code was run" in message
+    if container == "zip":
+        assert f"a (a pickled {os.name}.system)" in message
+        assert "nothing in the file was run" in message
     assert not target.exists()
     pickle.loads(evil)  # the file would have done it
     assert target.exists()
 
 
+BESIDE = {
+    "args": argparse.Namespace(lr=0.1),
+    "config": types.SimpleNamespace(model={"depth": 3}),
+    "accuracy": np.float64(71.5),
+    "history": np.arange(3),
+    "seen": {1, 2},
+    "frozen": frozenset("ab"),
+    "counts": collections.Counter("aab"),
+    "defaults": collections.defaultdict(list, a=[1]),
+    "order": collections.OrderedDict(a=1),
+    "z": 1j,
+    "raw": b"\xff",
+    "array": bytearray(b"\xff"),
+    "dtype": np.dtype("float32"),
+    "path": pathlib.PurePosixPath("runs"),
+    "pairs": {(0, 1): "a tuple as key"},
+    "when": datetime.datetime(2026, 11, 26, tzinfo=datetime.UTC),
+    "class": argparse.Namespace,
+    "huge": 1 << 200,
+    "none": None,
+}
+"""What training programs save beside weights."""
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_what_lies_beside_the_weights_is_inert_and_listed(protocol, tmp_path, state, variables):
+    beside = pickle.dumps({**BESIDE, "evil": Evil(tmp_path / "it-ran")}, protocol=protocol)
+    path = tmp_path / "weights.pth"
+    pth_writer.write_zip(path, state, wrapper="state_dict", beside=beside)
+    loaded = rv.load_weights(path, variant=TINY)
+    assert_identical(loaded.variables, variables)
+    assert {"argparse.Namespace", f"{os.name}.system"} <= set(loaded.placeholders)
+    assert "a dictionary key of type tuple" in loaded.placeholders
+    assert loaded.unused == ("beside (a dict)",)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_a_weight_that_depends_on_an_object_is_refused(tmp_path, state):
+    key = "stage1.0.rbr_dense.conv.weight"
+    path = tmp_path / "weights.pth"
+    quantized = b"ctorch._utils\n_rebuild_qtensor\n)R"
+    pth_writer.write_zip(path, state, replaced={key: quantized})
+    message = refusal(path)
+    assert f"1 missing [{key}]" in message
+    assert f"{key} is a pickled torch._utils._rebuild_qtensor" in message
+
+
 @pytest.mark.parametrize(
     ("opcodes", "reason"),
     [
-        (b"cbuiltins\neval\n", "asks for builtins.eval"),
-        (b"ctorch\nload\n", "asks for torch.load"),
-        (b"(ios\nsystem\n", "asks for os.system"),
-        (b"X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93", "asks for os.system"),
-        (b"ccollections\nOrderedDict\n)\x81", "NEWOBJ"),
-        (b"\x82\x01", "EXT1"),
-        (b"(ccollections\nOrderedDict\no", "OBJ"),
+        (b"cbuiltins\neval\n", "contains a pickled builtins.eval"),
+        (b"cbuiltins\neval\n(VX\ntR", "contains a pickled builtins.eval"),
+        (b"(ios\nsystem\n", "contains a pickled os.system"),
+        (b"X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93", "contains a pickled os.system"),
+        (b"cos\nsystem\n)\x81}b", "contains a pickled os.system"),
+        (b"cos\nsystem\n)}\x92", "contains a pickled os.system"),
+        (b"ccollections\nOrderedDict\n)\x81", "contains a pickled collections.OrderedDict"),
+        (b"\x82\x01", "contains a pickled extension 1"),
+        (b"(ccollections\nOrderedDict\no", "contains a pickled collections.OrderedDict"),
+        (b"\x8f(K\x01\x90", "contains a pickled builtins.set"),
         (b"K\x01)R", "not a function"),
-        (b"ctorch\nFloatStorage\n)R", "not a function"),
-        (b"K\x01N\x62", "sets the state of an object"),
-        (b"}((K\x01tK\x02u", "a dictionary key of type tuple"),
+        (b"ctorch\nFloatStorage\n)R", "contains a pickled torch.FloatStorage"),
+        (b"K\x01N\x62", "not an object"),
+        (b"}((K\x01tK\x02u", "contains no arrays"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x02K\x03K\x04tR", "not made of a storage"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\nN)R", "not a function"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\nNR", "invalid arguments"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n(cos\nx\nNNNtR", "contains a pickled os.x"),
         (b"K\x01K\x02a", "not a list"),
         (b"0", "damaged pickle"),
         (b"h\x07", "damaged pickle"),
         (b"r\xff\xff\xff\xff", "damaged pickle"),
         (b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f", "damaged pickle"),
         (b"\x96\xff\xff\xff\xff\xff\xff\xff\x0f", "damaged pickle"),
+        (b"\x97", "damaged pickle"),
         (b"I" + b"9" * 9999 + b"\n", "damaged pickle"),
+        (b"Np" + b"9" * 99 + b"\n", "a memo index out of range"),
         (b"K\x01Q", "persistent identifier"),
+        (b"Pabc\n", "persistent identifier"),
     ],
 )
 def test_hostile_opcodes(opcodes, reason, tmp_path):
@@ -224,6 +283,68 @@ def test_hostile_opcodes(opcodes, reason, tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + opcodes + b".")
     assert reason in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "reason"),
+    [
+        ("MAX_OPCODES", 50, "more than 50 opcodes"),
+        ("MAX_SECONDS", -1, "takes more than -1 s"),
+        ("_MAX_CALLS", 10, "more than 5 tensors"),
+        ("_MAX_KINDS", 0, "more than 0 classes"),
+    ],
+)
+def test_a_pickle_has_limits(limit, value, reason, tmp_path, state, monkeypatch):
+    """Files that really need so much are in tests/helpers/hostile.py."""
+    monkeypatch.setattr(unpickle, limit, value)
+    path = tmp_path / "weights.pth"
+    beside = pickle.dumps([argparse.Namespace(), BESIDE])
+    pth_writer.write_zip(path, state, wrapper="state_dict", beside=beside)
+    assert reason in refusal(path)
+
+
+@pytest.mark.parametrize("key", [(1 << 61) - 1, 1 << 4000, "x" * 300, b"x" * 300])
+def test_keys_that_could_collide_or_compare_slowly_are_dropped(key):
+    content = io.BytesIO(pickle.dumps({key: 1, "a": 2, 3: 4, -5: 6}, protocol=2))
+    assert unpickle.unpickle(content, {}).value == {"a": 2, 3: 4, -5: 6}
+
+
+def test_zip_bombs(tmp_path, state):
+    path = tmp_path / "weights.npz"
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **state, zeros=np.zeros(80 << 18, np.float32))
+    assert "expand to" in refusal(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("a.npy", b"x" * 999)
+    assert "compressed in a way" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [("npz", "_MAX_ARRAYS"), ("safetensors", "_MAX_ARRAYS"), ("safetensors", "_MAX_HEADER")],
+)
+def test_files_of_more_arrays_than_a_network_has(kind, limit, tmp_path, state, monkeypatch):
+    monkeypatch.setattr(files, limit, 5)
+    assert "at most 5" in refusal(write(tmp_path / kind, state))
+
+
+@pytest.mark.parametrize("kind", ["npz", "pth"])
+def test_an_archive_with_a_directory_of_many_records(kind, tmp_path, state, monkeypatch):
+    monkeypatch.setattr(archive, "_MAX_DIRECTORY", 500)
+    assert "directory" in refusal(write(tmp_path / kind, state))
+
+
+def test_records_that_overlap(tmp_path, state):
+    path = write(tmp_path / "pth", state)
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as opened:
+        start = opened.start_dir
+    # Every entry of the directory twice more; the counts are in its end.
+    end = data.rindex(b"PK\x05\x06")
+    count, size, offset = struct.unpack("<HII", data[end + 10 : end + 20])
+    tail = struct.pack("<HHII", 3 * count, 3 * count, 3 * size, offset) + data[end + 20 :]
+    path.write_bytes(data[:start] + data[start:end] * 3 + data[end : end + 8] + tail)
+    assert "its records take" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +358,9 @@ def test_hostile_opcodes(opcodes, reason, tmp_path):
         (4, 0, (-2,), (1,), "invalid tensor offset"),
         (4, 0, (2,), (-1,), "invalid tensor offset"),
         (4, 0, (2,), (1, 1), "invalid tensor offset"),
+        (4, 0, (1 << 80,), (1,), "invalid tensor offset"),
+        (4, 0, (1,), (1 << 80,), "invalid tensor offset"),
+        (4, 1 << 80, (1,), (1,), "invalid tensor offset"),
         (1 << 30, 0, (2,), (1,), "has 16 bytes, not 1073741824 elements"),
     ],
 )

@@ -1,8 +1,11 @@
 """Fuzzing in a process of its own, and networks of full size."""
 
+import argparse
 import codecs
+import json
 import os
 import pathlib
+import pickle
 import random
 import resource
 import subprocess
@@ -22,6 +25,16 @@ VARIANT = rv.Variant("fuzzed", (1,), (4,), stem_channels=4)
 SECONDS = 2  # CPU time per file; valid files take milliseconds
 MEMORY = 256 << 20  # bytes that all files together may add; valid files have a few kilobytes
 
+
+class Command:
+    """Runs a command when Python's own unpickler reads it."""
+
+    def __reduce__(self):
+        return os.system, ("touch it-ran",)
+
+
+OBJECTS = [Command(), argparse.Namespace(a=1), {1}, np.float64(1), 1j, {(1, 2): 3}, pathlib.Path]
+
 FORBIDDEN = (
     "os.system", "os.exec", "os.posix_spawn", "os.remove", "os.rename", "os.mkdir",
     "subprocess.Popen", "socket.connect", "exec", "pickle.find_class", "ctypes.dlopen",
@@ -35,7 +48,8 @@ def seeds(directory):
     """One valid file per format."""
     state = rv.to_state_dict(random_variables(VARIANT, num_classes=2), variant=VARIANT)
     paths = [directory / name for name in ("pth", "legacy", "safetensors", "npz", "deflated")]
-    pth_writer.write_zip(paths[0], state, wrapper="state_dict")
+    # With objects of every kind beside the weights, and one that would run a command.
+    pth_writer.write_zip(paths[0], state, wrapper="state_dict", beside=pickle.dumps(OBJECTS, 2))
     pth_writer.write_legacy(paths[1], state)
     safetensors.numpy.save_file(state, paths[2])
     for path, save in zip(paths[3:], (np.savez, np.savez_compressed), strict=True):
@@ -143,6 +157,24 @@ def test_hundreds_of_damaged_files():
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_thousands_of_damaged_files(seed):
     fuzz(5000, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory as on Linux")
+def test_files_that_ask_for_much_are_refused_within_2_seconds_and_500_mb(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.hostile", str(tmp_path)],
+        cwd=pathlib.Path(__file__).parents[1],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) > 50
+    for name, seconds, grown, message in rows:
+        assert seconds < SECONDS, (name, seconds)
+        assert grown < 500_000_000, (name, grown)
+        assert message != "loaded", name
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Checkpoints that PyTorch wrote, under every project's names, and ours that it reads."""
 
+import argparse
 import functools
 
 import numpy as np
@@ -147,11 +148,45 @@ def test_files_without_checksums_load(tmp_path):
     )
 
 
-def test_a_pickled_module_is_refused(tmp_path):
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_pickled_module_is_refused(zipped, tmp_path):
     path = tmp_path / "module.pth"
-    torch.save(torch.nn.Linear(2, 2), path)
-    with pytest.raises(ValueError, match=r"torch\.nn\.modules\.linear\.Linear"):
+    torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"torch\.nn\.modules\.linear\.Linear.*state_dict\(\)"):
         rv.load_weights(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_checkpoint_of_a_training_program(zipped, tmp_path):
+    """With an averaged model, an optimizer and objects that are no weights."""
+    variant, reference = network("official")
+    averaged = torch.optim.swa_utils.AveragedModel(reference)
+    optimizer = torch.optim.AdamW(reference.parameters())
+    for parameter in reference.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    saved = {
+        "net": averaged.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "args": argparse.Namespace(device=torch.device("cpu"), dtype=torch.float16),
+        "rng": (torch.get_rng_state(), np.random.default_rng(0).bit_generator.state),
+        "size": torch.Size((1, 2)),
+        "best": np.float64(71.5),
+        "layer": torch.nn.Linear(2, 2),
+        "sparse": torch.ones(2, 2).to_sparse(),
+        "complex": torch.ones(2, dtype=torch.complex64),
+    }
+    path = tmp_path / "checkpoint.pth"
+    torch.save(saved, path, _use_new_zipfile_serialization=zipped)
+    loaded = rv.load_weights(path, variant=variant)
+    expected = {k.removeprefix("module."): v for k, v in averaged.state_dict().items()}
+    del expected["n_averaged"]
+    assert_identical(loaded.variables, rv.load_weights(expected, variant=variant).variables)
+    assert loaded.unused[0] == "n_averaged"
+    assert "args (a pickled argparse.Namespace)" in loaded.unused
+    assert {"torch.device", "torch.Size", "torch.nn.modules.linear.Linear"} <= set(
+        loaded.placeholders
+    )
 
 
 def test_a_torchscript_archive_is_refused(tmp_path):

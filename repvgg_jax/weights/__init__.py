@@ -4,7 +4,9 @@ tree          every array of a RepVGG in our own tree
 names         its key and layout in the official, timm and mmpretrain projects
 detect        which network a state dict belongs to
 files         safetensors, .npz and .pth, read and written; torch_pickle reads .pth without
-              PyTorch and without running code; tensor is one array, read lazily
+              PyTorch; tensor is one array, read lazily
+unpickle      pickles without running code; archive: zip files; both with limits
+state_dict    the state dict in whatever was saved, and what lies beside it
 load          files, or timm's pretrained models by name, to variables; merging into others
 """
 

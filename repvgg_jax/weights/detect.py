@@ -76,6 +76,8 @@ class Detected(NamedTuple):
       in_channels: channels of its images.
       family: the project that uses these names.
       entries: its arrays; all of them were found, with the right shapes.
+      prefix: what precedes their keys, e.g. `module.backbone.`.
+      unused: keys of other arrays: a neck, another head, a counter.
     """
 
     variant: Variant
@@ -84,6 +86,58 @@ class Detected(NamedTuple):
     in_channels: int
     family: str
     entries: tuple[Entry, ...]
+    prefix: str = ""
+    unused: tuple[str, ...] = ()
+
+
+class _Place(NamedTuple):
+    """Where blocks are: how many, and in which naming, form and prefix."""
+
+    blocks: int
+    naming: Naming
+    deploy: bool
+    prefix: str
+
+
+def has_blocks(shapes: Shapes, variant: Variant | None = None) -> bool:
+    """Whether there is any block among these arrays."""
+    return bool(_places(shapes, _considered(variant), NAMINGS))
+
+
+def _considered(variant: Variant | None) -> list[Variant]:
+    return [variant] if variant is not None else list(VARIANTS.values())
+
+
+def _places(
+    shapes: Shapes, considered: Iterable[Variant], namings: Iterable[Naming]
+) -> list[_Place]:
+    # Every block has its form's main kernel.
+    return [
+        _Place(count, naming, deploy, prefix)
+        for deploy, kernels in _main_kernels(considered).items()
+        for naming in namings
+        for prefix, count in naming.prefixes(shapes, kernels).items()
+    ]
+
+
+def _place(shapes: Shapes, considered: Iterable[Variant], namings: Iterable[Naming]) -> _Place:
+    """Where most blocks are, if that is one network."""
+    places = _places(shapes, considered, namings)
+    if not places:
+        raise ValueError(_unknown(shapes))
+    best = max(places, key=lambda place: place.blocks)
+    prefixes = [
+        place.prefix or "none"
+        for place in places
+        if place.naming is best.naming and 2 * place.blocks >= best.blocks
+    ]
+    if len(set(prefixes)) > 1:
+        names = list(dict.fromkeys(prefixes))
+        raise ValueError(
+            f"contains {len(names)} networks, with the prefixes {first_few(names)}; choose with "
+            f"entry={next(name for name in names if name != 'none')!r}"
+        )
+    return best
 
 
 def detect(
@@ -102,18 +156,16 @@ def detect(
         that this is.
       UnknownVariantError: it is a RepVGG, but none of the official ones.
     """
-    considered = [variant] if variant is not None else VARIANTS.values()
-    # Every block has its form's main kernel: the naming and the form with the most of them.
-    blocks, naming, deploy = max(
-        (
-            (naming.kernels(shapes, kernels), naming, deploy)
-            for deploy, kernels in _main_kernels(considered).items()
-            for naming in namings
-        ),
-        key=lambda candidate: len(candidate[0]),
-    )
-    if not blocks:
-        raise ValueError(_unknown(shapes))
+    considered = _considered(variant)
+    _, naming, deploy, prefix = _place(shapes, considered, namings)
+    everything = shapes
+    shapes = {
+        key.removeprefix(prefix): shape
+        for key, shape in everything.items()
+        if key.startswith(prefix) and naming.owns(key.removeprefix(prefix))
+    }
+    unused = tuple(key for key in everything if key.removeprefix(prefix) not in shapes)
+    blocks = naming.kernels(shapes, _main_kernels(considered)[deploy])
     found = {
         name: _Block(inputs if name != "stem" else None, features)
         for name, (inputs, features) in blocks.items()
@@ -138,15 +190,22 @@ def detect(
         optional={entry.key for entry in entries if entry.leaf is None},
     )
     if not any(wrong):
-        return Detected(nearest, deploy, num_classes, in_channels, naming.family, entries)
+        return Detected(
+            *(nearest, deploy, num_classes, in_channels, naming.family),
+            *(entries, prefix, unused),
+        )
     if sum(entry.key in shapes for entry in entries) <= len(entries) / 10:
-        raise ValueError(_unknown(shapes))
+        raise ValueError(_unknown(everything))
     form = "deploy" if deploy else "training"
     classifier = "" if num_classes else ", without a classifier"
     architecture = _architecture(found)
+    under = f" under {prefix}" if prefix else ""
     message = (
-        f"nearest to {nearest.name} ({naming.family} names, {form} form{classifier}), but {wrong}"
+        f"nearest to {nearest.name} ({naming.family} names{under}, {form} form{classifier}), "
+        f"but {wrong}"
     )
+    if unused:
+        message += f"; {len(unused)} of no RepVGG [{first_few(unused)}]"
     if variant is None and "stem" in found and architecture != _architecture(_blocks(nearest)):
         hint = f"these have {architecture}, pass variant= if that is one of your own"
         raise UnknownVariantError(f"{message}; {hint}", architecture)
@@ -209,15 +268,15 @@ def _overlap(expected: Mapping[str, _Block], found: Mapping[str, _Block]) -> tup
 def _architecture(blocks: Mapping[str, _Block]) -> str:
     """Depths and widths in words."""
     stem = blocks["stem"].features if "stem" in blocks else "unknown"
-    depths: dict[int, int] = {}
-    channels: dict[int, int] = {}
+    widths: dict[int, dict[int, int]] = {}
     for name, block in blocks.items():
         if name != "stem":
             stage, index = map(int, name.removeprefix("stage").split("_block"))
-            depths[stage] = max(depths.get(stage, 0), index + 1)
-            channels[stage] = block.features
-    stages = sorted(depths)
-    return (
-        f"depths {tuple(depths[stage] for stage in stages)}, "
-        f"channels {tuple(channels[stage] for stage in stages)}, stem_channels {stem}"
-    )
+            widths.setdefault(stage, {})[index] = block.features
+    stages = sorted(widths)
+    depths = tuple(max(widths[stage]) + 1 for stage in stages)
+    channels = []
+    for stage in stages:
+        each = tuple(widths[stage][index] for index in sorted(widths[stage]))
+        channels.append(each if len(set(each)) > 1 else each[0])
+    return f"depths {depths}, channels {tuple(channels)}, stem_channels {stem}"

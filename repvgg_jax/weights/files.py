@@ -18,27 +18,31 @@ from repvgg_jax.files import replacing
 from repvgg_jax.text import first_few, how_to_install, one_line
 from repvgg_jax.variants import Variant, get_variant
 from repvgg_jax.weights import torch_pickle
+from repvgg_jax.weights.archive import open_zip
 from repvgg_jax.weights.detect import detect
 from repvgg_jax.weights.names import FLAX, naming_for
 from repvgg_jax.weights.tensor import Tensor, describe
+from repvgg_jax.weights.unpickle import Contents
 
 _WRITABLE = ("float16", "float32", "float64")
-_MAX_DEFLATE = 1032  # the largest ratio that DEFLATE can reach
+_MAX_ARRAYS = 10_000  # of an .npz or safetensors file; a RepVGG has at most 1500
+_MAX_HEADER = 8 << 20  # bytes of a safetensors header
 
 
-def read(path: str | os.PathLike) -> Any:
+def read(path: str | os.PathLike) -> Contents:
     """The contents of a file with a `Tensor` for every array; no array is read yet.
 
     Returns:
       A mapping from keys to `Tensor`; for `.pth` files whatever was saved.
 
     Raises:
-      ValueError: no such file, unknown format, damaged, or a pickle that needs anything but
-        tensors. The message is one line and starts with the path.
+      ValueError: no such file, unknown format, damaged, or asking for more than weights need. The
+        message is one line and starts with the path.
     """
     path = pathlib.Path(path)
     try:
-        return _reader(path)(path)
+        contents = _reader(path)(path)
+        return contents if isinstance(contents, Contents) else Contents(contents, ())
     except Exception as error:
         # Whatever a hostile or damaged file makes the parsers below raise, it means one thing.
         reason = error.strerror if isinstance(error, OSError) else None
@@ -58,14 +62,17 @@ def _reader(path: pathlib.Path) -> Callable[[pathlib.Path], Any]:
     if not head:
         raise ValueError("the file is empty")
     if head.startswith(b"PK\x03\x04"):
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             names = archive.namelist()
         if any(name.endswith("/data.pkl") for name in names):
             return torch_pickle.read_zip
         if names and all(name.endswith(".npy") for name in names):
             return _read_npz
         raise ValueError(f"a zip archive but not a checkpoint; it contains {first_few(names)}")
-    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+    header = int.from_bytes(head[:8], "little")
+    if len(head) > 8 and head[8:9] == b"{" and header <= size - 8:
+        if header > _MAX_HEADER:
+            raise ValueError(f"its header has {header:,} bytes, at most {_MAX_HEADER:,}")
         return _read_safetensors
     if head[0] == 0x80 and len(head) > 2:
         return torch_pickle.read_legacy
@@ -93,8 +100,11 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
 
     # The library checks the header against the length of the file.
     file = safetensors.safe_open(os.fspath(path), framework="np")
+    keys = file.keys()
+    if len(keys) > _MAX_ARRAYS:
+        raise ValueError(f"{len(keys):,} arrays, at most {_MAX_ARRAYS:,}")
     found = {}
-    for key in file.keys():  # noqa: SIM118 (not a mapping)
+    for key in keys:
         array = file.get_slice(key)
         dtype = _SAFETENSORS.get(array.get_dtype(), array.get_dtype())
         read_it = functools.partial(file.get_tensor, key)
@@ -115,20 +125,18 @@ _SAFETENSORS = {
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, Tensor]:
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        return {
-            info.filename.removesuffix(".npy"): _npy(path, archive, info, size)
-            for info in archive.infolist()
-        }
+    archive = open_zip(path)  # stays open for the arrays, which are read later
+    records = archive.infolist()
+    if len(records) > _MAX_ARRAYS:
+        raise ValueError(f"{len(records):,} arrays, at most {_MAX_ARRAYS:,}")
+    return {info.filename.removesuffix(".npy"): _npy(archive, info) for info in records}
 
 
-def _npy(
-    path: pathlib.Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, file_size: int
-) -> Tensor:
+def _npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tensor:
     """One array of an `.npz` file; its header must agree with the size of its record."""
-    if info.compress_size > file_size or info.file_size > info.compress_size * _MAX_DEFLATE:
-        raise ValueError(f"record {info.filename!r} claims an impossible size")
+    # Other compressions expand a little input without limit.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"record {info.filename!r} is compressed in a way that NumPy never does")
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         if version == (1, 0):
@@ -142,7 +150,7 @@ def _npy(
         raise ValueError(f"record {info.filename!r} is not an array of shape {shape}, {dtype}")
 
     def read() -> np.ndarray:
-        with zipfile.ZipFile(path) as archive, archive.open(info) as file:
+        with archive.open(info) as file:
             return np.lib.format.read_array(file, allow_pickle=False)
 
     return Tensor(tuple(shape), dtype.name, read)

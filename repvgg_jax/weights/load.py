@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -16,16 +16,18 @@ from repvgg_jax.reparam import EPSILON, unfuse_params
 from repvgg_jax.text import did_you_mean, first_few, how_to_install, one_line
 from repvgg_jax.variants import Variant, get_variant
 from repvgg_jax.weights import files
-from repvgg_jax.weights.detect import Detected, UnknownVariantError, detect, differences
+from repvgg_jax.weights.detect import (
+    Detected,
+    UnknownVariantError,
+    detect,
+    differences,
+    has_blocks,
+)
 from repvgg_jax.weights.names import Entry
-from repvgg_jax.weights.tensor import Shapes, Tensor, describe, read_float32
-from repvgg_jax.weights.tree import in_head
-
-WRAPPERS = ("state_dict", "model", "ema")
-"""Keys under which training programs save the state dict."""
-
-_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
-_MAX_NESTING = 4
+from repvgg_jax.weights.state_dict import find_state_dict
+from repvgg_jax.weights.tensor import Shapes, Tensor, read_float32
+from repvgg_jax.weights.tree import in_head, leaves
+from repvgg_jax.weights.unpickle import Contents
 
 Path = tuple[str, ...]
 
@@ -44,6 +46,9 @@ class Weights:
       in_channels: channels of the images.
       epsilon: of batch normalization, as given to `load_weights`; no checkpoint contains it.
         `create_model` and `fuse_params` need the same one.
+      unused: what else was in the file, by key: a neck, another head, an optimizer, settings.
+      placeholders: names of classes and functions in a `.pth` file; none of them was imported or
+        called.
     """
 
     variant: str
@@ -53,6 +58,8 @@ class Weights:
     family: str
     in_channels: int = 3
     epsilon: float = EPSILON
+    unused: tuple[str, ...] = ()
+    placeholders: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         form = "deploy" if self.deploy else "training"
@@ -68,140 +75,124 @@ def load_weights(
     entry: str | None = None,
     epsilon: float = EPSILON,
     allow_headless: bool = False,
+    in_channels: int | None = None,
 ) -> Weights:
     """Loads a RepVGG checkpoint of the authors, timm, mmpretrain or this project.
 
     Family, variant and form are detected from keys and shapes, the format of a file
     (safetensors, `.npz` or `.pth`) from its contents. `.pth` files are read without PyTorch
-    and without running any code in them.
+    and without running any code in them: whatever they hold beside tensors and plain containers
+    is named in `Weights.placeholders` and otherwise ignored.
 
     Args:
-      source: a file, or a state dict of NumPy, JAX or PyTorch arrays. Wrappers `state_dict`,
-        `model` and `ema` and the key prefixes `module.` and `_orig_mod.` are removed.
+      source: a file, or a state dict of NumPy, JAX or PyTorch arrays. The state dict may be
+        inside other mappings, and its keys may have any prefix, e.g. `module.` or
+        `model.backbone.`; keys of other networks beside it go to `Weights.unused`.
       num_classes: the expected number of classes; 0 loads the backbone only, without the
         classifier and auxiliary heads; None accepts any.
       variant: the expected architecture, which may be one of your own; None detects the
         official ones.
-      entry: the key of the state dict if a file contains several, e.g. `ema`.
+      entry: which one to load if a file contains several: the key of the state dict, e.g. `ema`
+        or `ckpt/ema`, or the prefix of its keys, e.g. `teacher.`.
       epsilon: of the batch normalization that the checkpoint was trained with, e.g. 1e-3 for
         YOLO's; it is passed on as `Weights.epsilon`.
       allow_headless: with `num_classes=None`, also accept a checkpoint without a classifier.
+      in_channels: channels of the images; None is the checkpoint's own. The kernels of the stem
+        are adapted as timm does: for one channel they are summed over their channels, which is
+        the network on images that repeat this channel; for n they are repeated in turn and
+        scaled by own / n, which keeps the size of the sums.
 
     Raises:
-      ValueError: in one line. Not a readable file; a pickle that needs anything but tensors;
-        another network; missing, unexpected or misshaped arrays; NaN or infinite elements,
-        negative variances, integer weights; another number of classes.
+      ValueError: in one line. Not a readable file, or one that asks for more time or memory than
+        weights need; another network; missing, unexpected or misshaped arrays; NaN or infinite
+        elements, negative variances, integer weights; another number of classes.
     """
+    if in_channels is not None and in_channels < 1:
+        raise ValueError(f"in_channels={in_channels} must be 1 or more")
     if isinstance(source, Mapping):
-        saved, where = source, "the state dict"
+        contents, where = Contents(source, ()), "the state dict"
     else:
-        saved, where = files.read(source), os.fspath(source)
+        contents, where = files.read(source), os.fspath(source)
+    own = None if variant is None else get_variant(variant)
+    others: Mapping[str, str] = {}
     try:
-        tensors = _unwrap(saved, entry)
-        found = detect(
-            {key: tensor.shape for key, tensor in tensors.items()},
-            variant=None if variant is None else get_variant(variant),
-        )
-        _check_classes(found, num_classes, allow_headless=allow_headless)
+        state = find_state_dict(contents.value, entry, lambda shapes: has_blocks(shapes, own))
+        others = state.others
+        found = detect(state.shapes, variant=own)
+        unused = (*found.unused, *(f"{key} ({kind})" for key, kind in others.items()))
+        _check_classes(found, num_classes, unused, allow_headless=allow_headless)
+        arrays = {
+            item.leaf.path: _read(item, state.tensors[found.prefix + item.key], found.prefix)
+            for item in found.entries
+            if item.leaf is not None and not (num_classes == 0 and item.leaf.in_head)
+        }
+        if in_channels is not None:
+            _adapt(arrays, found, in_channels)
     except UnknownVariantError as error:
         raise UnknownVariantError(f"{where}: {error}", error.architecture) from error
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-    backbone_only = num_classes == 0
-    leaves = {
-        item.leaf.path: _read(item, tensors[item.key], where)
-        for item in found.entries
-        if item.leaf is not None and not (backbone_only and item.leaf.in_head)
-    }
+        # What stands where weights should be, e.g. a quantized tensor.
+        kinds = [f"{key} is {kind}" for key, kind in others.items()]
+        hint = f"; no arrays: {first_few(kinds)}" if kinds else ""
+        raise ValueError(f"{where}: {error}{hint}") from error
     return Weights(
         variant=found.variant.name,
         deploy=found.deploy,
-        variables=unflatten_dict(leaves),
-        num_classes=0 if backbone_only else found.num_classes,
+        variables=unflatten_dict(arrays),
+        num_classes=0 if num_classes == 0 else found.num_classes,
         family=found.family,
-        in_channels=found.in_channels,
+        in_channels=in_channels or found.in_channels,
         epsilon=epsilon,
+        unused=(*unused, *state.beside),
+        placeholders=contents.placeholders,
     )
 
 
-def _check_classes(found: Detected, wanted: int | None, *, allow_headless: bool) -> None:
+def _check_classes(
+    found: Detected, wanted: int | None, unused: Sequence[str], *, allow_headless: bool
+) -> None:
     advice = (
         "num_classes=0 loads the backbone only, and merge_weights adds the head of a freshly "
         "initialized model"
     )
     headless = wanted == 0 or (wanted is None and allow_headless)
     if not found.num_classes and not headless:
-        raise ValueError(f"{found.variant.name} has no classifier; {advice}")
+        beside = f", but there are {first_few(unused)}" if unused else ""
+        raise ValueError(f"{found.variant.name} has no classifier{beside}; {advice}")
     if wanted not in (None, 0, found.num_classes):
         raise ValueError(
             f"{found.variant.name} has {found.num_classes} classes, not {wanted}; {advice}"
         )
 
 
-def _read(item: Entry, tensor: Tensor, where: str) -> np.ndarray:
+def _read(item: Entry, tensor: Tensor, prefix: str) -> np.ndarray:
     """One array in our layout, as a copy."""
     assert item.leaf is not None
-    array = read_float32(tensor, f"{where}: {item.key}")
+    array = read_float32(tensor, prefix + item.key)
     if item.leaf.path[-1] == "var" and array.min() < 0:
         raise ValueError(
-            f"{where}: {item.key} has a minimum of {array.min():g}; a variance is never negative"
+            f"{prefix}{item.key} has a minimum of {array.min():g}; a variance is never negative"
         )
     return np.array(item.to_ours(array), order="C", copy=True)
 
 
-def _unwrap(saved: Any, entry: str | None) -> dict[str, Tensor]:
-    """The state dict in whatever a training program saved, without prefixes of its keys.
-
-    Args:
-      saved: a state dict, or nested mappings with one under a key of `WRAPPERS`.
-      entry: the key to take instead.
-
-    Raises:
-      ValueError: there is no state dict in it, or several.
-    """
-    for _ in range(_MAX_NESTING):
-        if not isinstance(saved, Mapping):
-            raise ValueError(f"contains a {type(saved).__name__}, expected a mapping of arrays")
-        if entry is not None:
-            if not isinstance(saved.get(entry), Mapping):
-                raise ValueError(f"no mapping {entry!r}; the keys are {first_few(saved)}")
-            saved, entry = saved[entry], None
+def _adapt(arrays: dict[Path, np.ndarray], found: Detected, channels: int) -> None:
+    """Kernels of the stem for images of other channels, in place; the rule is `load_weights`'."""
+    for leaf in leaves(found.variant, deploy=found.deploy, num_classes=0, in_channels=channels):
+        kernel = arrays[leaf.path]
+        if kernel.shape == leaf.shape:
             continue
-        inner = [key for key in WRAPPERS if isinstance(saved.get(key), Mapping)]
-        if len(inner) > 1:
+        taken = found.in_channels
+        if leaf.path[-1] != "kernel" or kernel.shape != (*leaf.shape[:2], taken, leaf.shape[3]):
             raise ValueError(
-                f"contains weights under {' and '.join(inner)}; choose with entry={inner[0]!r}"
+                f"{'/'.join(leaf.path)} cannot be adapted from {taken} to {channels} channels of "
+                f"images: {kernel.shape} must become {leaf.shape}"
             )
-        if not inner:
-            return _without_prefix(_arrays(saved))
-        saved = saved[inner[0]]
-    raise ValueError(f"nests {' / '.join(WRAPPERS)} more than {_MAX_NESTING} deep")
-
-
-def _arrays(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    others: list[Any] = []
-    for key, value in mapping.items():
-        tensor = describe(value)
-        if tensor is not None and isinstance(key, str):
-            found[key] = tensor
+        if channels == 1:
+            arrays[leaf.path] = kernel.sum(axis=2, keepdims=True)
         else:
-            others.append(key)
-    if not found:
-        raise ValueError(f"contains no arrays; the keys are {first_few(others)}")
-    if others:
-        raise ValueError(
-            f"a state dict contains only arrays, but {first_few(others)} are something else"
-        )
-    return found
-
-
-def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES * 2:  # either may be the outer one
-        if all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    return tensors
+            repeated = np.take(kernel, np.arange(channels) % taken, axis=2)
+            arrays[leaf.path] = repeated * np.float32(taken / channels)
 
 
 @dataclasses.dataclass(frozen=True)

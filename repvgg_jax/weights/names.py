@@ -10,6 +10,8 @@ written is read back bitwise identical.
     mmpretrain   backbone.stage_1.0.     branch_3x3.conv/norm head.fc.
     flax         params/stage1_block0/   conv3x3, bn3x3       params/head/
 
+In a larger network, e.g. a detector, the block's prefix follows another one.
+
 The authors' RepVGGplus is a second naming of the family `official`: blocks are in a child
 `blocks` of their stage, stage 3 is two containers, and squeeze-and-excite is `post_se`.
 
@@ -18,6 +20,7 @@ The tables at the end are keyed by our names of a block's children.
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import NamedTuple, Protocol
 
@@ -70,6 +73,17 @@ class Naming(Protocol):
     ) -> tuple[Entry, ...]:
         """Keys, shapes and layouts of all arrays of a variant that it covers."""
 
+    def prefixes(self, shapes: Shapes, children: Collection[str]) -> Counter[str]:
+        """How many blocks' kernels there are, by what precedes the naming's own keys.
+
+        Args:
+          shapes: of all arrays, by key.
+          children: as in `kernels`.
+        """
+
+    def owns(self, key: str) -> bool:
+        """Whether a key is that of a block or of the classifier, of whatever architecture."""
+
     def kernels(self, shapes: Shapes, children: Collection[str]) -> dict[str, tuple[int, int]]:
         """Input and output channels of the blocks' kernels.
 
@@ -104,6 +118,15 @@ class FlaxNaming:
                 variant, deploy=deploy, num_classes=num_classes, in_channels=in_channels
             )
         )
+
+    def prefixes(self, shapes: Shapes, children: Collection[str]) -> Counter[str]:
+        """None, as `Naming.prefixes`: the collection comes first."""
+        blocks = len(self.kernels(shapes, children))
+        return Counter({"": blocks} if blocks else {})
+
+    def owns(self, key: str) -> bool:
+        """Always, as `Naming.owns`."""
+        return True
 
     def kernels(self, shapes: Shapes, children: Collection[str]) -> dict[str, tuple[int, int]]:
         """As `Naming.kernels`."""
@@ -168,18 +191,40 @@ class TorchNaming:
                 found.append(Entry(f"{prefix}.num_batches_tracked", (), None))
         return tuple(found)
 
+    def prefixes(self, shapes: Shapes, children: Collection[str]) -> Counter[str]:
+        """As `Naming.prefixes`."""
+        ends = tuple(f".{self.children[c]}.weight" for c in children if c in self.children)
+        block = re.compile(rf"(?:^|\.)({self._blocks})$", re.ASCII)
+        found: Counter[str] = Counter()
+        for key, shape in shapes.items():
+            if len(shape) == 4 and key.endswith(ends):
+                end = next(end for end in ends if key.endswith(end))
+                if match := block.search(key.removesuffix(end)):
+                    found[key[: match.start(1)]] += 1
+        return found
+
+    def owns(self, key: str) -> bool:
+        """As `Naming.owns`."""
+        container = re.escape(self.stage.partition("{")[0])
+        modules = rf"({re.escape(self.stem)}|{re.escape(self.head)})\."
+        return re.match(rf"{modules}|{container}\d", key, re.ASCII) is not None
+
+    @property
+    def _blocks(self) -> str:
+        """A regular expression for the prefixes of blocks."""
+        stage = self.stage.replace(".", r"\.").format(
+            stage=r"(?P<stage>\d+)", stage0=r"(?P<stage0>\d+)", part="(?P<part>_first|_second|)"
+        )
+        inner = r"\.blocks" if self.plus else ""
+        return rf"{re.escape(self.stem)}|{stage}{inner}\.(?P<index>\d+)"
+
     def kernels(self, shapes: Shapes, children: Collection[str]) -> dict[str, tuple[int, int]]:
         """As `Naming.kernels`."""
         names = [self.children[child] for child in children if child in self.children]
         if not names:
             return {}
-        stage = self.stage.replace(".", r"\.").format(
-            stage=r"(?P<stage>\d+)", stage0=r"(?P<stage0>\d+)", part="(?P<part>_first|_second|)"
-        )
-        blocks = r"\.blocks" if self.plus else ""
-        block = rf"({re.escape(self.stem)}|{stage}{blocks}\.(?P<index>\d+))"
         child = "|".join(map(re.escape, names))
-        pattern = re.compile(rf"{block}\.({child})\.weight", re.ASCII)
+        pattern = re.compile(rf"({self._blocks})\.({child})\.weight", re.ASCII)
         matches = [
             (match.groupdict(), shape)
             for key, shape in shapes.items()
@@ -322,10 +367,16 @@ MMPRETRAIN = TorchNaming(
     },
     head="head.fc",
 )
+# Backbones alone: what timm.create_model(…, features_only=True) has, and a detector's `backbone`.
+TIMM_FEATURES = dataclasses.replace(TIMM, stage="stages_{stage0}")
+MMPRETRAIN_BACKBONE = dataclasses.replace(MMPRETRAIN, stem="stem", stage="stage_{stage}")
 FLAX = FlaxNaming()
 
-NAMINGS: tuple[Naming, ...] = (OFFICIAL, PLUS, TIMM, MMPRETRAIN, FLAX)
-"""All namings that are read and written."""
+NAMINGS: tuple[Naming, ...] = (
+    *(OFFICIAL, PLUS, TIMM, MMPRETRAIN),
+    *(TIMM_FEATURES, MMPRETRAIN_BACKBONE, FLAX),
+)
+"""All namings that are read; the first of each family that has the names is written."""
 
 FAMILIES = tuple(dict.fromkeys(naming.family for naming in NAMINGS))
 """The families by name."""

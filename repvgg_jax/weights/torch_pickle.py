@@ -5,11 +5,8 @@ There are two containers. Since PyTorch 1.6 a file is a zip archive of uncompres
 storage. Before that, and still on request, it is five consecutive pickles followed by the
 storages. Either is memory-mapped, so only the arrays that are used are read.
 
-Python's own unpickler imports and calls whatever a file names, so a checkpoint can run code.
-`unpickle` never imports anything: a global is a pair of words, and the file is refused unless
-the caller listed that pair. It allocates nothing beyond what the file contains, whatever
-lengths and indices its opcodes claim. `pickletools` of the standard library splits the file
-into opcodes.
+`repvgg_jax.weights.unpickle` reads the pickles. What they name beside tensors and ordered
+dictionaries stays a placeholder, and so does a tensor that is made of one.
 """
 
 import dataclasses
@@ -18,21 +15,31 @@ import io
 import math
 import mmap
 import os
-import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
-from typing import IO, Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from repvgg_jax.text import one_line
+from repvgg_jax.weights.archive import open_zip
 from repvgg_jax.weights.tensor import BFLOAT16, Tensor
+from repvgg_jax.weights.unpickle import (
+    MAX_NAME,
+    MAX_SIZE,
+    Calls,
+    Contents,
+    Global,
+    LimitError,
+    Placeholder,
+    unpickle,
+)
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older container
 _LEGACY_PROTOCOL = 1001
 _MAX_RANK = 8
+_MAX_NUMBER = 1 << 62  # of elements; the product of two is quickly computed
 
 _STORAGES = {
     "FloatStorage": np.dtype(np.float32),
@@ -45,17 +52,22 @@ _STORAGES = {
     "IntStorage": np.dtype(np.int32),
     "LongStorage": np.dtype(np.int64),
     "BoolStorage": np.dtype(np.bool_),
+    "ComplexFloatStorage": np.dtype(np.complex64),
+    "ComplexDoubleStorage": np.dtype(np.complex128),
+    "QInt8Storage": np.dtype(np.int8),
+    "QUInt8Storage": np.dtype(np.uint8),
+    "QInt32Storage": np.dtype(np.int32),
 }
 
 
-def read_zip(path: str | os.PathLike) -> Any:
+def read_zip(path: str | os.PathLike) -> Contents:
     """What was saved in a zip container, with a `Tensor` for every tensor.
 
     Raises:
-      ValueError: not such a container, damaged, or its pickle needs anything but tensors.
+      ValueError: not such a container, damaged, or larger than that of any network.
     """
     buffer = _map(path)
-    with zipfile.ZipFile(path) as archive:
+    with open_zip(path) as archive:
         records = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in records if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -64,7 +76,10 @@ def read_zip(path: str | os.PathLike) -> Any:
     if f"{prefix}constants.pkl" in records:
         raise ValueError("a TorchScript archive; save the model's state_dict() instead")
     order = records.get(f"{prefix}byteorder")
-    big_endian = order is not None and bytes(_record(buffer, order)) == b"big"
+    big_endian = order is not None and bytes(_record(buffer, order)[:4]) == b"big"
+    pickle = records[pickles[0]]
+    if pickle.file_size > MAX_SIZE:
+        raise LimitError(f"its pickle has {pickle.file_size:,} bytes, at most {MAX_SIZE:,}")
 
     storages: dict[str, _Storage] = {}
 
@@ -80,22 +95,22 @@ def read_zip(path: str | os.PathLike) -> Any:
         found = storages.setdefault(key, _Storage(stored, numel, lambda: _record(buffer, info)))
         return found.described_as(stored, numel, key)
 
-    return unpickle(io.BytesIO(_record(buffer, records[pickles[0]])), _CALLS, _resolver(storage))
+    return unpickle(io.BytesIO(_record(buffer, pickle)), _CALLS, _resolver(storage))
 
 
-def read_legacy(path: str | os.PathLike) -> Any:
+def read_legacy(path: str | os.PathLike) -> Contents:
     """What was saved in the older container, with a `Tensor` for every tensor.
 
     Raises:
       ValueError: as `read_zip`.
     """
     buffer = _map(path)
-    stream = cast(IO[bytes], buffer)
-    if unpickle(stream, {}) != _LEGACY_MAGIC:
+    stream = io.BytesIO(memoryview(buffer)[:MAX_SIZE])
+    if unpickle(stream, {}).value != _LEGACY_MAGIC:
         raise ValueError("a pickle but not a PyTorch checkpoint")
-    if unpickle(stream, {}) != _LEGACY_PROTOCOL:
+    if unpickle(stream, {}).value != _LEGACY_PROTOCOL:
         raise ValueError(f"a PyTorch container of a version other than {_LEGACY_PROTOCOL}")
-    system = unpickle(stream, {})
+    system = unpickle(stream, {}).value
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError("an old checkpoint of a big-endian machine")
 
@@ -106,11 +121,13 @@ def read_legacy(path: str | os.PathLike) -> Any:
         return found.described_as(dtype, numel, key)
 
     saved = unpickle(stream, _CALLS, _resolver(storage))
-    order = unpickle(stream, {})
-    if not isinstance(order, list) or not all(isinstance(key, str) for key in order):
+    order = unpickle(stream, {}).value
+    if not isinstance(order, list) or not all(map(_is_storage_key, order)):
         raise ValueError("damaged: the list of storages is invalid")
     if set(order) != storages.keys() or len(order) != len(storages):
-        raise ValueError(f"damaged: {len(storages)} storages are used, {len(order)} are listed")
+        raise ValueError(
+            f"damaged: {len(storages)} storages of known types are used, {len(order)} are listed"
+        )
     offset = stream.tell()
     for key in order:
         found = storages[key]
@@ -147,7 +164,7 @@ class _Storage:
         """The tensor at `offset` with `strides`, all in elements."""
         ranks_fit = len(shape) == len(strides) <= _MAX_RANK
         numbers = (offset, *shape, *strides) if ranks_fit else (-1,)
-        if not all(type(number) is int and number >= 0 for number in numbers):
+        if not all(type(number) is int and 0 <= number < _MAX_NUMBER for number in numbers):
             raise ValueError("invalid tensor offset, shape or strides")
         last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
         # The product: an expanded tensor would need more memory than the file has.
@@ -167,30 +184,44 @@ class _Storage:
 
 def _resolver(
     storage: Callable[[np.dtype, str, int], _Storage],
-) -> Callable[[Any], _Storage]:
+) -> Callable[[Any], _Storage | Placeholder]:
     """A function from the persistent identifiers of PyTorch's pickles to storages."""
 
-    def resolve(identifier: Any) -> _Storage:
-        if not isinstance(identifier, tuple) or len(identifier) not in (5, 6):
+    def resolve(identifier: Any) -> _Storage | Placeholder:
+        if not isinstance(identifier, tuple) or len(identifier) not in (4, 5, 6):
+            raise ValueError("invalid persistent identifier")
+        if len(identifier) == 4:  # a class and its source text, in the older container
+            if identifier[0] == "module" and isinstance(identifier[1], Placeholder):
+                return identifier[1]
             raise ValueError("invalid persistent identifier")
         kind, of, key, _, numel, *view = identifier
-        known = isinstance(of, Global) and of.module == "torch" and of.name in _STORAGES
-        valid = isinstance(key, str) and type(numel) is int and numel >= 0
-        if kind != "storage" or not known or not valid or view not in ([], [None]):
+        valid = _is_storage_key(key) and type(numel) is int and 0 <= numel < _MAX_NUMBER
+        if kind != "storage" or not valid or view not in ([], [None]):
+            raise ValueError("invalid persistent identifier")
+        if isinstance(of, Placeholder):  # e.g. of quantized numbers
+            return of
+        if not (isinstance(of, Global) and of.module == "torch" and of.name in _STORAGES):
             raise ValueError("invalid persistent identifier")
         return storage(_STORAGES[of.name], key, numel)
 
     return resolve
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+def _is_storage_key(key: Any) -> bool:
+    return isinstance(key, str) and len(key) <= MAX_NAME
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Any:
+    for part in (storage, offset, shape, strides):
+        if isinstance(part, Placeholder):
+            return part
     if not (isinstance(storage, _Storage) and type(shape) is tuple and type(strides) is tuple):
         raise ValueError("a tensor that is not made of a storage, a shape and strides")
     return storage.view(offset, shape, strides)
 
 
-def _rebuild_parameter(tensor: Any, *_: Any) -> Tensor:
-    if not isinstance(tensor, Tensor):
+def _rebuild_parameter(tensor: Any, *_: Any) -> Tensor | Placeholder:
+    if not isinstance(tensor, (Tensor, Placeholder)):
         raise ValueError("a parameter that is not a tensor")
     return tensor
 
@@ -229,203 +260,12 @@ def _absent() -> memoryview:
     raise ValueError("a storage that is not in the file")
 
 
-class Global(NamedTuple):
-    """A class or function that a pickle names."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-Calls = Mapping[Global, Callable[..., Any] | None]
-"""What a file may name: a function to call, or None for a name that is only a value.
-
-Functions must not copy their arguments: a file can refer to one long list many times, and
-memory would no longer be bounded by the size of the file.
-"""
-
-
-def unpickle(
-    stream: IO[bytes], calls: Calls, persistent: Callable[[Any], Any] | None = None
-) -> Any:
-    """Reads one pickle and leaves the stream at its end.
-
-    Args:
-      stream: needs `read`, `readline` and `tell`.
-      calls: the globals that the pickle may name.
-      persistent: maps a persistent identifier to its object.
-
-    Raises:
-      ValueError: the pickle names another global, or is damaged.
-    """
-    machine = _Machine(calls, persistent)
-    try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name == "STOP":
-                return machine.pop()
-            machine.step(opcode.name, argument)
-    except (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError) as error:
-        if isinstance(error, RefusedError):
-            raise
-        # Opcodes in an order that no pickler writes raise any of these.
-        raise ValueError(f"damaged pickle: {one_line(error)}") from error
-    raise ValueError("damaged pickle: no STOP")
-
-
-class RefusedError(ValueError):
-    """A pickle needs something that weights do not need."""
-
-
-_MARK = object()
-
-
-class _Machine:
-    """The stack and the memo of a pickle's opcodes."""
-
-    def __init__(self, calls: Calls, persistent: Callable[[Any], Any] | None):
-        self.calls = calls
-        self.persistent = persistent
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-
-    def step(self, opcode: str, argument: Any) -> None:
-        if opcode in _LITERALS:
-            self.stack.append(argument)
-        elif opcode in _CONSTANTS:
-            self.stack.append(_CONSTANTS[opcode]())
-        elif opcode in _IGNORED:
-            pass
-        elif opcode in _PUTS:
-            self.memo[len(self.memo) if argument is None else int(argument)] = self.stack[-1]
-        elif opcode in _GETS:
-            self.stack.append(self.memo[int(argument)])
-        elif opcode in _ACTIONS:
-            _ACTIONS[opcode](self, argument)
-        else:
-            raise RefusedError(f"its pickle contains the opcode {opcode}, which builds objects")
-
-    def pop(self) -> Any:
-        value = self.stack.pop()
-        if value is _MARK:
-            raise ValueError("a mark instead of a value")
-        return value
-
-    def pop_to_mark(self) -> list[Any]:
-        for start in range(len(self.stack) - 1, -1, -1):
-            if self.stack[start] is _MARK:
-                items = self.stack[start + 1 :]
-                del self.stack[start:]
-                return items
-        raise ValueError("no mark on the stack")
-
-    def push_tuple(self, length: int) -> None:
-        items = [self.pop() for _ in range(length)]
-        self.stack.append(tuple(reversed(items)))
-
-    def name(self, module: Any, name: Any) -> None:
-        if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError("a global whose name is not a string")
-        wanted = Global(module, name)
-        if wanted not in self.calls:
-            raise RefusedError(
-                f"its pickle asks for {one_line(wanted)}, which weights do not need; "
-                "no code was run"
-            )
-        self.stack.append(wanted)
-
-    def instance(self, argument: str) -> None:
-        self.name(*argument.split(" ", 1))
-        raise RefusedError(f"its pickle builds an instance of {one_line(argument)}")
-
-    def stack_global(self) -> None:
-        name, module = self.pop(), self.pop()
-        self.name(module, name)
-
-    def reduce(self) -> None:
-        arguments, function = self.pop(), self.pop()
-        call = self.calls.get(function) if isinstance(function, Global) else None
-        if call is None:
-            raise RefusedError("its pickle calls something that is not a function")
-        self.stack.append(call(*arguments))
-
-    def build(self) -> None:
-        self.pop()  # attributes of a state dict, e.g. PyTorch's versions of modules
-        if not isinstance(self.stack[-1], dict):
-            raise RefusedError("its pickle sets the state of an object")
-
-    def append(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, list):
-            raise ValueError("items appended to something that is not a list")
-        target.extend(items)
-
-    def set_items(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if not isinstance(target, dict):
-            raise ValueError("items set in something that is not a dictionary")
-        target.update(_dictionary(items))
-
-    def resolve(self) -> None:
-        if self.persistent is None:
-            raise ValueError("unexpected persistent identifier")
-        self.stack.append(self.persistent(self.pop()))
-
-
-def _dictionary(items: list[Any]) -> dict[Any, Any]:
-    found = {}
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        # Hashing a nested tuple of a hostile file may never end.
-        if not isinstance(key, (str, int, float, bytes, type(None))):
-            raise ValueError(f"a dictionary key of type {type(key).__name__}")
-        found[key] = value
-    return found
-
-
-_LITERALS = frozenset(
-    {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
-    | {"STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
-    | {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
-)
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "MARK": lambda: _MARK,
-}
-_IGNORED = frozenset({"PROTO", "FRAME"})
-_PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
-_GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
-_ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
-    "POP": lambda m, _: m.stack.pop(),
-    "POP_MARK": lambda m, _: m.pop_to_mark(),
-    "DUP": lambda m, _: m.stack.append(m.stack[-1]),
-    "TUPLE": lambda m, _: m.stack.append(tuple(m.pop_to_mark())),
-    "TUPLE1": lambda m, _: m.push_tuple(1),
-    "TUPLE2": lambda m, _: m.push_tuple(2),
-    "TUPLE3": lambda m, _: m.push_tuple(3),
-    "LIST": lambda m, _: m.stack.append(m.pop_to_mark()),
-    "APPEND": lambda m, _: m.append([m.pop()]),
-    "APPENDS": lambda m, _: m.append(m.pop_to_mark()),
-    "DICT": lambda m, _: m.stack.append(_dictionary(m.pop_to_mark())),
-    "SETITEM": lambda m, _: m.set_items([m.pop() for _ in range(2)][::-1]),
-    "SETITEMS": lambda m, _: m.set_items(m.pop_to_mark()),
-    "GLOBAL": lambda m, argument: m.name(*argument.split(" ", 1)),
-    "INST": lambda m, argument: m.instance(argument),
-    "STACK_GLOBAL": lambda m, _: m.stack_global(),
-    "REDUCE": lambda m, _: m.reduce(),
-    "BUILD": lambda m, _: m.build(),
-    "BINPERSID": lambda m, _: m.resolve(),
-}
-
 _CALLS: Calls = {
     Global("collections", "OrderedDict"): lambda: {},
+    Global("collections", "defaultdict"): lambda *_: {},
     Global("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     Global("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     Global("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    Global("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
     **dict.fromkeys(Global("torch", name) for name in _STORAGES),
 }

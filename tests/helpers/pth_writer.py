@@ -6,8 +6,15 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+
+LEGACY = b"".join(
+    pickle.dumps(header, protocol=2)
+    for header in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+)
+"""What precedes the pickle in the container before PyTorch 1.6."""
 
 STORAGES = {"float32": "FloatStorage", "int64": "LongStorage"}
 
@@ -17,10 +24,11 @@ def write_zip(
     state: Mapping[str, np.ndarray],
     wrapper: str = "",
     byteorder: str = "little",
+    **options: Any,
 ) -> None:
-    """The container of PyTorch 1.6 and later."""
+    """The container of PyTorch 1.6 and later; `options` are those of `state_pickle`."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", state_pickle(state, wrapper))
+        archive.writestr("archive/data.pkl", state_pickle(state, wrapper, **options))
         archive.writestr("archive/byteorder", byteorder)
         for index, array in enumerate(state.values()):
             stored = array.astype(array.dtype.newbyteorder({"little": "<", "big": ">"}[byteorder]))
@@ -30,24 +38,44 @@ def write_zip(
 
 def write_legacy(path: pathlib.Path, state: Mapping[str, np.ndarray], wrapper: str = "") -> None:
     """The container before that."""
-    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}
     with open(path, "wb") as file:
-        for header in (0x1950A86A20F9469CFC6C, 1001, system):
-            pickle.dump(header, file, protocol=2)
+        file.write(LEGACY)
         file.write(state_pickle(state, wrapper, legacy=True))
         pickle.dump([str(index) for index in range(len(state))], file, protocol=2)
         for array in state.values():
             file.write(struct.pack("<q", array.size) + np.ascontiguousarray(array).tobytes())
 
 
-def state_pickle(state: Mapping[str, np.ndarray], wrapper: str = "", legacy: bool = False) -> bytes:
-    """A dictionary of tensors, each with a storage of its own, under `wrapper` if there is one."""
+def state_pickle(
+    state: Mapping[str, np.ndarray],
+    wrapper: str = "",
+    legacy: bool = False,
+    beside: bytes = b"",
+    replaced: Mapping[str, bytes] | None = None,
+) -> bytes:
+    """A dictionary of tensors, each with a storage of its own.
+
+    Args:
+      state: the arrays by their keys.
+      wrapper: a key of a dictionary around it.
+      legacy: for the older container.
+      beside: a pickle whose value is under the key `beside` next to `wrapper`.
+      replaced: opcodes that push something else than the tensor of a key.
+    """
     out = io.BytesIO()
     out.write(b"\x80\x02")
     if wrapper:
-        out.write(b"}" + text(wrapper))
+        out.write(b"}")
+    if beside:
+        start = 2 if beside[:1] == b"\x80" else 0
+        out.write(text("beside") + beside[start:].removesuffix(b".") + b"s")
+    if wrapper:
+        out.write(text(wrapper))
     out.write(b"ccollections\nOrderedDict\n)R(")
     for index, (key, array) in enumerate(state.items()):
+        if other := (replaced or {}).get(key):
+            out.write(text(key) + other)
+            continue
         steps = [stride // array.itemsize for stride in np.empty(array.shape, array.dtype).strides]
         out.write(text(key) + b"ctorch._utils\n_rebuild_tensor_v2\n(")
         out.write(b"(" + text("storage") + f"ctorch\n{STORAGES[array.dtype.name]}\n".encode())
@@ -67,4 +95,7 @@ def text(value: str) -> bytes:
 
 def integer(value: int) -> bytes:
     """The opcode that pushes an integer."""
+    if not -(1 << 31) <= value < 1 << 31:
+        data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        return b"\x8b" + struct.pack("<i", len(data)) + data
     return b"J" + struct.pack("<i", value)

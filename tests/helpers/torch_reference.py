@@ -148,10 +148,15 @@ class RepVGG(nn.Module):
         num_classes: int = 5,
         groups: int = 1,
         dilated_from: int | None = None,
+        as_timm: bool = False,
         taps: dict[tuple[int, int], str] | None = None,
         **options: object,
     ):
-        """`dilated_from` turns the strides from that stage on into dilation."""
+        """`dilated_from` turns the strides from that stage on into dilation.
+
+        With `as_timm`, the first block of such a stage has dilation 1 where the others have 2,
+        and otherwise 2, as in timm's create_byob_stages.
+        """
         super().__init__()
         names = DIALECTS[dialect]
         self.blocks: list[tuple[tuple[int, int], Block]] = []
@@ -170,7 +175,7 @@ class RepVGG(nn.Module):
                     outputs,
                     dialect=names,
                     stride=stride,
-                    dilation=dilation,
+                    dilation=min(dilation // 2 or 1, 2) if as_timm and not index else dilation,
                     groups=groups if ordinal % 2 == 0 else 1,
                     identity=identity,
                     **options,
