@@ -262,8 +262,11 @@ def _paired(
             f"{len(absent):,} of {len(images):,} images have no mask: {root} lacks "
             f"{first_few(absent, 3)}"
         )
-    encoded = (np.array([os.fsencode(path) for path in paths]) for paths in (images, masks))
-    return PairSource(root, *encoded, num_classes, cityscapes)
+
+    def encoded(paths: list[str]) -> np.ndarray:
+        return np.array([os.fsencode(path) for path in paths])
+
+    return PairSource(root, encoded(images), encoded(masks), num_classes, cityscapes)
 
 
 def _files(root: pathlib.Path, below: pathlib.Path, pattern: str) -> list[str]:

@@ -152,7 +152,7 @@ def _windows(
 def _cover(starts: Sequence[int], window: int, length: int) -> np.ndarray:
     """How many windows cover each pixel along an axis."""
     pixel = np.arange(length)
-    return sum(((pixel >= start) & (pixel < start + window)).astype(int) for start in starts)
+    return np.sum([(pixel >= start) & (pixel < start + window) for start in starts], axis=0)
 
 
 def _mirrored(network: Network, images: jax.Array, protocol: Protocol) -> jax.Array:
