@@ -10,11 +10,11 @@ import pytest
 import repvgg_jax as rv
 from repvgg_jax.segmentation.network import dilations, make_backbone
 from repvgg_jax.segmentation.resnet import RESNETS, ResNetVariant
-from repvgg_jax.segmentation.weights import start_from_classifier
+from repvgg_jax.segmentation.weights import load_resnet, start_from_classifier
 from tests.helpers.jit import quick_jit
 from tests.trees import paths, random_images, random_variables
 
-TINY = rv.Variant("tiny", (1, 2, 6, 1), (8, 8, 16, 24), stem_channels=8, groups=2)
+TINY = rv.Variant("tiny", (1, 1, 6, 1), (8, 8, 16, 24), stem_channels=8, groups=2)
 TINY_SE = rv.Variant(
     "tiny-se", (1, 1, 2, 1), (8, 8, 8, 16), stem_channels=8, se=rv.SqueezeExcite(4)
 )
@@ -301,10 +301,10 @@ def test_a_segmenter_starts_from_a_classifier(form):
     features = functools.partial(dilated.apply, method="features")
     ours, theirs = (quick_jit(features)(v, images)["stage4"] for v in (backbone, expected))
     assert abs(ours - theirs).max() <= 1e-5 * abs(theirs).max()
-    assert len(started.taken) == 11
+    assert len(started.taken) == 10
     assert set(started.replaced) == fresh["params"].keys() - {"backbone"}
     assert started.unfused == (form == "deploy")
-    assert "11 blocks" in str(started)
+    assert "10 blocks" in str(started)
     assert "decoder" in str(started)
     np.testing.assert_array_equal(
         started.variables["params"]["head"]["kernel"], fresh["params"]["head"]["kernel"]
@@ -312,9 +312,54 @@ def test_a_segmenter_starts_from_a_classifier(form):
 
 
 def test_another_backbone_is_refused():
-    other = rv.Variant("other", (1, 2, 6, 1), (8, 8, 16, 32), stem_channels=8, groups=2)
+    other = rv.Variant("other", (1, 1, 6, 1), (8, 8, 16, 32), stem_channels=8, groups=2)
     fresh = random_variables(tiny(other), size=33)
     with pytest.raises(ValueError, match="stage4"):
         start_from_classifier(loaded(classifier()[1]), fresh)
     with pytest.raises(ValueError, match="backbone"):
         start_from_classifier(loaded(classifier()[1]), classifier()[1])
+
+
+def test_a_resnet_starts_from_semseg_weights(rng):
+    """Under the keys of hszhao/semseg; the classifier and counters are left out."""
+    network = tiny(TINY_RESNET)
+    fresh = random_variables(network, size=33)
+    saved = {"module.fc.weight": rng.normal(size=(10, 32)), "module.fc.bias": rng.normal(size=10)}
+
+    def convolution(key, norm_key, outputs, inputs, size):
+        saved[f"module.{key}.weight"] = rng.normal(size=(outputs, inputs, size, size))
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            saved[f"module.{norm_key}.{leaf}"] = rng.uniform(0.5, 2, outputs)
+        saved[f"module.{norm_key}.num_batches_tracked"] = np.array(7)
+
+    for index, (inputs, outputs) in enumerate([(3, 4), (4, 4), (4, 8)], start=1):
+        convolution(f"conv{index}", f"bn{index}", outputs, inputs, 3)
+    for stage, block, inputs, width in [
+        (1, 0, 8, 4), (2, 0, 16, 4), (2, 1, 16, 4), (3, 0, 16, 4), (4, 0, 16, 8)
+    ]:  # fmt: skip
+        at = f"layer{stage}.{block}"
+        convolution(f"{at}.conv1", f"{at}.bn1", width, inputs, 1)
+        convolution(f"{at}.conv2", f"{at}.bn2", width, width, 3)
+        convolution(f"{at}.conv3", f"{at}.bn3", 4 * width, width, 1)
+        if not block:
+            convolution(f"{at}.downsample.0", f"{at}.downsample.1", 4 * width, inputs, 1)
+    started = start_from_classifier(load_resnet({"state_dict": saved}, variant="ResNet-50"), fresh)
+    params = started.variables["params"]["backbone"]
+    kernel = saved["module.layer2.0.downsample.0.weight"].transpose(2, 3, 1, 0)
+    taken = params["stage2_block0"]["shortcut"]["conv_single"]["kernel"]
+    np.testing.assert_allclose(taken, kernel, rtol=1e-6)
+    np.testing.assert_allclose(
+        started.variables["batch_stats"]["backbone"]["stem2"]["bn_single"]["var"],
+        saved["module.bn3.running_var"],
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+        params["stage2_block1"]["conv1"]["bn_single"]["scale"],
+        saved["module.layer2.1.bn2.weight"],
+        rtol=1e-6,
+    )
+    del saved["module.layer2.1.conv2.weight"]
+    with pytest.raises(ValueError, match="stage2_block1"):
+        start_from_classifier(load_resnet(saved, variant="ResNet-50"), fresh)
+    with pytest.raises(ValueError, match="deep stem"):
+        load_resnet({"features.0.weight": kernel}, variant="ResNet-50")
