@@ -10,6 +10,7 @@ import pytest
 from repvgg_jax.segmentation.inference import MMSEG, PROTOCOLS, SEMSEG, Protocol, predict, scores
 from repvgg_jax.segmentation.loss import IGNORE, pixel_cross_entropy, segmentation_loss
 from repvgg_jax.segmentation.metrics import Scores, confusion
+from repvgg_jax.segmentation.task import Segmentation
 
 CLASSES = 4
 
@@ -101,18 +102,16 @@ def test_without_any_label_scores_are_nan():
 
 def test_scores_are_those_of_the_cityscapes_evaluator(rng, monkeypatch):
     """On the same predictions, by class and on average, with ignored pixels and absent classes."""
-    pytest.importorskip("cityscapesscripts")
     monkeypatch.setenv("CITYSCAPES_DATASET", "/nonexistent")
-    evaluator = importlib.import_module(
-        "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"
-    )
+    evaluator = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
     labels_of = importlib.import_module("cityscapesscripts.helpers.labels")
     by_train_id = {label.trainId: label for label in labels_of.labels if 0 <= label.trainId < 19}
     truth = rng.choice([*range(17), IGNORE], (40, 50))
     predictions = rng.integers(0, 18, truth.shape)
     predictions = np.where(rng.uniform(size=truth.shape) < 0.6, np.minimum(truth, 18), predictions)
-    evaluator.args.evalLabels = [label.id for label in labels_of.labels if label.id >= 0]
-    size = max(evaluator.args.evalLabels) + 1
+    ids = [label.id for label in labels_of.labels if label.id >= 0]
+    monkeypatch.setattr(evaluator.args, "evalLabels", ids)
+    size = max(ids) + 1
     matrix = np.zeros((size, size), np.ulonglong)
     for label, prediction in zip(truth.ravel(), predictions.ravel(), strict=True):
         # Ignored pixels have any id that is not evaluated, here the ego vehicle.
@@ -237,3 +236,41 @@ def test_protocols_of_cityscapes():
 def test_protocols_that_cannot_be(options):
     with pytest.raises(ValueError, match="must be"):
         Protocol(**options)
+
+
+# The task.
+
+
+def test_metrics_do_not_depend_on_the_batches(rng):
+    """Blanks that fill the last batch count nowhere; unlabeled images only as images."""
+    task = Segmentation(num_classes=CLASSES)
+    logits = jnp.asarray(rng.normal(size=(4, 6, 7, CLASSES)), jnp.float32)
+    labels = rng.choice([0, 1, 2, IGNORE], (4, 6, 7)).astype(np.uint8)
+    labels[2] = IGNORE
+    outputs = task.outputs(lambda images: images, logits)
+
+    def counts(*images, mask):
+        batch = {"label": labels[list(images)], "mask": np.array(mask)}
+        return jax.device_get(task.evaluate(outputs[jnp.array(images)], batch))
+
+    whole = task.means([counts(0, 1, 2, mask=[True] * 3)])
+    split = task.means([counts(0, 1, mask=[True, True]), counts(2, 3, mask=[True, False])])
+    expected = Scores(counted(np.asarray(logits[:2]).argmax(-1), labels[:2]))
+    for means in (whole, split):
+        assert means["miou"] == expected.miou()
+        assert means["accuracy"] == expected.pixel_accuracy
+        np.testing.assert_array_equal(means["class_iou"], expected.iou)
+        assert means["images"] == 3
+        loss = pixel_cross_entropy(logits[:3], labels[:3])
+        assert means["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_training_metrics_are_of_labeled_pixels(rng):
+    task = Segmentation(num_classes=CLASSES, auxiliary_weight=0.5)
+    labels = rng.choice([0, 1, IGNORE], (1, 4, 4)).astype(np.uint8)
+    targets = task.targets(labels)
+    right = 10 * jax.nn.one_hot(targets, CLASSES)
+    loss, metrics = task.loss(right, {"aux": jnp.zeros_like(right)}, targets)
+    assert metrics["accuracy"] == 1
+    assert metrics["loss"] == loss
+    assert float(loss) == pytest.approx(0.5 * np.log(CLASSES), abs=1e-3)

@@ -165,7 +165,7 @@ def modules(reference, ours):
     found = {}
 
     def pair(path, conv_norm, names=("conv_single", "bn_single")):
-        for name, module in zip(names, conv_norm[:2], strict=True):
+        for name, module in zip(names, [*conv_norm][:2], strict=True):
             found[*path, name] = module
 
     places = [("stem",)] if isinstance(ours.variant, rv.Variant) else []

@@ -308,6 +308,7 @@ def make_backbone(segmenter: Segmenter) -> RepVGG | ResNet:
             raise ValueError(
                 f"fast=True dilates layers of a RepVGG, not of {segmenter.variant.name}"
             )
+        segmenter.variant.layers(segmenter.output_stride)  # raises where it cannot be had
         return ResNet(
             segmenter.variant,
             output_stride=segmenter.output_stride,

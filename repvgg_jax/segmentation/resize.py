@@ -35,11 +35,10 @@ def resize_bilinear(x: jax.Array, size: Size, *, align_corners: bool) -> jax.Arr
     """
 
     def positions(before: int, after: int, dtype: Any) -> np.ndarray:
-        index: np.ndarray = np.arange(after, dtype=dtype)
+        index = np.arange(after)
         if align_corners:
-            return index * dtype((before - 1) / (after - 1) if after > 1 else 0)
-        scale = dtype(before / after)
-        return np.maximum(scale * (index + dtype(0.5)) - dtype(0.5), dtype(0))
+            return index * float(dtype((before - 1) / (after - 1) if after > 1 else 0))
+        return np.maximum(float(dtype(before / after)) * (index + 0.5) - 0.5, 0)
 
     return _interpolate(x, size, positions)
 
@@ -60,9 +59,7 @@ def upsample(x: jax.Array, stride: int, size: Size) -> jax.Array:
     Returns:
       (images, height, width, channels) in the dtype of `x`.
     """
-    return _interpolate(
-        x, size, lambda before, after, dtype: np.arange(after, dtype=dtype) / dtype(stride)
-    )
+    return _interpolate(x, size, lambda before, after, dtype: np.arange(after) / stride)
 
 
 def adaptive_average_pool(x: jax.Array, size: Size) -> jax.Array:
@@ -92,11 +89,15 @@ def adaptive_average_pool(x: jax.Array, size: Size) -> jax.Array:
 def _interpolate(
     x: jax.Array, size: Size, positions: Callable[[int, int, Any], np.ndarray]
 ) -> jax.Array:
-    """Interpolates between neighbors at the positions that each output pixel comes from."""
+    """Interpolates between neighbors at the positions that each output pixel comes from.
+
+    PyTorch rounds the ratio of the two sizes, and then the position once, as a fused
+    multiply-add.
+    """
     dtype = np.float64 if x.dtype == jnp.float64 else np.float32
 
     def weights(before: int, after: int) -> np.ndarray:
-        position = np.minimum(positions(before, after, dtype), dtype(before - 1))
+        position = np.minimum(positions(before, after, dtype), before - 1).astype(dtype)
         low = position.astype(np.int64)
         high = np.minimum(low + 1, before - 1)
         share = position - low.astype(dtype)
