@@ -5,6 +5,7 @@ from repvgg_jax.block import ReparamBlock, RepVGGBlock, fuse_model
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.nnx import to_nnx
 from repvgg_jax.reparam import fuse_linear, fuse_params, unfuse_params
+from repvgg_jax.segmentation.network import Segmenter, create_segmenter
 from repvgg_jax.variants import VARIANTS, Cost, SqueezeExcite, Variant, cost, get_variant
 from repvgg_jax.weights import (
     Weights,
@@ -21,12 +22,14 @@ __all__ = [
     "RepVGG",
     "RepVGGBlock",
     "ReparamBlock",
+    "Segmenter",
     "SqueezeExcite",
     "Variant",
     "Weights",
     "__version__",
     "cost",
     "create_model",
+    "create_segmenter",
     "fuse_linear",
     "fuse_model",
     "fuse_params",

@@ -369,10 +369,11 @@ def fuse_model(
         )
         fused["params"] = _replaced(fused["params"], path, deployed)
         stats = _replaced(stats, path, None)
-        head = (*path[:-1], f"aux_{path[-1]}") if path else ()
-        if path and is_auxiliary_head(_at(fused["params"], head)):
-            fused["params"] = _replaced(fused["params"], head, None)
-            stats = _replaced(stats, head, None)
+        for depth in range(len(path)):  # beside the block, or beside what the block is in
+            head = (*path[:depth], f"aux_{path[depth]}")
+            if is_auxiliary_head(_at(fused["params"], head)):
+                fused["params"] = _replaced(fused["params"], head, None)
+                stats = _replaced(stats, head, None)
     return {**fused, "batch_stats": stats} if stats else fused
 
 

@@ -34,6 +34,7 @@ def create_model(
     num_classes: int = 1000,
     deploy: bool = False,
     output_stride: int | None = None,
+    dilations: tuple[int, ...] | None = None,
     bn_group_size: int | None = None,
     train_form: TrainForm = "branches",
     lowering: Lowering = "auto",
@@ -54,6 +55,8 @@ def create_model(
       deploy: the fused form, whose variables come from `fuse_params`.
       output_stride: 8 or 16 replace the last strides by dilation, for dense prediction;
         parameters keep their shapes. None keeps the variant's own, 32 for the official ones.
+      dilations: of the 3x3 branches of every block after the stem; None for those that follow
+        from `output_stride`.
       bn_group_size: images that share batch statistics in training; None for the whole batch.
       train_form: "branches" trains the three branches as they are drawn; "covariance"
         computes the same function, statistics and gradients without ever holding two of the
@@ -73,7 +76,7 @@ def create_model(
       ValueError: unknown variant, train form or lowering, or an output stride it cannot have.
     """
     variant = get_variant(name)
-    variant.layers(output_stride)  # raises where the stride cannot be had
+    variant.layers(output_stride, dilations)  # raises where the stride cannot be had
     if num_classes < 0:
         raise ValueError(f"num_classes={num_classes} must be 0 (pooled features) or more")
     if train_form not in get_args(TrainForm):
@@ -86,6 +89,7 @@ def create_model(
         num_classes=num_classes,
         deploy=deploy,
         output_stride=output_stride,
+        dilations=dilations,
         bn_group_size=bn_group_size,
         train_form=train_form,
         lowering=lowering,
@@ -105,6 +109,7 @@ class RepVGG(nn.Module):
     num_classes: int = 1000
     deploy: bool = False
     output_stride: int | None = None
+    dilations: tuple[int, ...] | None = None
     bn_group_size: int | None = None
     train_form: TrainForm = "branches"
     lowering: Lowering = "auto"
@@ -182,7 +187,7 @@ class RepVGG(nn.Module):
     @property
     def layers(self) -> tuple[Layer, ...]:
         """Every block in order, with its name in the parameter tree."""
-        return self.variant.layers(self.output_stride)
+        return self.variant.layers(self.output_stride, self.dilations)
 
     def _block(self, layer: Layer) -> ReparamBlock:
         cls = RepVGGBlock if layer.block is REPVGG else ReparamBlock

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from repvgg_jax.reparam import REPVGG, BlockSpec, Conv, Geometry, leaves, macs
@@ -187,7 +187,9 @@ class Variant:
         last = self.channels[-1]
         return last[-1] if isinstance(last, tuple) else last
 
-    def layers(self, output_stride: int | None = None) -> tuple[Layer, ...]:
+    def layers(
+        self, output_stride: int | None = None, dilations: Sequence[int] | None = None
+    ) -> tuple[Layer, ...]:
         """Every block in order.
 
         Args:
@@ -195,10 +197,14 @@ class Variant:
             does: with 8, stage 3 runs at dilation 2 and stage 4 at dilation 4 (see `dilation`).
             None keeps every stride. Names, parameter shapes and identity branches do not depend
             on it.
+          dilations: one per block after the stem, instead of those that follow from
+            `output_stride`.
 
         Raises:
-          ValueError: no stage ends at that stride.
+          ValueError: no stage ends at that stride, or not one dilation for every block.
         """
+        if dilations is not None:
+            return self._dilated(self.layers(output_stride), dilations)
         limit = self.total_stride if output_stride is None else output_stride
         layers = [Layer("stem", None, self.stem_channels, self.stem_stride, 1, 1, identity=False)]
         in_channels, stride_so_far, dilation = self.stem_channels, self.stem_stride, 1
@@ -240,6 +246,16 @@ class Variant:
         if self.dilation == "timm" and index == 0:
             return 1 if dilation <= 2 else 2
         return dilation
+
+    def _dilated(self, layers: Sequence[Layer], dilations: Sequence[int]) -> tuple[Layer, ...]:
+        stem, *blocks = layers
+        if len(dilations) != len(blocks) or min(dilations) < 1:
+            raise ValueError(
+                f"variant {self.name!r}: {len(dilations)} dilations {tuple(dilations)} for "
+                f"{len(blocks)} blocks after the stem; give one of 1 or more for every block"
+            )
+        pairs = zip(blocks, dilations, strict=True)
+        return (stem, *(dataclasses.replace(layer, dilation=rate) for layer, rate in pairs))
 
     def _groups_of(self, index: int) -> int:
         """Groups of block `index`, where the stem is 0."""

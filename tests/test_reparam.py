@@ -19,7 +19,7 @@ from repvgg_jax import (
     fuse_params,
     reparam,
 )
-from repvgg_jax.reparam import ACB, DBB, QAREPVGG, REPVGG, large_kernel, mobileone
+from repvgg_jax.reparam import ACB, DBB, QAREPVGG, REPVGG, conv_bn, large_kernel, mobileone
 from tests.helpers.jit import quick_jit
 from tests.trees import TINY_AUXILIARY, random_images, random_variables, randomise
 
@@ -64,6 +64,8 @@ SPECS = {
     "MobileOne pointwise": (mobileone(1, branches=2), {}),
     "QARepVGG": (QAREPVGG, {}),
     "QARepVGG, stride and groups": (QAREPVGG, {"stride": 2, "groups": 2}),
+    "conv-BN": (conv_bn(1), {}),
+    "conv-BN, stride and groups": (conv_bn(3), {"stride": 2, "groups": 2}),
     "large kernel": (large_kernel(31, 5), {"groups": 4}),
     "pre-norm, dilated, subtracted": (MINE, {}),
     "depthwise, then pointwise": (SEPARABLE, {}),

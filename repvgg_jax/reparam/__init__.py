@@ -11,10 +11,12 @@ from repvgg_jax.reparam.algebra import EPSILON, Affine, affine, compose, paralle
 from repvgg_jax.reparam.blocks import (
     ACB,
     BUILT_IN,
+    CONV_BN,
     DBB,
     QAREPVGG,
     REPVGG,
     BlockSpec,
+    conv_bn,
     large_kernel,
     mobileone,
 )
@@ -43,6 +45,7 @@ from repvgg_jax.reparam.unfuse import unfuse_params
 __all__ = [
     "ACB",
     "BUILT_IN",
+    "CONV_BN",
     "DBB",
     "EPSILON",
     "QAREPVGG",
@@ -62,6 +65,7 @@ __all__ = [
     "Sum",
     "affine",
     "compose",
+    "conv_bn",
     "decay_mask",
     "equivalent_l2",
     "fuse_block",

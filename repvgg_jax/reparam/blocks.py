@@ -242,5 +242,20 @@ def large_kernel(size: int, small: int) -> BlockSpec:
     )
 
 
-BUILT_IN = (REPVGG, ACB, DBB, QAREPVGG)
+def conv_bn(size: int) -> BlockSpec:
+    """One convolution and its norm: a block of one branch, as in every other network.
+
+    Its fold is the ordinary folding of batch normalization. Segmentation heads and ResNets are
+    made of it, so that one call fuses them with their backbone.
+
+    Args:
+      size: of the kernel.
+    """
+    return BlockSpec(f"conv-BN {size}x{size}", _conv_norm("_single", size))
+
+
+CONV_BN = (conv_bn(1), conv_bn(3))
+"""The sizes that the networks of this package have."""
+
+BUILT_IN = (REPVGG, ACB, DBB, QAREPVGG, *CONV_BN)
 """What `fuse_params` looks for by default: blocks whose children have unmistakable names."""

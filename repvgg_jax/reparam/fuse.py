@@ -26,8 +26,8 @@ def fuse_params(
 
     Wherever the tree contains `{"params": …, "batch_stats": …}`, at its top or anywhere inside,
     each mapping whose children are exactly those of a block becomes `{"reparam": {"kernel",
-    "bias"}}` and loses its running statistics. Auxiliary heads of RepVGGplus (`aux_` and the
-    name of a block beside it) are dropped, since only training uses them. Everything else is
+    "bias"}}` and loses its running statistics. Auxiliary heads (`aux_` and the name of
+    a block or backbone beside it) are dropped, since only training uses them. Everything else is
     returned as it is, the very same arrays. Blocks that are in deploy form already stay.
 
     Pure, and usable under `jax.jit`, `jax.vmap`, `jax.grad` and on sharded arrays, which stay

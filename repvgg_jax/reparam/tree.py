@@ -75,12 +75,18 @@ class Walk:
         return bool(self.train_spec(node, path) or self.deploy_spec(node, path))
 
     def is_auxiliary_head(self, key: Any, siblings: Mapping[Any, Tree], path: Path) -> bool:
-        """Whether that child is the auxiliary classifier of a block beside it."""
-        block = str(key).removeprefix("aux_")
+        """Whether that child is the auxiliary classifier of a block or backbone beside it."""
+        beside = str(key).removeprefix("aux_")
         return (
-            block != key
+            beside != key
             and is_auxiliary_head(siblings[key])
-            and self.is_block(siblings.get(block), (*path, block))
+            and self.has_block(siblings.get(beside), (*path, beside))
+        )
+
+    def has_block(self, node: Tree, path: Path) -> bool:
+        """Whether this node is a block in either form, or has one inside."""
+        return self.is_block(node, path) or any(
+            self.has_block(child, (*path, key)) for key, child in children_of(node)
         )
 
 

@@ -1,0 +1,58 @@
+"""The loss of a segmenter: cross entropy of labeled pixels."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+IGNORE = 255
+"""The label of pixels that count neither in the loss nor in metrics."""
+
+AUXILIARY_WEIGHT = 0.4
+
+
+def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore: int = IGNORE) -> jax.Array:
+    """Mean cross entropy of the pixels that have a label; 0 if none has.
+
+    The mean is over the pixels of all images, as in PyTorch's `CrossEntropyLoss` with
+    `ignore_index`, on however many devices they are.
+
+    Args:
+      logits: (images, height, width, classes).
+      labels: integers (images, height, width), classes or `ignore`.
+      ignore: the label of pixels that do not count.
+
+    Returns:
+      A scalar in at least float32.
+    """
+    labels = labels.astype(jnp.int32)
+    counted = labels != ignore
+    # By comparison, not by index: gathers of single values are slow on accelerators.
+    classes = jnp.arange(logits.shape[-1]).reshape(1, 1, 1, -1)
+    of_label = jnp.where(classes == labels[..., None], logits, 0).sum(axis=-1)
+    loss = jax.nn.logsumexp(logits, axis=-1) - of_label
+    total = jnp.where(counted, loss, 0).sum()
+    return total / jnp.maximum(counted.sum(), 1)
+
+
+def segmentation_loss(
+    logits: jax.Array,
+    auxiliary: Mapping[str, jax.Array],
+    labels: jax.Array,
+    *,
+    auxiliary_weight: float = AUXILIARY_WEIGHT,
+    ignore: int = IGNORE,
+) -> jax.Array:
+    """The loss of the network's logits, plus a share of the auxiliary head's.
+
+    Args:
+      logits: (images, height, width, classes).
+      auxiliary: logits of the auxiliary heads, by name; may be empty.
+      labels: as in `pixel_cross_entropy`.
+      auxiliary_weight: weight of each auxiliary head's loss; 0.4 in PSPNet.
+      ignore: the label of pixels that do not count.
+    """
+    loss = pixel_cross_entropy(logits, labels, ignore=ignore)
+    for head in auxiliary.values():
+        loss += auxiliary_weight * pixel_cross_entropy(head, labels, ignore=ignore)
+    return loss
