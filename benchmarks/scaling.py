@@ -41,15 +41,17 @@ def recipe_of(model: str) -> pathlib.Path | None:
 
 def config_of(model: str, topology: str) -> Any:
     """The recipe of `model`, or the default settings, with 32 images per chip of the slice."""
-    from repvgg_jax.train.aot import chips_in
     from repvgg_jax.train.config import default_config
+    from repvgg_jax.train.targets import Target
 
     recipe = recipe_of(model)
     config = runpy.run_path(str(recipe))["get_config"]() if recipe else default_config(model)
     config.data.source = "imagenet"  # of which only the shapes are needed
     config.model.dtype = "bfloat16"
     config.bn.group_size = IMAGES_PER_CHIP
-    config.train.batch_size = config.eval.batch_size = IMAGES_PER_CHIP * chips_in(topology)
+    config.train.batch_size = config.eval.batch_size = (
+        IMAGES_PER_CHIP * Target.parse(topology).count
+    )
     return config
 
 

@@ -1,20 +1,25 @@
 """How often a train step goes through memory, counted by the compiler, without hardware.
 
-Compiles train steps and stages ahead of time for one TPU v5e chip (`pip install
--r requirements-tpu.txt`) and prints XLA's own counts: bytes accessed, passes per block (bytes over
-the size of one activation, over the blocks), FLOPs, memory, and how long compiling took.
+Compiles train steps and stages ahead of time for one TPU (`pip install -r requirements-tpu.txt`) or
+one NVIDIA GPU (`requirements-cuda.txt`; no GPU is needed) and prints the compiler's counts: bytes
+accessed, passes per block (bytes over the size of one activation, over the blocks), kernels, FLOPs,
+memory, and how long compiling took.
 Ours in both train forms beside a plain Flax version (`plain.py`), each with the compiler as it is
 and with `config.train.compiler_options` (`docs/covariance.md`).
 
     python benchmarks/traffic.py                       # the stage and A0
     python benchmarks/traffic.py --models A0 B1 --forms plain covariance --write
+    python benchmarks/traffic.py --target h100 --models A0 B1 B1g4 --kinds
 
 Three counts of bytes, none of them a time. "GB" is the compiler's own total: it counts an
 operand wherever it lies, and copies into the chip's fast memory (VMEM, 128 MiB) several times.
-The other two are added up over the compiled program (`hbm.py`): "HBM GB" takes only operands and
-results that lie in the main memory, so that what stays in VMEM costs nothing, and "touched GB"
-takes those of all computations, wherever they lie, but no copies. All count arrays with the padding
-of their layout: 48 channels take the room of 128.
+The other two are added up over the compiled program (`repvgg_jax.train.hlo`): "HBM GB" takes only
+operands and results that lie in the main memory, so that what stays in VMEM costs nothing, and
+"touched GB" takes those of all computations, wherever they lie, but no copies. All count arrays
+with the padding of their layout: 48 channels take the room of 128. For GPUs XLA gives no total: all
+three are what the kernels read and write, without regard to caches, and a kernel's bytes are those
+of its operands and results. Nothing is tuned (that takes a GPU), so a library's algorithms are
+XLA's first choice.
 """
 
 import itertools
@@ -24,9 +29,10 @@ import time
 from typing import Any
 
 import harness
-import hbm
 
+from repvgg_jax.train import hlo
 from repvgg_jax.train.settings import FEWER_COPIES, TrainSettings
+from repvgg_jax.train.targets import Target
 
 FORMS = ("plain", "branches", "covariance")
 
@@ -34,26 +40,27 @@ FORMS = ("plain", "branches", "covariance")
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     """Compiles one program in this process and returns the compiler's counts."""
     import jax
-    from jax.experimental import topologies
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    device = Target.parse(job["target"]).devices()[0]
     lower = lower_model if "model" in job else lower_stage
     start = time.perf_counter()
     lowered = lower(job, jax.sharding.SingleDeviceSharding(device))
     traced = time.perf_counter()
     compiled = lowered.compile(compiler_options=job["options"])
     done = time.perf_counter()
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     text = compiled.as_text()
-    traffic = hbm.count(text)
+    traffic = hlo.count(text)
     if "dump" in job:
         with open(job["dump"], "w") as file:
             file.write(text)
     return {
-        "gb": cost["bytes accessed"] / 1e9,
+        "gb": cost.get("bytes accessed", traffic.touched) / 1e9,
         "hbm_gb": traffic.hbm / 1e9,
         "touched_gb": traffic.touched / 1e9,
-        "gflop": cost["flops"] / 1e9,
+        "kernels": traffic.kernels,
+        "kinds": traffic.kinds,
+        "gflop": cost["flops"] / 1e9 if cost else None,
         "temp_mib": memory.temp_size_in_bytes / 2**20,
         "peak_mib": memory.peak_memory_in_bytes / 2**20,
         "trace_s": traced - start,
@@ -149,11 +156,17 @@ def main() -> None:
     parser.add_argument(
         "--compiler-options",
         nargs="*",
-        default=[FEWER_COPIES],
         metavar="NAME=VALUE",
-        help="of XLA, with which everything is compiled once more; nothing: it is not",
+        help="of XLA, with which everything is compiled once more; nothing: it is not "
+        f"(default: {FEWER_COPIES} for TPUs, nothing for GPUs)",
     )
-    parser.add_argument("--batch", type=int, default=32, help="images per chip")
+    parser.add_argument(
+        "--target", default="v5e:2x2", help="a TPU slice or a GPU, of which one chip is used"
+    )
+    parser.add_argument(
+        "--batch", type=int, help="images per chip (default: 32 on TPUs, 256 on GPUs)"
+    )
+    parser.add_argument("--kinds", action="store_true", help="also list the kinds of kernels")
     parser.add_argument("--image-size", type=int, default=224, help="pixels")
     parser.add_argument(
         "--stage", nargs=3, type=int, default=(128, 56, 3), metavar=("CHANNELS", "SIZE", "BLOCKS")
@@ -166,6 +179,15 @@ def main() -> None:
     if args.job is not None:
         print(json.dumps(compile_job(args.job)))
         return
+    try:
+        target = Target.parse(args.target)
+        target.check_installed()
+    except ValueError as error:
+        parser.error(str(error))
+    on_tpu = target.platform == "tpu"
+    args.batch = args.batch or (32 if on_tpu else 256)
+    if args.compiler_options is None:
+        args.compiler_options = [FEWER_COPIES] if on_tpu else []
 
     channels, size, blocks = args.stage
     programs: list[dict[str, Any]] = [
@@ -183,22 +205,25 @@ def main() -> None:
     for program in programs:
         baseline: dict[str, Any] | None = None
         for form, options in itertools.product(args.forms, settings):
-            job = program | {"form": form, "options": options}
+            job = program | {"form": form, "options": options, "target": target.name}
             if args.dump:
                 job["dump"] = os.path.abspath(args.dump)
             # libtpu serves one process at a time, and a compiler that fails takes its process
             # along: each program gets its own, one after the other.
             counts = harness.in_subprocess(
-                __file__, job, timeout=args.timeout, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1"
+                __file__, job, timeout=args.timeout, **target.environment
             )
             baseline = baseline or (None if "error" in counts else counts)
             rows.append(_row(job, counts, baseline))
             print(json.dumps(rows[-1]), flush=True)
+            if args.kinds:
+                for kind, (number, size) in counts.get("kinds", {}).items():
+                    print(f"  {size / 1e9:8.2f} GB in {number:4d}  {kind}", flush=True)
     harness.report(
         "traffic",
         rows,
         note=f"{__doc__}\nRatios are to a program's first row that compiled. bfloat16, batch "
-        f"{args.batch}, TPU v5e, compiled ahead of time. Options: "
+        f"{args.batch}, {target.name}, compiled ahead of time. Options: "
         f"{', '.join(args.compiler_options) or 'none'}.",
         write=args.write,
     )
@@ -211,8 +236,9 @@ def _row(
     row = {"program": name, "form": job["form"], "options": "yes" if job["options"] else "no"}
     if "error" in counts:
         names = (
-            *("GB", "passes", "HBM GB", "touched GB", "touched passes", "GFLOP", "temp MiB"),
-            *("peak MiB", "compile s", "bytes x", "HBM x", "touched x", "peak x", "FLOP x"),
+            *("GB", "passes", "HBM GB", "touched GB", "touched passes", "kernels", "GFLOP"),
+            *("temp MiB", "peak MiB", "compile s", "bytes x", "HBM x", "touched x"),
+            *("kernels x", "temp x", "peak x", "FLOP x"),
         )
         return row | dict.fromkeys(names) | {"error": counts["error"]}
     assert baseline is not None  # these counts, if there were none before
@@ -223,6 +249,7 @@ def _row(
         "HBM GB": counts["hbm_gb"],
         "touched GB": counts["touched_gb"],
         "touched passes": counts["touched_gb"] / one_pass,
+        "kernels": counts["kernels"],
         "GFLOP": counts["gflop"],
         "temp MiB": counts["temp_mib"],
         "peak MiB": counts["peak_mib"],
@@ -230,8 +257,10 @@ def _row(
         "bytes x": counts["gb"] / baseline["gb"],
         "HBM x": counts["hbm_gb"] / baseline["hbm_gb"],
         "touched x": counts["touched_gb"] / baseline["touched_gb"],
+        "kernels x": counts["kernels"] / baseline["kernels"],
+        "temp x": counts["temp_mib"] / baseline["temp_mib"],
         "peak x": counts["peak_mib"] / baseline["peak_mib"],
-        "FLOP x": counts["gflop"] / baseline["gflop"],
+        "FLOP x": counts["gflop"] / baseline["gflop"] if counts["gflop"] else None,
         "error": None,
     }
 

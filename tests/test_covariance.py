@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from repvgg_jax import RepVGGBlock, SqueezeExcite, Variant, create_model, fuse_params
+from repvgg_jax.covariance import BlockSettings
 from tests.helpers.jit import quick_jit
 
 pytestmark = pytest.mark.core
@@ -129,6 +130,26 @@ def check_same(rng, shape, options, dtype, tolerance):
         weights = jnp.asarray(rng.normal(size=shape), dtype)
         reference = everything(branches, variables, x, weights)
         assert worst(reference, everything(fast, variables, x, weights)) <= tolerance
+
+
+@pytest.fixture
+def as_on_gpus(monkeypatch):
+    """The arrangement of the passes that programs for GPUs get."""
+    gradients.cache_clear()
+    settings = functools.partial(BlockSettings, on_gpu=True)
+    monkeypatch.setattr("repvgg_jax.block.BlockSettings", settings)
+    yield
+    gradients.cache_clear()
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+@pytest.mark.parametrize(
+    ("channels", "options", "dtype", "tolerance"),
+    [pytest.param(*CASES[i].values, "float64", 1e-12, id=CASES[i].id) for i in (0, 9, 13, 14)]
+    + [pytest.param(*CASES[0].values, "float32", 1e-5, id="identity-float32")],
+)
+def test_the_arrangement_for_gpus_computes_the_same(channels, options, dtype, tolerance, rng):
+    check_same(rng, (IMAGES, 7, 10, channels), options, dtype, tolerance)
 
 
 def test_variables_and_evaluation_are_the_same(rng):

@@ -1,13 +1,15 @@
-"""Train steps compiled for TPUs that are not attached."""
+"""Train steps compiled for TPUs and GPUs that are not attached."""
 
 import importlib.util
 
 import pytest
 
-from repvgg_jax.train.aot import chips_in, compile_ahead
+from repvgg_jax.train.aot import compile_ahead
+from repvgg_jax.train.targets import Target, gpus
 from tests.helpers.runs import small_config
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
+CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
 
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu")
@@ -49,6 +51,25 @@ def test_a_batch_that_the_slice_cannot_split():
         compile_ahead(small_config(), "v5e:16x16", timeout=300)
 
 
+@pytest.mark.skipif(not CUDA, reason="needs the CUDA plugin of jaxlib")
+def test_the_step_compiles_for_gpus():
+    program = compile_ahead(small_config(), "h100x2", timeout=300)
+    assert program.devices == 2
+    assert program.batch.startswith("global batch 128 = 128/process = 64/device")
+    assert program.collectives["all-reduce"] >= 1
+    assert 0 < program.arguments < program.peak < program.hbm == gpus()["h100"].memory
+    assert program.kernels > 50
+    assert program.flops > 1e6
+    # Every parameter is read, and written with its momentum.
+    assert program.accessed > 3 * 4 * program.parameters
+
+
+@pytest.mark.skipif(CUDA, reason="the CUDA plugin is there")
+def test_without_the_compiler_for_gpus():
+    with pytest.raises(ValueError, match="pip install -r requirements-cuda"):
+        compile_ahead(small_config(), "h100", timeout=300)
+
+
 @pytest.mark.skipif(LIBTPU, reason="libtpu is there")
 def test_without_libtpu():
     with pytest.raises(ValueError, match="pip install -r requirements-tpu"):
@@ -69,8 +90,22 @@ def test_a_topology_that_does_not_exist(topology, message):
         compile_ahead(small_config(), topology, timeout=1)
 
 
-def test_chips_of_a_topology():
-    assert chips_in("v5e:16x16") == 256
-    assert chips_in("v4:4x4x8") == 128
-    with pytest.raises(ValueError, match="no TPU topology"):
-        chips_in("v5e:2")
+@pytest.mark.parametrize("name", ["h100x0", "h100x9", "b200x16"])
+def test_more_gpus_than_a_machine_has(name):
+    with pytest.raises(ValueError, match=rf"'{name}' has {name[5:]} GPUs; .* 1 to 8, e.g."):
+        Target.parse(name)
+
+
+@pytest.mark.parametrize("name", ["h100x", "h1000", "h100:8", "x8"])
+def test_gpus_that_do_not_exist(name):
+    with pytest.raises(ValueError, match=r"a100, h100, h200, b200, e.g. h100x8$"):
+        Target.parse(name)
+
+
+def test_devices_of_a_target():
+    assert Target.parse("v5e:16x16").count == 256
+    assert Target.parse("v4:4x4x8").count == 128
+    assert Target.parse("h100").count == 1
+    assert Target.parse("h200x8").count == 8
+    assert Target.parse("v5e:2x2").memory == 16 * 2**30
+    assert 79 < Target.parse("h100").memory / 2**30 < 80

@@ -20,6 +20,7 @@ from repvgg_jax.covariance.ops import (
     in_groups,
     matmul,
     mean_and_covariance,
+    on_gpus,
     rounded,
     wide_type,
 )
@@ -36,7 +37,15 @@ def from_patches(
     branch is a linear map of it. Its covariance has the statistics of them all, so that the
     output is the only large array that is kept. There is no identity: the channels differ.
     """
+    return on_gpus(_from_patches_on, settings, x, params)
+
+
+def _from_patches_on(
+    settings: BlockSettings, x: jax.Array, params: Params
+) -> tuple[jax.Array, Statistics]:
     dtype, wide = x.dtype, wide_type(x.dtype)
+    # On GPUs the product goes through memory, where 32 bits would take twice the room.
+    out = None if settings.on_gpu else wide
     patches, columns = _patches(settings, x)
     near, mean, covariance = mean_and_covariance(settings, patches, columns)
 
@@ -56,9 +65,9 @@ def from_patches(
 
     if settings.image_groups == 1:
         folded = folded.reshape(kernel3x3.shape).astype(dtype)
-        z = conv3x3(settings, x, folded, preferred_element_type=wide)
+        z = conv3x3(settings, x, folded, preferred_element_type=out)
     else:
-        z = conv1x1(patches.reshape(*patches.shape[:2], -1, 9 * x.shape[-1]), folded, wide)
+        z = conv1x1(patches.reshape(*patches.shape[:2], -1, 9 * x.shape[-1]), folded, out)
     z += per_image(z, bias)
     return (_relu(z, dtype) if settings.relu else z.astype(dtype)), statistics
 

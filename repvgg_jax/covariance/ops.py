@@ -5,11 +5,13 @@ per group, (G, k, in / k, out / k), for G groups of images and k groups of chann
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from repvgg_jax.batch_stats import per_image
@@ -31,6 +33,8 @@ class BlockSettings:
       activation: applied to the result; None for none.
       image_groups: parts of the batch, in order, with statistics of their own, G below.
       epsilon: added to the variances.
+      on_gpu: arranged for GPUs, where every product and convolution writes its result to the main
+        memory, instead of for TPUs, where what comes after a convolution is attached to it.
     """
 
     stride: int
@@ -40,11 +44,27 @@ class BlockSettings:
     activation: Activation | None
     image_groups: int
     epsilon: float
+    on_gpu: bool = False
 
     @property
     def relu(self) -> bool:
         """Whether the activation is ReLU, whose derivative the passes here contain."""
         return self.activation is jax.nn.relu
+
+    def shifts(self, dtype: Any) -> bool:
+        """Whether values are taken relative to something near their mean before they are squared.
+
+        Not on GPUs in 16 bits, where what is subtracted would cost a copy of x: the rounding of
+        x itself then hides deviations below 1/256 of the mean, and sums in float32 lose less.
+        """
+        return not self.on_gpu or jnp.finfo(dtype).bits > 16
+
+
+def on_gpus(compute: Callable[..., Any], settings: BlockSettings, *args: Any) -> Any:
+    """`compute(settings, *args)`, whose `on_gpu` is chosen when the program is lowered."""
+    gpu = functools.partial(compute, dataclasses.replace(settings, on_gpu=True))
+    other = functools.partial(compute, settings)
+    return lax.platform_dependent(*args, cuda=gpu, rocm=gpu, default=other)
 
 
 def conv3x3(settings: BlockSettings, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
@@ -62,13 +82,17 @@ def conv3x3(settings: BlockSettings, x: jax.Array, kernel: jax.Array, **options:
     )
 
 
-def conv1x1(x: jax.Array, kernels: jax.Array, dtype: Any = None) -> jax.Array:
+def conv1x1(
+    x: jax.Array, kernels: jax.Array, dtype: Any = None, *, on_gpu: bool = False
+) -> jax.Array:
     """Every image group of `x` through its own 1x1 kernel (G, k, in / k, out / k).
 
     The result is in `dtype`, that of `x` if None.
     """
     image_groups, groups, _, _ = kernels.shape
     kernels = kernels.astype(x.dtype)
+    if on_gpu and image_groups == groups == 1:  # no transposed copy of the kernel
+        return lax.dot_general(x, kernels[0, 0], (((3,), (0,)), ((), ())))
     if image_groups == 1:  # a convolution, whose layout in memory the compiler may choose
         kernel = kernels[0].swapaxes(0, 1).reshape(1, 1, kernels.shape[2], -1)
         return lax.conv_general_dilated(
@@ -87,13 +111,14 @@ def conv1x1(x: jax.Array, kernels: jax.Array, dtype: Any = None) -> jax.Array:
 
 
 def conv1x1_of_two(
-    x: jax.Array, x_kernels: jax.Array, y: jax.Array, y_kernels: jax.Array
+    settings: BlockSettings, x: jax.Array, x_kernels: jax.Array, y: jax.Array, y_kernels: jax.Array
 ) -> jax.Array:
     """The sum of `conv1x1` of `x` and of `y`, of equal shapes but for their channels."""
-    if x_kernels.shape[1] > 1:
-        return conv1x1(x, x_kernels) + conv1x1(y, y_kernels)
-    # Side by side they are one convolution, to which compilers attach what comes after it; the
-    # output of a second one would go through memory.
+    if settings.groups > 1 or settings.on_gpu:
+        on_gpu = settings.on_gpu
+        return conv1x1(x, x_kernels, on_gpu=on_gpu) + conv1x1(y, y_kernels, on_gpu=on_gpu)
+    # Side by side they are one convolution, to which XLA for TPUs attaches what comes after it;
+    # the output of a second one would go through memory.
     both = jnp.concatenate([x, y], axis=-1)
     return conv1x1(both, jnp.concatenate([x_kernels, y_kernels], axis=-2))
 
@@ -118,8 +143,25 @@ def outer(settings: BlockSettings, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def sums(settings: BlockSettings, x: jax.Array) -> jax.Array:
     """Sums over the images and pixels of every group, (G, channels)."""
-    sums = x.astype(wide_type(x.dtype)).sum(axis=(1, 2))
+    x = x.astype(wide_type(x.dtype))
+    if settings.on_gpu and settings.image_groups == 1:
+        return x.sum(axis=(0, 1, 2))[None]
+    sums = x.sum(axis=(1, 2))
     return sums.reshape(settings.image_groups, -1, x.shape[-1]).sum(axis=1)
+
+
+def sums_of_two(settings: BlockSettings, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`sums` of `x` and of `y`, of equal shape; on GPUs in the same kernels."""
+    if not (settings.on_gpu and settings.image_groups == 1):
+        return sums(settings, x), sums(settings, y)
+    x, y = (a.astype(wide_type(a.dtype)) for a in (x, y))
+    zero = np.zeros((), x.dtype)
+
+    def add(a: Any, b: Any) -> Any:
+        return a[0] + b[0], a[1] + b[1]
+
+    x, y = lax.reduce((x, y), (zero, zero), add, (0, 1, 2))
+    return x[None], y[None]
 
 
 def mean_and_covariance(
@@ -133,11 +175,13 @@ def mean_and_covariance(
     channels = seen.shape[-1] // columns
     count = values_per_channel(settings, seen) * columns
     mean = sums(settings, seen).reshape(-1, columns, channels).sum(axis=1) / count
-    # In the convolutions' dtype, so that subtracting it from x loses nothing more.
-    near = lax.stop_gradient(mean.astype(seen.dtype))
-    shifted = seen - per_image(seen, jnp.tile(near, columns))
-    mean -= near
-    products = jnp.split(outer(settings, shifted, shifted), columns, axis=-2)
+    near = jnp.zeros(mean.shape, seen.dtype)
+    if settings.shifts(seen.dtype):
+        # In the convolutions' dtype, so that subtracting it from x loses nothing more.
+        near = lax.stop_gradient(mean.astype(seen.dtype))
+        seen -= per_image(seen, jnp.tile(near, columns))
+        mean -= near
+    products = jnp.split(outer(settings, seen, seen), columns, axis=-2)
     # Those of a column with itself lie on the diagonal.
     own = [jnp.split(row, columns, axis=-1)[i] for i, row in enumerate(products)]
     return near, mean, sum(own[1:], own[0]) / count - outer_small(settings, mean, mean)
@@ -153,9 +197,11 @@ def wide_type(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def apply(x: jax.Array, matrices: jax.Array) -> jax.Array:
+def apply(x: jax.Array, matrices: jax.Array, *, on_gpu: bool = False) -> jax.Array:
     """Every group's x'M, (G, out)."""
     groups = matrices.shape[1]
+    if on_gpu:  # as a sum, which is attached to what is around it
+        return flat((x.reshape(x.shape[0], groups, -1, 1) * matrices).sum(axis=-2))
     x = x.reshape(x.shape[0], groups, 1, -1)
     return flat(matmul(x, matrices))
 

@@ -24,10 +24,12 @@ from repvgg_jax.covariance.ops import (
     matmul,
     mean_and_covariance,
     on_diagonal,
+    on_gpus,
     outer,
     outer_small,
     rounded,
     sums,
+    sums_of_two,
     values_per_channel,
     wide_type,
 )
@@ -90,7 +92,8 @@ class Folded(NamedTuple):
     """A block as scale * (y3 - shift.y3) + (kernel + diag(skip))'(x - shift.x) + bias.
 
     The identity stays apart from the kernel: it is multiplied in float32, as in the plain
-    settings, while the kernel takes part in a convolution and is rounded for it.
+    settings, while the kernel takes part in a convolution and is rounded for it. On GPUs, where
+    it would cost a pass through memory, it is part of the kernel.
 
     Attributes:
       scale: of the 3x3 branch, (G, features).
@@ -114,6 +117,17 @@ def from_3x3_output(
 
 
 def _forward(settings: BlockSettings, x: jax.Array, params: Params) -> tuple[Any, Any]:
+    return on_gpus(_forward_on, settings, x, params)
+
+
+def _backward(settings: BlockSettings, residuals: Any, cotangents: Any) -> tuple[jax.Array, Any]:
+    return on_gpus(_backward_on, settings, residuals, cotangents)
+
+
+from_3x3_output.defvjp(_forward, _backward)
+
+
+def _forward_on(settings: BlockSettings, x: jax.Array, params: Params) -> tuple[Any, Any]:
     kernel = params["conv3x3"]["kernel"].astype(x.dtype)
     seen = _seen(settings, x)
     y3 = conv3x3(settings, x, kernel)
@@ -121,8 +135,17 @@ def _forward(settings: BlockSettings, x: jax.Array, params: Params) -> tuple[Any
     shift, moments, product = _measure(settings, x, seen, y3, kernel, pointwise)
     folded, statistics = _fold(settings, x.dtype, shift, params, pointwise, moments)
 
-    bias = folded.bias - folded.scale * shift.y3 - apply(shift.x, folded.kernel)
-    z = conv1x1(seen, folded.kernel, wide_type(x.dtype)) + per_image(y3, folded.scale) * y3
+    bias = folded.bias
+    if settings.shifts(x.dtype):
+        bias -= folded.scale * shift.y3 + apply(shift.x, folded.kernel)
+    # Where the product goes through memory, more bits would take more room.
+    product1x1 = conv1x1(
+        seen,
+        folded.kernel,
+        None if settings.on_gpu else wide_type(x.dtype),
+        on_gpu=settings.on_gpu,
+    )
+    z = product1x1 + per_image(y3, folded.scale) * y3
     if folded.skip is not None:
         bias -= folded.skip * shift.x
         z += per_image(x, folded.skip) * x
@@ -131,7 +154,7 @@ def _forward(settings: BlockSettings, x: jax.Array, params: Params) -> tuple[Any
     return (out, statistics), (x, seen, y3, out, params, shift, moments, product)
 
 
-def _backward(settings: BlockSettings, residuals: Any, cotangents: Any) -> tuple[jax.Array, Any]:
+def _backward_on(settings: BlockSettings, residuals: Any, cotangents: Any) -> tuple[jax.Array, Any]:
     x, seen, y3, out, params, shift, moments, product = residuals
     dout, dstatistics = cotangents
     kernel = params["conv3x3"]["kernel"].astype(x.dtype)
@@ -139,10 +162,14 @@ def _backward(settings: BlockSettings, residuals: Any, cotangents: Any) -> tuple
     dz = jnp.where(out > 0, dout, 0) if settings.relu else dout
 
     # What reaches the folded block: sums over images and pixels.
-    dbias = sums(settings, dz)
-    dscale = sums(settings, dz * (y3 - per_image(y3, shift.y3)))
-    dfolded = outer(settings, seen, dz) - outer_small(settings, shift.x, dbias)
-    dskip = diagonal(dfolded) if settings.identity else None
+    dfolded = outer(settings, seen, dz)
+    near3 = y3.astype(dfolded.dtype)
+    if settings.shifts(x.dtype):
+        near3 -= per_image(y3, shift.y3)
+    dbias, dscale = sums_of_two(settings, dz, dz * near3)
+    if settings.shifts(x.dtype):
+        dfolded -= outer_small(settings, shift.x, dbias)
+    dskip = diagonal(dfolded) if settings.identity and not settings.on_gpu else None
 
     # From there to the parameters and the moments. Nothing here is larger than a vector of
     # channels, or a kernel.
@@ -169,8 +196,10 @@ def _backward(settings: BlockSettings, residuals: Any, cotangents: Any) -> tuple
     if settings.identity:
         dcovariance += on_diagonal(settings, dmoments.var)
     slope = rounded(dcovariance * (2 / count), x.dtype)
-    level = dmoments.mean / count - apply(shift.x + moments.mean, slope)
-    dseen = conv1x1_of_two(dz, folded.kernel.swapaxes(-1, -2), seen, slope) + per_image(seen, level)
+    level = dmoments.mean / count
+    level -= apply(shift.x + moments.mean, slope, on_gpu=settings.on_gpu)
+    dseen = conv1x1_of_two(settings, dz, folded.kernel.swapaxes(-1, -2), seen, slope)
+    dseen += per_image(seen, level)
     if folded.skip is not None:
         dseen += per_image(dz, folded.skip) * dz
     dx = _spread(settings, dy3, kernel, dseen, x)
@@ -180,15 +209,16 @@ def _backward(settings: BlockSettings, residuals: Any, cotangents: Any) -> tuple
     return dx, {**dnorms, "conv3x3": {"kernel": dkernel}, "conv1x1": {"kernel": dkernel1x1}}
 
 
-from_3x3_output.defvjp(_forward, _backward)
-
-
 def _pointwise(settings: BlockSettings, dtype: Any, kernel: jax.Array) -> jax.Array:
     """The 1x1 kernel as a matrix for every channel group, (1, k, channels / k, features / k).
 
-    Rounded to `dtype`, as the convolution will do.
+    Rounded to `dtype`, as the convolution of the plain form does; on GPUs the folded kernel alone
+    is rounded.
     """
-    return in_groups(settings, rounded(kernel[0, 0], dtype)).swapaxes(0, 1)[None]
+    kernel = kernel[0, 0]
+    if not settings.on_gpu:
+        kernel = rounded(kernel, dtype)
+    return in_groups(settings, kernel).swapaxes(0, 1)[None]
 
 
 def _measure(
@@ -204,6 +234,13 @@ def _measure(
     near, mean, covariance = mean_and_covariance(settings, seen)
     product = matmul(covariance, pointwise)
     var1 = flat((pointwise * product).sum(axis=-2))
+    if not settings.shifts(x.dtype):
+        wide3 = y3.astype(mean.dtype)
+        sum3, squares3 = sums_of_two(settings, wide3, jnp.square(wide3))
+        mean3 = sum3 / count
+        var3 = jnp.maximum(squares3 / count - jnp.square(mean3), 0)
+        shift = Shift(jnp.zeros_like(mean3), jnp.zeros_like(mean))
+        return shift, Moments(mean3, var3, mean, diagonal(covariance), var1), product
 
     # What the 3x3 convolution makes of a constant image, on average over pixels: its mean
     # up to the deviations of x. Near the border some taps see only padding.
@@ -232,7 +269,7 @@ def _fold(
     mean = shift.x + moments.mean
     statistics = {
         "bn3x3": (shift.y3 + moments.mean3, moments.var3),
-        "bn1x1": (apply(mean, pointwise), moments.var1),
+        "bn1x1": (apply(mean, pointwise, on_gpu=settings.on_gpu), moments.var1),
     }
     if settings.identity:
         statistics["bn_identity"] = (mean, moments.var)
@@ -242,9 +279,13 @@ def _fold(
         norm: norms[norm]["scale"][None] * lax.rsqrt(var + settings.epsilon)
         for norm, (_, var) in statistics.items()
     }
-    kernel = rounded(pointwise * in_groups(settings, scale["bn1x1"])[..., None, :], dtype)
+    kernel = pointwise * in_groups(settings, scale["bn1x1"])[..., None, :]
     skip = scale.get("bn_identity")
-    bias = -scale["bn3x3"] * moments.mean3 - apply(moments.mean, kernel)
+    if skip is not None and settings.on_gpu:  # x is not read once more for it
+        kernel, skip = kernel + on_diagonal(settings, skip), None
+    kernel = rounded(kernel, dtype)
+    bias = -scale["bn3x3"] * moments.mean3
+    bias -= apply(moments.mean, kernel, on_gpu=settings.on_gpu)
     for norm in statistics:
         bias += norms[norm]["bias"][None]
     if skip is not None:
@@ -271,6 +312,11 @@ def _spread(
         return dx
 
     if settings.stride == 1:
+        return (transpose(kernel, dy3) + dseen).astype(x.dtype)
+    if settings.on_gpu:  # the zeros are not written: the sum is attached to what comes after it
+        beyond = [(size - 1) % settings.stride for size in x.shape[1:3]]
+        spread = [(0, rest, settings.stride - 1) for rest in beyond]
+        dseen = lax.pad(dseen, jnp.zeros((), dseen.dtype), [(0, 0, 0), *spread, (0, 0, 0)])
         return (transpose(kernel, dy3) + dseen).astype(x.dtype)
     # Between the pixels of `dseen` would be zeros, in an array as large as x. Instead it goes
     # through the same convolution, beside dy3, by a kernel that is 1 in the middle.

@@ -1,15 +1,13 @@
-"""Ahead-of-time compilation of the train step for TPUs that are not attached.
+"""Ahead-of-time compilation of the train step for TPUs and GPUs that are not attached.
 
-libtpu contains the compiler and needs no TPU. It serves one program at a time and aborts its
-process on failure, so each program is compiled in its own process:
+The compilers need no device (`repvgg_jax.train.targets`). They abort their process on failure, and
+libtpu serves one program at a time, so each program is compiled in its own process:
 `python -m repvgg_jax.train.aot`, with the job as JSON on standard input.
 """
 
 import collections
 import dataclasses
-import importlib.util
 import json
-import math
 import os
 import pathlib
 import re
@@ -17,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,16 +24,11 @@ from ml_collections import ConfigDict
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.settings import height_width
 from repvgg_jax.data.sources import ArraySource
-from repvgg_jax.text import how_to_install
+from repvgg_jax.train import hlo
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.settings import Settings
+from repvgg_jax.train.targets import Target
 from repvgg_jax.train.validate import check_batches, check_compiler_options
-
-_PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = (
-    "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
-    "16x16x16",
-)  # fmt: skip
 
 _BUILT_IN = ("digits", "fake")  # sources that come with the package
 
@@ -46,32 +38,12 @@ _COLLECTIVE = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """A generation of TPUs, from Google's documentation.
-
-    Attributes:
-      hbm: memory per chip, GiB.
-      topologies: of the slices that exist.
-      options: further arguments of libtpu.
-    """
-
-    hbm: int
-    topologies: tuple[str, ...]
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-CHIPS: Mapping[str, Chip] = {
-    # Both cores of a chip as one device, as on the machines themselves.
-    "v4": Chip(32, _CUBES, {"chip_config_name": "megacore"}),
-    "v5e": Chip(16, _PLANES),
-    "v5p": Chip(95, (*_CUBES, "16x16x24")),
-    "v6e": Chip(32, _PLANES),
-}
-
-
-@dataclasses.dataclass(frozen=True)
 class Program:
     """What the compiler reports of a train step; all counts are per device and step.
+
+    The compiler for GPUs counts neither arithmetic nor traffic: the former is then that of the
+    program before it is optimized, the latter is added up over the compiled program
+    (`repvgg_jax.train.hlo`).
 
     Attributes:
       title: what was compiled for what, in one line.
@@ -83,7 +55,8 @@ class Program:
       peak: largest number of bytes in use.
       hbm: bytes of memory per device.
       flops: floating-point operations.
-      accessed: bytes read and written, as the compiler counts them.
+      accessed: bytes read and written.
+      kernels: instructions that compute or copy.
       collectives: number of each kind.
       trace_seconds: tracing and lowering.
       compile_seconds: compiling.
@@ -99,6 +72,7 @@ class Program:
     hbm: int
     flops: float
     accessed: float
+    kernels: int
     collectives: dict[str, int]
     trace_seconds: float
     compile_seconds: float
@@ -113,6 +87,7 @@ class Program:
             "  temporaries": _mib(self.temporaries),
             "arithmetic": f"{self.flops / 1e9:,.1f} GFLOP",
             "memory traffic": f"{self.accessed / 1e9:,.2f} GB",
+            "kernels": f"{self.kernels:,}",
             "collectives": kinds or "none",
             "compiled in": f"{self.compile_seconds:.1f} s, "
             f"after {self.trace_seconds:.1f} s of tracing",
@@ -121,36 +96,27 @@ class Program:
         return f"{self.title}\n{self.batch}\nper device and step:\n{table}"
 
 
-def compile_ahead(config: ConfigDict | Settings, topology: str, *, timeout: float) -> Program:
-    """Compiles the train step that a configuration describes for a TPU slice.
+def compile_ahead(config: ConfigDict | Settings, name: str, *, timeout: float) -> Program:
+    """Compiles the train step that a configuration describes for devices that are not attached.
 
     No data are read: except for the built-in sources, images are taken to be ImageNet's.
 
     Args:
       config: complete; `config.train.batch_size` counts all devices together.
-      topology: GENERATION:SHAPE, e.g. `v5e:16x16`.
+      name: the devices, as `Target.parse` takes it, e.g. `v5e:16x16` or `h100x8`.
       timeout: seconds after which to give up.
 
     Raises:
-      ValueError: no such topology, no libtpu, a setting that cannot work, or a program that
+      ValueError: no such devices, no compiler, a setting that cannot work, or a program that
         does not fit the devices' memory.
       TimeoutError: it took too long.
       OSError: the compiler crashed.
     """
-    chip_of(topology)
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "compiling for TPUs needs libtpu, also without a TPU: " + how_to_install(extra="tpu")
-        )
+    target = Target.parse(name)
+    target.check_installed()
     root = str(pathlib.Path(__file__).resolve().parents[2])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    job = json.dumps({"config": Settings.from_config(config).as_json(), "topology": topology})
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    job = json.dumps({"config": Settings.from_config(config).as_json(), "target": name})
     try:
         done = subprocess.run(
             [sys.executable, "-m", __name__],
@@ -158,65 +124,24 @@ def compile_ahead(config: ConfigDict | Settings, topology: str, *, timeout: floa
             capture_output=True,
             text=True,
             timeout=timeout,
-            env=environment,
+            env={**os.environ, "PYTHONPATH": path, **target.environment},
             check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise TimeoutError(
-            f"compiling for {topology} was not finished after {timeout:.0f} s; raise "
-            "--compile_timeout"
+            f"compiling for {name} was not finished after {timeout:.0f} s; raise --compile_timeout"
         ) from error
     if done.returncode:
-        raise OSError(
-            f"the compiler crashed on {topology}: {_reason(done.returncode, done.stderr)}"
-        )
+        raise OSError(f"the compiler crashed on {name}: {_reason(done.returncode, done.stderr)}")
     answer = json.loads(done.stdout.splitlines()[-1])
     if "error" in answer:
         raise ValueError(answer["error"])
     return Program(**answer)
 
 
-def chip_of(topology: str) -> Chip:
-    """The generation that a topology names.
-
-    Raises:
-      ValueError: there is no such topology.
-    """
-    generation, _, shape = topology.partition(":")
-    if generation not in CHIPS:
-        examples = ", ".join(f"{name}:{chip.topologies[-1]}" for name, chip in CHIPS.items())
-        raise ValueError(
-            f"there is no TPU topology {topology!r}; write GENERATION:SHAPE with one of "
-            f"{', '.join(CHIPS)}, e.g. {examples}"
-        )
-    chip = CHIPS[generation]
-    if shape not in chip.topologies:
-        raise ValueError(
-            f"there is no TPU topology {topology!r}; {generation} has: {', '.join(chip.topologies)}"
-        )
-    return chip
-
-
-def chips_in(topology: str) -> int:
-    """The number of chips of a topology, each of them one device.
-
-    Raises:
-      ValueError: there is no such topology.
-    """
-    chip_of(topology)
-    return math.prod(int(size) for size in topology.partition(":")[2].split("x"))
-
-
-def _compile(settings: Settings, topology: str) -> Program:
+def _compile(settings: Settings, target: Target) -> Program:
     """Compiles in this process."""
-    from jax.experimental import topologies
-
-    chip = chip_of(topology)
-    options = dict(chip.options)
-    if topology.endswith(":1x1"):  # a host of one chip; others have four
-        options |= {"chips_per_host_bounds": (1, 1, 1), "num_slices": 1}
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
-    devices: list[Any] = found.devices
+    devices = target.devices()
     processes = len({device.process_index for device in devices})
     check_batches(settings, devices=len(devices), processes=processes)
     run = Experiment.from_config(settings, dataset=_dataset(settings), devices=devices)
@@ -229,12 +154,17 @@ def _compile(settings: Settings, topology: str) -> Program:
     done = time.perf_counter()
 
     memory: Any = compiled.memory_analysis()
-    cost: Any = compiled.cost_analysis()
+    traffic = hlo.count(compiled.as_text() or "")
+    # The compiler for GPUs has none.
+    counts: Any = compiled.cost_analysis() or {
+        "flops": (lowered.cost_analysis() or {}).get("flops", float("nan")),
+        "bytes accessed": traffic.touched,
+    }
     batch = settings.train.batch_size
     height, width, channels = run.dataset.image_shape
     return Program(
         title=(
-            f"RepVGG {run.model.variant.name} ({settings.model.dtype}) on {topology}: "
+            f"RepVGG {run.model.variant.name} ({settings.model.dtype}) on {target.name}: "
             f"{len(devices)} devices in {processes} process{'es' if processes > 1 else ''}, "
             f"images of {height}x{width}x{channels} in {len(run.dataset.classes)} classes"
         ),
@@ -248,9 +178,10 @@ def _compile(settings: Settings, topology: str) -> Program:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
-        hbm=chip.hbm * 2**30,
-        flops=cost["flops"],
-        accessed=cost["bytes accessed"],
+        hbm=target.memory,
+        flops=counts["flops"],
+        accessed=counts["bytes accessed"],
+        kernels=traffic.kernels,
         collectives=dict(collections.Counter(_COLLECTIVE.findall(compiled.as_text() or ""))),
         trace_seconds=traced - began,
         compile_seconds=done - traced,
@@ -277,7 +208,7 @@ def _dataset(settings: Settings) -> Dataset:
 
 def _reason(status: int, output: str) -> str:
     if status < 0:
-        return f"{signal.Signals(-status).name} in libtpu"
+        return f"{signal.Signals(-status).name} in the compiler"
     lines = [line for line in output.splitlines() if line.strip()]
     return lines[-1][:300] if lines else f"exit status {status}"
 
@@ -289,7 +220,8 @@ def _mib(count: int) -> str:
 def _main() -> None:
     job = json.load(sys.stdin)
     try:
-        answer = dataclasses.asdict(_compile(Settings.from_mapping(job["config"]), job["topology"]))
+        target = Target.parse(job["target"])
+        answer = dataclasses.asdict(_compile(Settings.from_mapping(job["config"]), target))
     except ValueError as error:
         answer = {"error": str(error)}
     except jax.errors.JaxRuntimeError as error:
@@ -297,7 +229,7 @@ def _main() -> None:
             raise
         line = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
         answer = {
-            "error": f"the step does not fit {job['topology']}: {line[:300]}; a smaller "
+            "error": f"the step does not fit {job['target']}: {line[:300]}; a smaller "
             "config.train.batch_size, config.model.remat=True or more chips reduce its memory"
         }
     print(json.dumps(answer))

@@ -1,14 +1,10 @@
-"""What `benchmarks/hbm.py` counts, on a program small enough to add up by hand."""
-
-import importlib.util
-import pathlib
-import types
+"""What `repvgg_jax.train.hlo` counts, on programs small enough to add up by hand."""
 
 import pytest
 
-_FILE = pathlib.Path(__file__).parents[1] / "benchmarks" / "hbm.py"
+from repvgg_jax.train import hlo
 
-# One line an instruction, as XLA prints a scheduled TPU program; S(1) is the fast memory.
+# One line per instruction, as XLA prints a scheduled TPU program; S(1) is the fast memory.
 _PROGRAM = """HloModule jit_run, is_scheduled=true
 
 %inner (p: bf16[4,8]) -> bf16[4,8] {
@@ -22,17 +18,6 @@ ENTRY %main.1 (x.1: bf16[4,8], y.1: f32[16]) -> (f32[8], bf16[4,8]) {
 INSTRUCTIONS
 }
 """
-
-
-@pytest.fixture(scope="module")
-def hbm() -> types.ModuleType:
-    """The benchmark's module, which is not part of the package."""
-    spec = importlib.util.spec_from_file_location("hbm", _FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
@@ -80,7 +65,43 @@ def hbm() -> types.ModuleType:
         ),
     ],
 )  # fmt: skip
-def test_counts_bytes(hbm: types.ModuleType, instructions: str, in_hbm: int, touched: int) -> None:
-    """Operands and results once an instruction: those in HBM, and all but the copies'."""
+def test_counts_bytes(instructions: str, in_hbm: int, touched: int) -> None:
+    """Operands and results once per instruction: those in HBM, and all but the copies'."""
     program = _PROGRAM.replace("INSTRUCTIONS", "  " + instructions)
-    assert hbm.count(program) == (in_hbm, touched)
+    counted = hlo.count(program)
+    assert (counted.hbm, counted.touched) == (in_hbm, touched)
+
+
+# As XLA prints a scheduled GPU program: 2 images of 4x4 pixels and 8 channels in 16 bits.
+_GPU_PROGRAM = """HloModule jit_run, is_scheduled=true
+
+%inner (p: bf16[2,4,4,8]) -> bf16[2,4,4,8] {
+  %p = bf16[2,4,4,8]{3,2,1,0} parameter(0)
+  ROOT %n = bf16[2,4,4,8]{3,2,1,0} negate(%p)
+}
+
+ENTRY %main.1 (x.1: bf16[2,4,4,8], k.1: bf16[8,3,3,8]) -> (bf16[2,4,4,8], f32[8]) {
+  %x.1 = bf16[2,4,4,8]{3,2,1,0} parameter(0)
+  %k.1 = bf16[8,3,3,8]{3,2,1,0} parameter(1)
+  %conv.1 = (bf16[2,4,4,8]{3,2,1,0}, u8[64]{0}) custom-call(%x.1, %k.1), custom_call_target="__cudnn$convForward"
+  %get-tuple-element.1 = bf16[2,4,4,8]{3,2,1,0} get-tuple-element(%conv.1), index=0
+  %loop_add_fusion.7 = bf16[2,4,4,8]{3,2,1,0} fusion(%get-tuple-element.1, %x.1), kind=kLoop, calls=%inner
+  %loop_add_fusion = bf16[2,4,4,8]{3,2,1,0} fusion(%loop_add_fusion.7), kind=kLoop, calls=%inner
+  %input_reduce_fusion.2 = f32[8]{0} fusion(%loop_add_fusion), kind=kInput, calls=%inner
+  ROOT %tuple.1 = (bf16[2,4,4,8]{3,2,1,0}, f32[8]{0}) tuple(%loop_add_fusion, %input_reduce_fusion.2)
+}
+"""  # noqa: E501
+
+
+def test_counts_kernels() -> None:
+    """Every call and fusion of a GPU's program is a kernel that reads and writes main memory."""
+    counted = hlo.count(_GPU_PROGRAM)
+    maps, kernel = 2 * 2 * 4 * 4 * 8, 2 * 8 * 3 * 3 * 8
+    assert counted.kernels == 4
+    assert counted.kinds == {
+        "__cudnn$convForward": (1, 2 * maps + kernel + 64),
+        "loop_add_fusion": (2, 3 * maps + 2 * maps),
+        "input_reduce_fusion": (1, maps + 4 * 8),
+    }
+    assert next(iter(counted.kinds)) == "loop_add_fusion"  # the most first
+    assert counted.touched == counted.hbm == sum(size for _, size in counted.kinds.values())

@@ -1,11 +1,16 @@
-"""Bytes that a program compiled for a TPU moves to and from its main memory.
+"""Bytes that a compiled program moves to and from its main memory, and its kernels.
 
-XLA assigns every array of the scheduled program to a memory space, which its text shows in
-the layout: `S(1)` is the chip's fast memory (VMEM), and none is the main memory (HBM).
+For TPUs: XLA assigns every array of the scheduled program to a memory space, which its text shows
+in the layout: `S(1)` is the chip's fast memory (VMEM), and none is the main memory (HBM).
 XLA's own "bytes accessed" counts what is copied between the two several times: the copy's start
 and its end, in slices whose source counts whole, and the use.
+
+For GPUs: every instruction of the scheduled program is a kernel, or a call of a library, that reads
+its operands from the main memory and writes its results there; caches are not considered. `touched`
+and `hbm` are then the same.
 """
 
+import collections
 import math
 import re
 from typing import NamedTuple
@@ -27,10 +32,14 @@ class Traffic(NamedTuple):
       hbm: read from and written to HBM.
       touched: operands and results of all computations, wherever they lie; copies between
         memories are left out.
+      kernels: instructions that compute or copy; on GPUs, kernels and calls of libraries.
+      kinds: of these by kind, how many and the bytes they touch, the largest first.
     """
 
     hbm: int
     touched: int
+    kernels: int
+    kinds: dict[str, tuple[int, int]]
 
 
 def count(text: str) -> Traffic:
@@ -47,6 +56,7 @@ def count(text: str) -> Traffic:
     lines = text[text.index("\nENTRY ") :].split("\n")[2:]
     shapes: dict[str, str] = {}
     in_hbm = touched = 0
+    kinds: dict[str, tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
     for line in lines:
         match = _INSTRUCTION.match(line)
         if match is None:
@@ -64,10 +74,23 @@ def count(text: str) -> Traffic:
             in_hbm += moved * ((not elsewhere) + (not arrays[0][1]))
         else:
             names = re.findall(r"%([\w.\-]+)", operands)
-            for used in (shape, *(shapes.get(operand, "") for operand in names)):
-                in_hbm += _in_hbm(used)
-                touched += sum(size for size, _ in _arrays(used))
-    return Traffic(in_hbm, touched)
+            used = (shape, *(shapes.get(operand, "") for operand in names))
+            in_hbm += sum(_in_hbm(each) for each in used)
+            size = sum(size for each in used for size, _ in _arrays(each))
+            touched += size
+            kind = _kind(name, operation, rest)
+            kinds[kind] = (kinds[kind][0] + 1, kinds[kind][1] + size)
+    kernels = sum(number for number, _ in kinds.values())
+    largest = dict(sorted(kinds.items(), key=lambda item: -item[1][1]))
+    return Traffic(in_hbm, touched, kernels, largest)
+
+
+def _kind(name: str, operation: str, rest: str) -> str:
+    """What an instruction does: the target of a call, a fusion's name without its number."""
+    target = re.search(r'custom_call_target="([^"]+)"', rest)
+    if target:
+        return target[1]
+    return re.sub(r"[.\d]+$", "", name) if operation == "fusion" else operation
 
 
 def _in_hbm(shape: str) -> int:
