@@ -163,8 +163,11 @@ def test_variables_and_evaluation_are_the_same(rng):
 
 
 @pytest.mark.slow
-def test_bfloat16_is_no_further_from_the_truth(rng):
+@pytest.mark.parametrize("on_gpus", [False, True])
+def test_bfloat16_is_no_further_from_the_truth(on_gpus, rng, request):
     """Three blocks: the error against float64 is at most 1.5 times the plain form's."""
+    if on_gpus:
+        request.getfixturevalue("as_on_gpus")
     variant = Variant("three", (2,), (16,), 16, strides=(1,), stem_stride=1)
     model = create_model(variant, num_classes=10)
     x = rng.normal(size=(16, 12, 12, 3)).astype(np.float32)
@@ -230,6 +233,36 @@ def test_means_far_from_zero(ratio, channels, options, rng):
         truth = variances(exact, wide, x.astype(np.float64), quick_jit)
     for norm, var in truth.items():
         assert (np.abs(found[norm] - var) <= 1e-3 * var).all(), norm
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+@pytest.mark.parametrize(("ratio", "times"), [(10, 1.5), (30, 1.5), (100, 4), (1000, 1.5)])
+def test_means_far_from_zero_in_bfloat16_on_gpus(ratio, times, rng):
+    """Errors of variances without a shift, in those of the plain form (`docs/covariance.md`).
+
+    At 1000 deviations the input's rounding is larger than the variance in both.
+    """
+    branches, fast = pair(8, dtype=jnp.bfloat16)
+    deviations = rng.uniform(0.1, 10, 8)
+    x = deviations * (rng.normal(size=(IMAGES, 16, 16, 8)) + ratio * rng.choice([-1, 1], 8))
+    variables = some_variables(branches, x.astype(np.float32), rng)
+
+    def variance(block, variables, x):
+        apply = quick_jit(lambda v, x: block.apply(v, x, train=True, mutable=["batch_stats"]))
+        _, new = apply(variables, x)
+        old = variables["batch_stats"]["bn_identity"]["var"]
+        return np.asarray(new["batch_stats"]["bn_identity"]["var"], np.float64) - 0.9 * old
+
+    with jax.enable_x64(True):
+        exact = branches.clone(dtype=jnp.float64, param_dtype=jnp.float64)
+        truth = variance(exact, jax.tree.map(lambda leaf: leaf.astype(np.float64), variables), x)
+    plain, found = (
+        np.sqrt(
+            np.mean(np.square(variance(block, variables, jnp.asarray(x, jnp.bfloat16)) / truth - 1))
+        )
+        for block in (branches, fast)
+    )
+    assert found <= times * plain + 1e-4
 
 
 def test_variances_never_go_below_zero(rng):

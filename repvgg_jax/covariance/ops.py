@@ -54,8 +54,9 @@ class BlockSettings:
     def shifts(self, dtype: Any) -> bool:
         """Whether values are taken relative to something near their mean before they are squared.
 
-        Not on GPUs in 16 bits, where what is subtracted would cost a copy of x: the rounding of
-        x itself then hides deviations below 1/256 of the mean, and sums in float32 lose less.
+        Not on GPUs in 16 bits, where what is subtracted would cost a copy of x. A variance then
+        loses what float32 sums lose, times the squared ratio of mean and deviation; at ratios
+        above 200, the rounding of x itself is larger.
         """
         return not self.on_gpu or jnp.finfo(dtype).bits > 16
 

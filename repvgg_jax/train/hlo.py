@@ -48,7 +48,7 @@ def count(text: str) -> Traffic:
     Every operand and result counts once per instruction, as in XLA's own count; a copy
     between memories counts on the side that is HBM. Arrays count with the padding of their
     layout, by which 48 channels take the room of 128. A called computation, such as a loop,
-    counts by its operands.
+    counts by its operands. Of what is sliced, only the slice is read.
 
     Args:
       text: the compiled program, `jax.stages.Compiled.as_text()`.
@@ -75,6 +75,8 @@ def count(text: str) -> Traffic:
         else:
             names = re.findall(r"%([\w.\-]+)", operands)
             used = (shape, *(shapes.get(operand, "") for operand in names))
+            if operation == "slice" or name.startswith("wrapped_slice"):
+                used = (shape, shape)  # only the slice of the operand is read
             in_hbm += sum(_in_hbm(each) for each in used)
             size = sum(size for each in used for size, _ in _arrays(each))
             touched += size
