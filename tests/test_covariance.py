@@ -236,9 +236,9 @@ def test_means_far_from_zero(ratio, channels, options, rng):
 
 
 @pytest.mark.usefixtures("as_on_gpus")
-@pytest.mark.parametrize(("ratio", "times"), [(10, 1.5), (30, 1.5), (100, 4), (1000, 1.5)])
-def test_means_far_from_zero_in_bfloat16_on_gpus(ratio, times, rng):
-    """Errors of variances without a shift, in those of the plain form (`docs/covariance.md`).
+@pytest.mark.parametrize("ratio", [10, 30, 100, 1000])
+def test_means_far_from_zero_in_bfloat16_on_gpus(ratio, rng):
+    """Without a shift, errors of variances are at most three times the plain form's.
 
     At 1000 deviations the input's rounding is larger than the variance in both.
     """
@@ -262,7 +262,7 @@ def test_means_far_from_zero_in_bfloat16_on_gpus(ratio, times, rng):
         )
         for block in (branches, fast)
     )
-    assert found <= times * plain + 1e-4
+    assert found <= 3 * plain
 
 
 def test_variances_never_go_below_zero(rng):
