@@ -53,9 +53,26 @@ from repvgg_jax.reparam.linear import names, present
 from repvgg_jax.reparam.tree import is_auxiliary_head, path_name
 from repvgg_jax.variants import SqueezeExcite
 
-TrainForm = Literal["branches", "covariance"]
+TrainForm = Literal["auto", "branches", "covariance"]
 Activation = Callable[[jax.Array], jax.Array]
 Response = Callable[[], jax.Array]  # computed only where something has to be padded with it
+
+
+BEST_TRAIN_FORM: Mapping[str, TrainForm] = {
+    "cpu": "branches",  # by time, `docs/results.md`
+    "gpu": "covariance",  # by the traffic of programs for H100, `docs/covariance.md`
+    "tpu": "covariance",  # by the traffic of programs for v5e, `docs/covariance.md`
+}
+
+
+def best_train_form(platform: str | None = None) -> TrainForm:
+    """What `train_form="auto"` is on a platform.
+
+    Args:
+      platform: as `jax.Device.platform` has it; None for JAX's default backend, whatever a
+        program is lowered for.
+    """
+    return BEST_TRAIN_FORM.get(platform or jax.default_backend(), "branches")
 
 
 class ReparamBlock(nn.Module):
@@ -70,8 +87,9 @@ class ReparamBlock(nn.Module):
       se: squeeze-and-excite, or None.
       deploy: the fused form instead of the training form.
       bn_group_size: images that share batch statistics in training; None for the whole batch.
-      train_form: how training computes the expression: "branches" term by term, or "covariance",
-        the same function by the block's fast training pass (`repvgg_jax.covariance`).
+      train_form: how training computes the expression: "branches" term by term, "covariance",
+        the same function by the block's fast training pass (`repvgg_jax.covariance`), or "auto",
+        which `best_train_form` says.
       lowering: how convolutions are computed: "auto", on CPUs in the way that was measured to be
         fastest (`repvgg_jax.cpu_conv`), or "plain", the same way everywhere.
       dtype: of the convolutions; parameters, statistics and norms stay float32.
@@ -90,7 +108,7 @@ class ReparamBlock(nn.Module):
     se: SqueezeExcite | None = None
     deploy: bool = False
     bn_group_size: int | None = None
-    train_form: TrainForm = "branches"
+    train_form: TrainForm = "auto"
     lowering: Lowering = "auto"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
@@ -116,7 +134,10 @@ class ReparamBlock(nn.Module):
             size = self.spec.kernel_size(self.geometry(x))
             conv = Conv(self.spec.deploy, size, bias=True)
             return self._activate(self._conv(conv, x.shape[-1])(x))
-        if train and self.train_form == "covariance" and not self.is_initializing():
+        form = self.train_form
+        if form == "auto":
+            form = best_train_form() if self.spec.fast_train is not None else "branches"
+        if train and form == "covariance" and not self.is_initializing():
             return self._fast_train(x)
         term = present(self.spec.train, self.geometry(x).has_same_shape)
         assert term is not None, "checked above"

@@ -36,7 +36,7 @@ def create_model(
     output_stride: int | None = None,
     dilations: tuple[int, ...] | None = None,
     bn_group_size: int | None = None,
-    train_form: TrainForm = "branches",
+    train_form: TrainForm = "auto",
     lowering: Lowering = "auto",
     remat: bool | RematPolicy = False,
     dtype: jnp.dtype = jnp.float32,
@@ -60,7 +60,8 @@ def create_model(
       bn_group_size: images that share batch statistics in training; None for the whole batch.
       train_form: "branches" trains the three branches as they are drawn; "covariance"
         computes the same function, statistics and gradients without ever holding two of the
-        three (`docs/covariance.md`). Variables are the same.
+        three (`docs/covariance.md`), in reverse mode only; "auto" is what is best on JAX's
+        default backend (`repvgg_jax.block.best_train_form`). Variables are the same.
       lowering: "auto" computes float32 convolutions on CPUs in ways they are good at
         (`repvgg_jax.cpu_conv`); "plain" leaves them as they are on every platform.
       remat: recompute every block's activations in the backward pass instead of keeping them; or
@@ -111,7 +112,7 @@ class RepVGG(nn.Module):
     output_stride: int | None = None
     dilations: tuple[int, ...] | None = None
     bn_group_size: int | None = None
-    train_form: TrainForm = "branches"
+    train_form: TrainForm = "auto"
     lowering: Lowering = "auto"
     remat: bool | RematPolicy = False
     dtype: jnp.dtype = jnp.float32

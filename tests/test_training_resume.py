@@ -42,6 +42,21 @@ def test_how_a_run_is_read_and_written_may_change(small_run, tmp_path, caplog):
     assert [row["step"] for row in rows(path) if "train/loss" in row][-3:] == [20, 21, 22]
 
 
+@pytest.mark.parametrize(("platform", "form"), [("cpu", "branches"), ("tpu", "covariance")])
+def test_a_run_goes_on_in_the_training_pass_it_started_with(platform, form):
+    """Wherever it is resumed, if the recipe leaves the choice."""
+    begun = resume.started(small_settings(), platform)
+    assert begun.model.train_form == form
+    given = small_settings()
+    assert given.model.train_form == "auto"
+    changes = resume.check_changes(begun, given, owner="run", extend=False, known_data=True)
+    assert not changes
+    assert resume.resumed(begun, given, step=3, images=1000) == begun
+    other = small_settings(model__train_form={"cpu": "covariance", "tpu": "branches"}[platform])
+    with pytest.raises(ValueError, match=f"train_form: {form} -> "):
+        resume.check_changes(begun, other, owner="run", extend=True, known_data=True)
+
+
 @pytest.mark.parametrize(
     ("changed", "options", "message"),
     [

@@ -46,7 +46,7 @@ def create_segmenter(
     auxiliary_width: int = 256,
     dropout: float = 0.1,
     bn_group_size: int | None = None,
-    train_form: TrainForm = "branches",
+    train_form: TrainForm = "auto",
     lowering: Lowering = "auto",
     remat: bool = False,
     dtype: jnp.dtype = jnp.float32,
@@ -157,7 +157,7 @@ class Segmenter(nn.Module):
     auxiliary_width: int = 256
     dropout: float = 0.1
     bn_group_size: int | None = None
-    train_form: TrainForm = "branches"
+    train_form: TrainForm = "auto"
     lowering: Lowering = "auto"
     remat: bool = False
     dtype: jnp.dtype = jnp.float32

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.settings import height_width
 from repvgg_jax.data.sources import ArraySource
-from repvgg_jax.train import hlo
+from repvgg_jax.train import hlo, resume
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.targets import Target
@@ -141,6 +141,7 @@ def compile_ahead(config: ConfigDict | Settings, name: str, *, timeout: float) -
 
 def _compile(settings: Settings, target: Target) -> Program:
     """Compiles in this process."""
+    settings = resume.started(settings, target.platform)
     devices = target.devices()
     processes = len({device.process_index for device in devices})
     check_batches(settings, devices=len(devices), processes=processes)

@@ -81,7 +81,7 @@ def train(
       FloatingPointError: the loss or a gradient is not finite.
       OSError: the directory cannot be written.
     """
-    settings = resume.started(Settings.from_config(config))
+    settings = Settings.from_config(config)
     if init_from is not None:
         settings = dataclasses.replace(settings, init_from=init_from)
     if init_entry is not None:
@@ -99,6 +99,7 @@ def train(
         stop = stack.enter_context(StopRequest(watchdog.agree_to_stop))
         begun = _Begun.at(workdir)
         if begun is None:
+            settings = resume.started(settings, jax.default_backend())
             dataset = load(settings.data)
         else:
             settings, dataset = begun.resumed(settings, extend=extend, other_data=other_data)

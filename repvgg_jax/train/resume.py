@@ -7,6 +7,7 @@ the learning rate is that of a run which had the new length and batch from its s
 
 import dataclasses
 
+from repvgg_jax.block import best_train_form
 from repvgg_jax.text import differences
 from repvgg_jax.train.settings import Settings
 
@@ -44,6 +45,7 @@ def check_changes(
       ValueError: a setting that must not change.
     """
     given = _with_offset(given, stored.train.step_offset)
+    given = _with_train_form(given, stored.model.train_form)
     changed = differences(stored.as_json(), given.as_json())
     free = FREE if known_data else FREE[1:]
     refused = [line for line in changed if not line.startswith((*free, *EXTENDABLE))]
@@ -71,6 +73,7 @@ def resumed(stored: Settings, given: Settings, *, step: int, images: int) -> Set
     Raises:
       ValueError: a new length that is already over.
     """
+    given = _with_train_form(given, stored.model.train_form)
     before, after = (images // s.train.batch_size for s in (stored, given))
     offset = stored.train.step_offset
     epochs = (step + offset) / before
@@ -84,9 +87,20 @@ def resumed(stored: Settings, given: Settings, *, step: int, images: int) -> Set
     return _with_offset(given, offset)
 
 
-def started(given: Settings) -> Settings:
-    """The settings of a new run, which may have been read from another one."""
-    return _with_offset(given, 0)
+def started(given: Settings, platform: str) -> Settings:
+    """The settings of a new run, which may have been read from another one.
+
+    Its training pass is decided here, so that a run is resumed with the one it started with.
+    """
+    return _with_train_form(_with_offset(given, 0), best_train_form(platform))
+
+
+def _with_train_form(settings: Settings, form: str) -> Settings:
+    """The settings with another training pass instead of `auto`."""
+    if settings.model.train_form != "auto":
+        return settings
+    model = dataclasses.replace(settings.model, train_form=form)
+    return dataclasses.replace(settings, model=model)
 
 
 def _with_offset(settings: Settings, offset: int) -> Settings:

@@ -58,9 +58,9 @@ class ModelSettings(Section, path="config.model"):
     )
     dtype: str = setting("float32", "of the convolutions", choices=("float32", "bfloat16"))
     train_form: str = setting(
-        "branches",
-        "training pass of a block (docs/covariance.md)",
-        choices=("branches", "covariance"),
+        "auto",
+        "training pass of a block (docs/covariance.md); auto: the platform's best",
+        choices=("auto", "branches", "covariance"),
     )
     remat: bool = setting(False, "recompute activations in the backward pass: less memory")
 

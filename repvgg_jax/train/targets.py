@@ -109,7 +109,7 @@ class Target:
 
     Attributes:
       name: as it was asked for, e.g. `v5e:16x16` or `h100x8`.
-      platform: "tpu" or "cuda".
+      platform: "tpu" or "gpu".
       chip: what each device is.
       shape: of the TPU slice, e.g. `16x16`; for GPUs their number.
     """
@@ -146,7 +146,7 @@ class Target:
                 raise ValueError(
                     f"{name!r} has {count} GPUs; one machine has 1 to {_MOST_GPUS}, e.g. {card}x8"
                 )
-            return cls(name, "cuda", gpus()[card], str(count))
+            return cls(name, "gpu", gpus()[card], str(count))
         examples = ", ".join(f"{each}:{chip.topologies[-1]}" for each, chip in CHIPS.items())
         cards = ", ".join(gpus())
         raise ValueError(
