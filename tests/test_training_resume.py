@@ -53,7 +53,7 @@ def test_a_run_goes_on_in_the_training_pass_it_started_with(platform, form):
     assert not changes
     assert resume.resumed(begun, given, step=3, images=1000) == begun
     other = small_settings(model__train_form={"cpu": "covariance", "tpu": "branches"}[platform])
-    with pytest.raises(ValueError, match=f"train_form: {form} -> "):
+    with pytest.raises(ValueError, match=f"train_form: '{form}' -> "):
         resume.check_changes(begun, other, owner="run", extend=True, known_data=True)
 
 
