@@ -139,7 +139,7 @@ class TestKilled:
         start, abstract = jax.device_get(experiment.initial_state()), experiment.abstract_state()
         sharding, evaluator = experiment.state_sharding(), evaluate.Evaluator(experiment)
         step = loop.CompiledStep(experiment)
-        monkeypatch.setattr(Experiment, "from_config", lambda config: experiment)
+        monkeypatch.setattr(Experiment, "from_config", lambda config, **options: experiment)
         monkeypatch.setattr(
             Experiment, "initial_state", lambda self: jax.device_put(start, sharding)
         )

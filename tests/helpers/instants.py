@@ -7,7 +7,6 @@ A file that was opened for writing is then also cut in the middle of what was wr
 import contextlib
 import os
 import pathlib
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ class Instants:
         self._source, self._target = source, target
         self._lock, self._busy = threading.RLock(), False
         self._opened: dict[pathlib.Path, int] = {}
-        self._last: dict[str, bytes] = {}
+        self._last: dict[pathlib.Path, bytes | None] = {}
         self.copies: list[pathlib.Path] = []
         self.reasons: list[str] = []
 
@@ -82,36 +81,39 @@ class Instants:
                 return path
         return None
 
-    def _content(self) -> dict[str, bytes]:
-        found = {}
-        for file in sorted(self._source.rglob("*")):
-            with contextlib.suppress(OSError):  # another thread may be removing it
-                name = str(file.relative_to(self._source))
-                found[name] = file.read_bytes() if file.is_file() else b""
+    def _content(self) -> dict[pathlib.Path, bytes | None]:
+        """All files and directories; other threads may be adding and removing some."""
+        found: dict[pathlib.Path, bytes | None] = {}
+        for folder, _, names in os.walk(self._source):
+            inside = pathlib.Path(folder).relative_to(self._source)
+            found[inside] = None
+            for name in names:
+                with contextlib.suppress(OSError):
+                    found[inside / name] = pathlib.Path(folder, name).read_bytes()
         return found
 
     def _copy(self, reason: str) -> None:
-        if not self._source.exists():
-            return
         content = self._content()
-        if content == self._last:
-            return
-        self._last = content
-        copy = self._target / f"{len(self.copies):04}"
-        shutil.copytree(self._source, copy, ignore_dangling_symlinks=True)
-        self.copies.append(copy)
-        self.reasons.append(reason)
+        if content and content != self._last:
+            self._last = content
+            self._write(content, reason)
 
     def _cut(self, file: pathlib.Path, before: int, reason: str) -> None:
         name = file.relative_to(self._source)
-        size = len(self._last.get(str(name), b""))
-        if not self.copies or size - before < 2 or not (self.copies[-1] / name).is_file():
-            return
+        written = self._last.get(name)
+        if written is not None and len(written) - before >= 2:
+            half = written[: (before + len(written)) // 2]
+            self._write({**self._last, name: half}, f"half of {name}, before {reason}")
+
+    def _write(self, content: dict[pathlib.Path, bytes | None], reason: str) -> None:
         copy = self._target / f"{len(self.copies):04}"
-        shutil.copytree(self.copies[-1], copy)
-        os.truncate(copy / name, (before + size) // 2)
+        for name, data in content.items():
+            if data is None:
+                (copy / name).mkdir(parents=True)
+            else:
+                (copy / name).write_bytes(data)
         self.copies.append(copy)
-        self.reasons.append(f"half of {name}, before {reason}")
+        self.reasons.append(reason)
 
 
 @contextlib.contextmanager
