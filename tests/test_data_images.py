@@ -308,6 +308,26 @@ class TestUntrusted:
         with pytest.raises(UndecodableError, match="format"):
             decode(content)
 
+    @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM"])
+    def test_changed_bytes_give_an_image_or_one_error(self, file_format):
+        picture = photo(0, 20, 30)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options = {"exif": exif} if file_format in ("JPEG", "PNG", "TIFF", "WEBP") else {}
+        content = encoded(picture, file_format, **options)
+        decoder, rng = Decoder(max_pixels=10_000), np.random.default_rng(0)
+        for _ in range(150):
+            changed = bytearray(content)
+            for place in rng.integers(0, min(len(content), 150), rng.integers(1, 5)):
+                changed[place] = rng.integers(256)
+            try:
+                found = decoder(bytes(changed))
+            except UndecodableError:
+                continue
+            assert decoder.size(bytes(changed)) == found.shape[:2]
+            assert found.size <= 30_000
+            assert decoder.is_animated(bytes(changed)) in (True, False)
+
     def test_what_is_no_file_is_not_read(self, tmp_path):
         os.mkfifo(tmp_path / "pipe.jpg")
         (tmp_path / "folder.jpg").mkdir()
