@@ -141,6 +141,12 @@ class TestUpright:
             found = decode(bytes(broken))
             assert found.shape in (plain.shape, (*plain.shape[1::-1], 3))
 
+    @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+    def test_damaged_exif_of_other_formats_is_none(self, file_format):
+        options = {"lossless": True} if file_format == "WEBP" else {}
+        content = encoded(self.picture, file_format, exif=b"Exif\0\0XX*\0\x07\0", **options)
+        np.testing.assert_array_equal(decode(content), np.asarray(self.picture))
+
     def test_crops_are_those_of_the_upright_image(self):
         content = self.rotated(6)
         upright = {"image": decode(content)}

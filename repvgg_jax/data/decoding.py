@@ -11,6 +11,7 @@ other formats, and whatever simplejpeg rejects, because it also rejects harmless
 is undecodable if Pillow rejects it.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -188,7 +189,9 @@ class Decoder:
                 return False
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
-        ImageOps.exif_transpose(image, in_place=True)  # loads it
+        image.load()
+        with contextlib.suppress(Exception):  # damaged EXIF is none, as in a JPEG
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
             return self._from_deep(image)
         if not image.has_transparency_data:
