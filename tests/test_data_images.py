@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -292,6 +293,18 @@ class TestUntrusted:
                 read(content)
         assert tracemalloc.get_traced_memory()[1] < 10e6
         tracemalloc.stop()
+
+    def test_pillows_own_limit_is_raised_only_if_that_was_asked_for(self, monkeypatch):
+        before = Image.MAX_IMAGE_PIXELS
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", before)
+        content = b"P5 20000 30000 255\n"
+        with pytest.raises(UndecodableError, match=r"600000000.*max_pixels"):
+            open_image(content)
+        assert before == Image.MAX_IMAGE_PIXELS
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", before)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            assert open_image(content, max_pixels=700_000_000).size == (20_000, 30_000)
 
     @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP"])
     def test_the_limit_holds_for_every_format(self, file_format):

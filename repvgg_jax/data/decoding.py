@@ -88,7 +88,8 @@ def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         what = f"{len(encoded):,} bytes of no image format that is read" if encoded else ""
         raise UndecodableError(what or "an empty file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UndecodableError(f"{error}; config.data.max_pixels={max_pixels:,}") from error
+        what = str(error).rstrip(".")
+        raise UndecodableError(f"{what}; config.data.max_pixels={max_pixels:,}") from error
     except Exception as error:  # Pillow's plugins raise anything
         raise UndecodableError(str(error) or type(error).__name__) from error
     _check_pixels(image.height, image.width, max_pixels)
