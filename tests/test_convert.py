@@ -502,6 +502,8 @@ class TestSource:
             ("hf-hub:timm/repvgg_a0", {}, r"timm/repvgg_a0\.rvgg_in1k"),
             ("timm/repvgg_a0", {"entry": "ema"}, "entry is for"),
             ("x.pth", {"image_size": 0}, "image-size=0"),
+            ("x.pth", {"image_size": (64, 0)}, r"image-size=\(64, 0\)"),
+            ("x.pth", {"image_size": "big"}, r"image-size='big' .*\(height, width\)"),
         ],
     )
     def test_weights_that_are_not_there(self, name, options, message, tmp_path, monkeypatch):
@@ -610,7 +612,8 @@ class TestSource:
     def test_a_backbone_without_a_classifier(self, tmp_path):
         trained = random_variables(create_model("A0", num_classes=0))
         save_weights(tmp_path / "w.npz", trained, family="timm")
-        given = from_weights(str(tmp_path / "w.npz"), Facts(image_size=32))
+        given = from_weights(str(tmp_path / "w.npz"), Facts(image_size=(32, 64)))
+        assert given.images.shape[1:] == (32, 64, 3)
         assert given.model.num_classes == 0
         assert "class names" not in given.notes[0]
 

@@ -170,7 +170,7 @@ class TestDecodedBatches:
         assert (data.image_shape, data.eval_shape) == ((16, 40, 3), (24, 12, 3))
         whole = train(data, 4)
         assert whole[0]["image"].shape == (8, 16, 40, 3)
-        assert_equal(train(dataset(folder, train_size=(16, 40), workers=2), 2, start=2), whole[2:])
+        assert_equal(train(dataset(folder, train_size=(16, 40), threads=2), 2, start=2), whole[2:])
         batch = next(iter(eval_batches(data, batch_size=8, sharding=OVER_BATCH)))
         np.testing.assert_array_equal(batch["image"][1], CenterCrop((24, 12))(data.evaluation[1]))
         sizes = TrainSizes(((0, (8, 20)), (1, 16)), otherwise=(16, 40))
@@ -245,6 +245,12 @@ class TestBadImages:
         train(data, 5)
         with pytest.raises(ValueError, match=rf"{BAD_VAL} .*1 more.*max_bad=1"):
             list(eval_batches(data, batch_size=8, sharding=OVER_BATCH))
+
+    def test_no_image_for_a_proof(self, tmp_path):
+        files = {name: damaged(content) for name, content in FILES.items()}
+        data = dataset(write_tree(tmp_path, files))
+        with pytest.raises(ValueError, match="none of the first 5 validation images of folder:"):
+            data.evaluation_images(5)
 
     def test_several_in_a_row(self, tmp_path):
         files = {n: damaged(c) if n.startswith("train") else c for n, c in FILES.items()}

@@ -49,6 +49,7 @@ def test_everything_that_would_stop_a_run_is_named(tmp_path):
     found = report(root, max_pixels=9800)
     for name in (*bad, "train/n01/lost.gif"):
         (line,) = (line for line in found.problems if name.rpartition("/")[2] in line)
+        assert line.startswith(f"{name.partition('/')[0]} image ")
         assert len(line.partition(": ")[2]) > 3
     assert "train: no images of class n00" in found.problems
     assert len(found.problems) == 7  # two of n00
@@ -100,7 +101,7 @@ def test_the_command(tmp_path):
         [*command, f"--source=records:{root}"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (1, "")
-    assert f"would stop a run (1):\n  {bad}: " in done.stdout
+    assert f"would stop a run (1):\n  train image {bad}: " in done.stdout
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: give --source")

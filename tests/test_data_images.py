@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -140,6 +141,12 @@ class TestUpright:
                 broken[place] = rng.integers(256)
             found = decode(bytes(broken))
             assert found.shape in (plain.shape, (*plain.shape[1::-1], 3))
+
+    @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+    def test_damaged_exif_of_other_formats_is_none(self, file_format):
+        options = {"lossless": True} if file_format == "WEBP" else {}
+        content = encoded(self.picture, file_format, exif=b"Exif\0\0XX*\0\x07\0", **options)
+        np.testing.assert_array_equal(decode(content), np.asarray(self.picture))
 
     def test_crops_are_those_of_the_upright_image(self):
         content = self.rotated(6)
@@ -287,6 +294,18 @@ class TestUntrusted:
         assert tracemalloc.get_traced_memory()[1] < 10e6
         tracemalloc.stop()
 
+    def test_pillows_own_limit_is_raised_only_if_that_was_asked_for(self, monkeypatch):
+        before = Image.MAX_IMAGE_PIXELS
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", before)
+        content = b"P5 20000 30000 255\n"
+        with pytest.raises(UndecodableError, match=r"600000000.*max_pixels"):
+            open_image(content)
+        assert before == Image.MAX_IMAGE_PIXELS
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", before)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            assert open_image(content, max_pixels=700_000_000).size == (20_000, 30_000)
+
     @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP"])
     def test_the_limit_holds_for_every_format(self, file_format):
         content = encoded(photo(0, 30, 41), file_format)
@@ -307,6 +326,26 @@ class TestUntrusted:
         monkeypatch.setattr(subprocess, "Popen", None)
         with pytest.raises(UndecodableError, match="format"):
             decode(content)
+
+    @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM"])
+    def test_changed_bytes_give_an_image_or_one_error(self, file_format):
+        picture = photo(0, 20, 30)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        options = {"exif": exif} if file_format in ("JPEG", "PNG", "TIFF", "WEBP") else {}
+        content = encoded(picture, file_format, **options)
+        decoder, rng = Decoder(max_pixels=10_000), np.random.default_rng(0)
+        for _ in range(150):
+            changed = bytearray(content)
+            for place in rng.integers(0, min(len(content), 150), rng.integers(1, 5)):
+                changed[place] = rng.integers(256)
+            try:
+                found = decoder(bytes(changed))
+            except UndecodableError:
+                continue
+            assert decoder.size(bytes(changed)) == found.shape[:2]
+            assert found.size <= 30_000
+            assert decoder.is_animated(bytes(changed)) in (True, False)
 
     def test_what_is_no_file_is_not_read(self, tmp_path):
         os.mkfifo(tmp_path / "pipe.jpg")

@@ -397,6 +397,8 @@ class TestCommand:
         manifest = json.loads((output / records.MANIFEST).read_text())
         assert manifest["classes"] == ["n01", "n02", "n03"]
         assert len(stored(output)) == 12
+        status, _, err = run(f"--source={source}", f"--output={output}", "--background=1,red,3")
+        assert (status, "background=('1', 'red', '3')" in err) == (1, True)
         status, out, err = run(f"--verify={output}", "--processes=1")
         assert (status, err) == (0, "")
         assert "every image can be decoded" in out

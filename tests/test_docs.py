@@ -221,7 +221,7 @@ def test_own_images_from_a_tree_to_their_classes(tmp_path):
     for script in ("train.py", "convert.py"):
         (tmp_path / script).symlink_to(ROOT / script)
     check, train, convert, ask = (line for line in commands("data.md") if "flowers" in line)
-    assert "nothing would stop a run" in shell(check, tmp_path)
+    assert "nothing in these images would stop a run" in shell(check, tmp_path)
     changes = ["epochs=4", "batch_size=8"]
     changes = " ".join(f"--config.train.{change}" for change in changes)
     shell(f"{train} {changes} --config.data.train_size=32", tmp_path)

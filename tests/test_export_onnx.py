@@ -41,7 +41,7 @@ def test_float32_is_the_train_form_at_every_batch_size(kind):
     opened = session(artifact.path)
     (taken,), (given,) = opened.get_inputs(), opened.get_outputs()
     assert (taken.name, taken.type) == ("images", "tensor(float)")
-    assert taken.shape == ["batch", 3, nets.PIXELS, nets.PIXELS]
+    assert taken.shape == ["batch", 3, nets.HEIGHT, nets.WIDTH]
     assert given.name == ("features" if kind == "features" else "logits")
     assert given.shape == ["batch", 16 if kind == "features" else 5]
     for count in (1, 7):
@@ -88,7 +88,7 @@ def test_preprocessing_travels_inside(kind, dtype):
     (taken,) = session(path).get_inputs()
     assert (taken.type, taken.shape) == (
         "tensor(uint8)",
-        ["batch", nets.PIXELS, nets.PIXELS, 3],
+        ["batch", nets.HEIGHT, nets.WIDTH, 3],
     )
     (found,) = session(path).run(["probabilities"], {"images": nets.images()})
     np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
@@ -106,7 +106,7 @@ def test_description_travels_along():
     assert (model.producer_name, model.ir_version) == ("repvgg-jax", 8)
     props = {prop.key: prop.value for prop in model.metadata_props}
     assert (props["variant"], props["input_layout"]) == ("tiny", "NCHW")
-    assert json.loads(props["image_size"]) == [nets.PIXELS, nets.PIXELS]
+    assert json.loads(props["image_size"]) == [nets.HEIGHT, nets.WIDTH]
     assert tuple(json.loads(props["labels"])) == nets.LABELS
     assert tuple(json.loads(props["mean"])) == nets.MEAN
     assert tuple(json.loads(props["std"])) == nets.STD

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repvgg_jax.data.images import UndecodableError
+from repvgg_jax.data.decoding import UndecodableError
 from repvgg_jax.data.joint_crop import JointCrop
 from repvgg_jax.data.masks import (
     CITYSCAPES,

@@ -310,6 +310,10 @@ def test_train_sizes_by_epoch():
     expected = [16, 16, 24, 24, 24, 32, 32]
     assert [sizes(epoch) for epoch in range(7)] == [(size, size) for size in expected]
     assert pickle.loads(pickle.dumps(sizes)) == sizes  # it goes to the processes that read
+    rectangles = small_experiment(data__train_size=(24, 40), data__sizes=((0, (16, 8)), (1, 24)))
+    assert [rectangles.size_at(epoch) for epoch in range(2)] == [(16, 8), (24, 24)]
+    assert rectangles.abstract_batch()["image"].shape[1:] == (24, 40, 1)
+    assert rectangles.abstract_batch((16, 8))["image"].shape[1:] == (16, 8, 1)
 
 
 @pytest.mark.slow
@@ -318,13 +322,15 @@ def test_a_run_whose_images_grow(tmp_path, caplog):
         data__source="fake",
         data__mean=(0.5,) * 3,
         data__std=(0.3,) * 3,
-        data__train_size=24,
-        data__sizes=((0, 16), (1, 24)),
+        data__train_size=(24, 16),
+        data__sizes=((0, 16), (1, (24, 16))),
+        data__eval_size=(20, 36),
         data__workers=1,
         augment__mixup=0.2,
         augment__policy="raug15",
     )
     train(config, tmp_path / "run")
     assert "compiled for 16x16 in" in caplog.text
-    assert "compiled for 24x24 in" in caplog.text
+    assert "compiled for 24x16 in" in caplog.text
+    assert Workdir(tmp_path / "run").read_metadata().eval_shape == (20, 36, 3)
     assert rows(tmp_path / "run")[-1]["step"] == 8

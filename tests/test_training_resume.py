@@ -30,6 +30,7 @@ def test_how_a_run_is_read_and_written_may_change(small_run, tmp_path, caplog):
     config = small_config(
         data__threads=3,
         data__max_bad=2,
+        data__max_pixels=10**9,
         eval__batch_size=360,
         checkpoint__keep=1,
         report__every_steps=1,

@@ -35,8 +35,10 @@ DATA = flags.DEFINE_string(
 PREPROCESSING = flags.DEFINE_bool(
     "with-preprocessing", False, "Artifacts take uint8 images and return probabilities."
 )
-IMAGE_SIZE = flags.DEFINE_integer(
-    "image-size", None, "With a checkpoint file of another project: height and width of images."
+IMAGE_SIZE = flags.DEFINE_list(
+    "image-size",
+    None,
+    "With a checkpoint file of another project: pixels of images, one number or HEIGHT,WIDTH.",
 )
 CLASSES = flags.DEFINE_string(
     "classes",
@@ -102,7 +104,7 @@ def main(_: Sequence[str]) -> int:
     else:
         assert weights is not None
         facts = Facts(
-            image_size=IMAGE_SIZE.value,
+            image_size=_size(IMAGE_SIZE.value),
             classes=_names(CLASSES.value),
             mean=_numbers("mean", MEAN.value),
             std=_numbers("std", STD.value),
@@ -118,6 +120,14 @@ def main(_: Sequence[str]) -> int:
     )
     print(done.table())
     return 0
+
+
+def _size(values: Sequence[str] | None) -> Any:
+    """The value of `--image-size`, for `parse_size`."""
+    if values is None:
+        return None
+    numbers = tuple(int(value) if value.isdecimal() else value for value in values)
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _numbers(name: str, values: Sequence[str] | None) -> tuple[float, ...] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_jax.convert.deployed import is_deployment, load_deployed
-from repvgg_jax.data.settings import DataSettings
+from repvgg_jax.data.settings import DataSettings, Size, height_width, parse_size
 from repvgg_jax.export.description import Description, read_description
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
@@ -60,14 +60,14 @@ class Facts:
     """What a user says of a checkpoint file that does not say it itself.
 
     Attributes:
-      image_size: height and width, pixels; None for what is usual.
+      image_size: in pixels, one number or (height, width); None for what is usual.
       classes: names by label; None if unknown.
       mean: per channel, of pixels on the scale 0 … 1; None for ImageNet's.
       std: the same.
       entry: key of the state dict in a file that holds several.
     """
 
-    image_size: int | None = None
+    image_size: Size | None = None
     classes: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -143,8 +143,8 @@ def from_weights(name: str, facts: Facts | None = None, *, data: str | None = No
       ValueError: not readable, not a RepVGG, or facts that do not fit it.
     """
     facts, path = facts or Facts(), pathlib.Path(name)
-    if facts.image_size is not None and facts.image_size < 1:
-        raise ValueError(f"--image-size={facts.image_size} must be positive")
+    if facts.image_size is not None:
+        parse_size("--image-size", facts.image_size, least=1)
     if path.is_dir():
         if not is_deployment(path):
             raise ValueError(
@@ -209,7 +209,7 @@ def _from_foreign(name: str, facts: Facts, data: str | None) -> Source:
         )
     loaded = _load(name, {"entry": facts.entry})
     usual = _HUB_SIZES.get(loaded.variant, IMAGE_SIZE) if is_pretrained(name) else IMAGE_SIZE
-    size, labels = facts.image_size or usual, facts.classes or ()
+    size, labels = height_width(facts.image_size or usual), facts.classes or ()
     normalize, channels = IMAGENET, loaded.in_channels
     if facts.mean is not None or facts.std is not None:
         if facts.mean is None or facts.std is None:
@@ -227,13 +227,13 @@ def _from_foreign(name: str, facts: Facts, data: str | None) -> Source:
     assumed = [
         text
         for given, text in (
-            (facts.image_size, f"images of {size}x{size} pixels (--image-size)"),
+            (facts.image_size, f"images of {size[0]}x{size[1]} pixels (--image-size)"),
             (facts.mean, "ImageNet's mean and std (--mean, --std)"),
             (facts.classes or not loaded.num_classes, "no class names (--classes)"),
         )
         if not given
     ]
-    images, image_source = _images((size, size, channels), data)
+    images, image_source = _images((*size, channels), data)
     return Source(
         title=f"RepVGG {loaded} of {name}",
         model=_model(loaded),
@@ -278,6 +278,6 @@ def _images(shape: tuple[int, int, int], data: str | None) -> tuple[np.ndarray, 
     """Proof images of that shape, and what they are."""
     if data is None:
         return photographs(shape)
-    size = 0 if data in ("digits", "fake") else shape[0]
+    size = 0 if data in ("digits", "fake") else shape[:2]
     settings = DataSettings(source=data, train_size=size, eval_size=size)
     return data_images(settings, shape, PROOF_IMAGES)

@@ -45,7 +45,7 @@ def main(_: Sequence[str]) -> int:
     )
     print("\n".join(report.lines))
     if not report.problems:
-        print("nothing would stop a run")
+        print("nothing in these images would stop a run")
         return 0
     print(f"would stop a run ({len(report.problems):,}):")
     print("\n".join(f"  {line}" for line in problem_lines(report.problems)))

@@ -238,10 +238,18 @@ class Dataset:
         """The first validation images as evaluation sees them: uint8 (count, *eval_shape).
 
         Those that cannot be decoded are left out.
+
+        Raises:
+          ValueError: none of them can.
         """
         transform = EvalTransform(self.evaluation, self.eval_crop, self.eval_shape)
         examples = [transform(i)[0] for i in range(min(count, len(self.evaluation)))]
-        return np.stack([example["image"] for example in examples if example["mask"]])
+        images = [example["image"] for example in examples if example["mask"]]
+        if not images:
+            raise ValueError(
+                f"none of the first {len(examples)} validation images of {self.name} can be decoded"
+            )
+        return np.stack(images)
 
 
 _LOADERS: Mapping[str, Callable[[str, DataSettings], Splits]] = {

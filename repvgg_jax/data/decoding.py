@@ -11,6 +11,7 @@ other formats, and whatever simplejpeg rejects, because it also rejects harmless
 is undecodable if Pillow rejects it.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -87,7 +88,8 @@ def open_image(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         what = f"{len(encoded):,} bytes of no image format that is read" if encoded else ""
         raise UndecodableError(what or "an empty file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UndecodableError(f"{error}; config.data.max_pixels={max_pixels:,}") from error
+        what = str(error).rstrip(".")
+        raise UndecodableError(f"{what}; config.data.max_pixels={max_pixels:,}") from error
     except Exception as error:  # Pillow's plugins raise anything
         raise UndecodableError(str(error) or type(error).__name__) from error
     _check_pixels(image.height, image.width, max_pixels)
@@ -188,7 +190,9 @@ class Decoder:
                 return False
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
-        ImageOps.exif_transpose(image, in_place=True)  # loads it
+        image.load()
+        with contextlib.suppress(Exception):  # damaged EXIF is none, as in a JPEG
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
             return self._from_deep(image)
         if not image.has_transparency_data:

@@ -237,8 +237,15 @@ def _entries(directory: pathlib.Path) -> tuple[list[str], list[str]]:
     with os.scandir(directory) as entries:
         for entry in entries:
             if not entry.name.startswith("."):
-                (folders if entry.is_dir() else others).append(entry.name)
+                (folders if _is_folder(entry) else others).append(entry.name)
     return folders, others
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    # Only a link has to be looked up, which takes long for a million images that are links.
+    if entry.is_symlink() and entry.name.lower().endswith(SUFFIXES):
+        return False
+    return entry.is_dir()
 
 
 def _files(root: pathlib.Path, top: str) -> list[str]:

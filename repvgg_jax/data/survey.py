@@ -109,7 +109,7 @@ def survey(
     problems: list[str] = []
     for split, images in splits.items():
         lines += _describe(split, images)
-        problems += [seen.bad for seen in images if seen.bad]
+        problems += [f"{split} image {seen.bad}" for seen in images if seen.bad]
     counts = {
         split: np.bincount(
             [seen.label for seen in images if seen.label >= 0], minlength=len(dataset.classes)

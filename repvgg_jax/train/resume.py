@@ -17,6 +17,8 @@ FREE = (
     "config.data.workers",
     "config.data.threads",
     "config.data.max_bad",
+    "config.data.max_pixels",
+    "config.data.allow_empty",
     "config.eval",
     "config.checkpoint",
     "config.report",

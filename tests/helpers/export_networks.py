@@ -22,7 +22,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 KINDS = ("plain", "grouped", "se-before", "se-after", "dilated", "features")
 ACTIVATED = ("silu", "linear")  # of other activations than ReLU
-PIXELS = 24
+HEIGHT, WIDTH = 24, 32
 LABELS = ("cat", "dog", "élan", "fox", "gnu")
 MEAN, STD = (0.4, 0.45, 0.5), (0.2, 0.25, 0.3)
 
@@ -54,13 +54,13 @@ def model(kind: str) -> RepVGG:
 @functools.cache
 def variables(kind: str) -> Any:
     """Training form, NumPy, with random affines and running statistics."""
-    return random_variables(model(kind), size=PIXELS, seed=(*KINDS, *ACTIVATED).index(kind))
+    return random_variables(model(kind), size=HEIGHT, seed=(*KINDS, *ACTIVATED).index(kind))
 
 
 @functools.cache
 def images() -> np.ndarray:
     """uint8, one image and a batch of a proof."""
-    return np.random.default_rng(7).integers(0, 256, (17, PIXELS, PIXELS, 3), np.uint8)
+    return np.random.default_rng(7).integers(0, 256, (17, HEIGHT, WIDTH, 3), np.uint8)
 
 
 def fresh(kind: str, with_preprocessing: bool = False) -> Network:
