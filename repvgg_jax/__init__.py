@@ -10,8 +10,10 @@ from repvgg_jax.variants import VARIANTS, Cost, SqueezeExcite, Variant, cost, ge
 from repvgg_jax.weights import (
     Weights,
     load_pretrained,
+    load_variables,
     load_weights,
     merge_weights,
+    save_variables,
     save_weights,
     to_state_dict,
 )
@@ -35,8 +37,10 @@ __all__ = [
     "fuse_params",
     "get_variant",
     "load_pretrained",
+    "load_variables",
     "load_weights",
     "merge_weights",
+    "save_variables",
     "save_weights",
     "to_nnx",
     "to_state_dict",

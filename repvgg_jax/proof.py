@@ -23,6 +23,7 @@ class Proof:
       max_abs_logit: largest |logit| of the reference.
       argmax_agreement: fraction of images on which both give the same class.
       tolerance: what `relative` may be at most.
+      numbers: what was compared, if not logits.
     """
 
     images: int
@@ -30,6 +31,7 @@ class Proof:
     max_abs_logit: float
     argmax_agreement: float
     tolerance: float = TOLERANCE
+    numbers: str = "logit"
 
     @property
     def relative(self) -> float:
@@ -43,10 +45,11 @@ class Proof:
 
     def __str__(self) -> str:
         sign = "<=" if self.holds else ">"
+        same = "class" if self.numbers == "logit" else "largest number"
         return (
-            f"max |Δlogit| {self.max_abs_delta:.2e}, {self.relative:.2e} of the largest logit "
-            f"({sign} {self.tolerance:g}), same class on {self.argmax_agreement:.2%} "
-            f"of {self.images} images"
+            f"max |Δ{self.numbers}| {self.max_abs_delta:.2e}, {self.relative:.2e} of the largest "
+            f"{self.numbers} ({sign} {self.tolerance:g}), same {same} on "
+            f"{self.argmax_agreement:.2%} of {self.images} images"
         )
 
     def as_dict(self) -> dict[str, Any]:

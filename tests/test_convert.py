@@ -181,6 +181,18 @@ class TestConvert:
         kinds = [artifact["description"]["input_dtype"] for artifact in proof["artefacts"]]
         assert kinds == ["uint8", "float32"]
 
+    def test_feature_maps_and_dynamic_sizes_are_of_graphs(self, tmp_path):
+        output = Output(tmp_path / "deploy")
+        targets = parse_targets(["stablehlo", "safetensors"])
+        convert(network(), output, targets=targets, feature_maps=["stage2"], dynamic_size=True)
+        call = jax.export.deserialize(bytearray((output.path / "model.stablehlo").read_bytes()))
+        assert call.call(np.zeros((2, 40, 17, 3), np.float32))["stage2"].shape == (2, 5, 3, 16)
+        assert load_deployed(output.path).model.num_classes == len(nets.LABELS)
+        other = Output(tmp_path / "other")
+        with pytest.raises(ValueError, match=r"tflite .*stablehlo, onnx"):
+            convert(network(), other, targets=parse_targets(["tflite"]), dynamic_size=True)
+        assert not other.path.exists()
+
     def test_a_fused_source_is_written_as_it_is(self, tmp_path):
         fused = fuse_params(nets.variables("plain"))
         given = network(model=nets.model("plain").clone(deploy=True), variables=fused)

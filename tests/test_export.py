@@ -34,6 +34,7 @@ DOCUMENTED = {
     "JAX with this package": (None, ()),  # in test_convert.py
     "JAX without this package": ("stablehlo", ()),
     "From Python": ONNX,
+    "Modules of your own": (None, ()),  # in test_export_outputs.py
 }
 
 

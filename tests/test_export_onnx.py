@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from repvgg_jax.export import export
+from repvgg_jax import fuse_params
+from repvgg_jax.export import Network, Normalize, export
 from tests.helpers import export_networks as nets
 
 EXTRA = "needs requirements-onnx.txt"
@@ -65,6 +66,62 @@ def weights_size(path):
     """Bytes of all weights but the classifier's, which keep their type."""
     weights = onnx.load(path).graph.initializer
     return sum(len(t.raw_data) for t in weights if not t.name.startswith("head"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["plain", "se-after", "dilated"])
+@pytest.mark.parametrize("inside", [False, True], ids=["normalized", "bytes"])
+def test_feature_maps_at_any_size(kind, dtype, inside, tmp_path):
+    stages = ("stem", "stage2")
+    network = Network(
+        nets.model(kind),
+        fuse_params(nets.variables(kind)),
+        images=nets.images(),
+        normalize=Normalize(nets.MEAN, nets.STD),
+        with_preprocessing=inside,
+        feature_maps=stages,
+        dynamic_size=True,
+    )
+    artifact = export("onnx", network, tmp_path / "model.onnx", dtype=dtype)
+    assert artifact.proofs.keys() == {"onnxruntime", "openvino"}
+    opened = session(artifact.path)
+    (taken,) = opened.get_inputs()
+    size = ["height", "width"]
+    assert taken.shape == (["batch", *size, 3] if inside else ["batch", 3, *size])
+    assert [(given.name, given.shape) for given in opened.get_outputs()] == [
+        ("stem", ["batch", 8, "stem_height", "stem_width"]),
+        ("stage2", ["batch", 16, "stage2_height", "stage2_width"]),
+    ]
+    model = nets.model(kind)
+    for height, width in ((24, 24), (19, 33)):
+        images = np.resize(nets.images()[:2], (2, height, width, 3))
+        normalized = network.normalize(images)
+        fed = images if inside else nchw(normalized)
+        with jax.default_matmul_precision("highest"):
+            wanted = model.apply(nets.variables(kind), normalized, method="features")
+        for stage, found in zip(stages, opened.run(None, {"images": fed}), strict=True):
+            assert found.dtype == np.float32
+            bound = {"float32": 1e-5, "float16": 5e-3}[dtype]
+            assert nets.relative(nchw(np.asarray(wanted[stage])), found) <= bound
+    # Nothing behind the last map.
+    names = {tensor.name for tensor in onnx.load(artifact.path).graph.initializer}
+    assert not [name for name in names if name.startswith(("stage3", "head"))]
+
+
+def test_logits_at_any_size(tmp_path):
+    network = Network(
+        nets.model("plain"),
+        fuse_params(nets.variables("plain")),
+        images=nets.images(),
+        normalize=Normalize(nets.MEAN, nets.STD),
+        dynamic_size=True,
+    )
+    opened = session(export("onnx", network, tmp_path / "model.onnx").path)
+    images = np.float32(np.random.default_rng(0).normal(size=(2, 41, 22, 3)))
+    with jax.default_matmul_precision("highest"):
+        wanted = nets.model("plain").apply(nets.variables("plain"), images)
+    (found,) = opened.run(["logits"], {"images": nchw(images)})
+    assert nets.relative(np.asarray(wanted), found) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -11,6 +11,8 @@ import struct
 import types
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -99,6 +101,48 @@ def test_loaded_arrays_are_copies(tmp_path, state):
     leaf = loaded.variables["params"]["stem"]["bn3x3"]["scale"]
     assert leaf.flags.owndata
     leaf[:] = 0  # neither read-only nor a view of the file
+
+
+# Variables of any module.
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_variables_of_any_module(suffix, tmp_path):
+    tree = {
+        "params": {
+            "neck": {"conv": {"kernel": np.ones((3, 3, 2, 4), np.float32)}},
+            "w": np.ones(2),
+        },
+        "batch_stats": {"norm": {"mean": np.arange(4, dtype=np.float16)}},
+        "counts": {"steps": np.int32(7)},
+    }
+    path = tmp_path / f"mine{suffix}"
+    rv.save_variables(path, jax.tree.map(jnp.asarray, tree) if suffix == ".npz" else tree)
+    expected = jax.tree.map(np.asarray, tree)
+    if suffix == ".npz":  # as JAX keeps it
+        expected["params"]["w"] = expected["params"]["w"].astype(np.float32)
+    assert_identical(rv.load_variables(path, like=tree), expected)
+    assert_identical(rv.load_variables(path), expected)
+    del tree["counts"]
+    tree["params"]["w"] = np.ones(3)
+    with pytest.raises(ValueError, match=r"1 unexpected \[counts/steps\]; 1 misshaped \[params/w"):
+        rv.load_variables(path, like=tree)
+
+
+def test_variables_that_are_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="params/a is a str"):
+        rv.save_variables(tmp_path / "a.npz", {"params": {"a": "?"}})
+    with pytest.raises(ValueError, match="params/a has dtype complex64"):
+        rv.save_variables(tmp_path / "a.npz", {"params": {"a": np.complex64(1)}})
+    with pytest.raises(ValueError, match="suffix"):
+        rv.save_variables(tmp_path / "a.bin", {"params": {"a": np.ones(1)}})
+    assert not list(tmp_path.iterdir())
+    np.savez(tmp_path / "b.npz", **{"params": np.ones(1), "params/a": np.ones(1)})
+    with pytest.raises(ValueError, match="no tree"):
+        rv.load_variables(tmp_path / "b.npz")
+    pth_writer.write_zip(tmp_path / "c.pth", {"a": np.ones(1, np.float32)}, wrapper="model")
+    with pytest.raises(ValueError, match="flat mapping"):
+        rv.load_variables(tmp_path / "c.pth")
 
 
 # Damaged files and files of something else.

@@ -35,6 +35,15 @@ DATA = flags.DEFINE_string(
 PREPROCESSING = flags.DEFINE_bool(
     "with-preprocessing", False, "Artifacts take uint8 images and return probabilities."
 )
+OUTPUTS = flags.DEFINE_list(
+    "outputs",
+    [],
+    "Graphs return these feature maps instead of logits, e.g. stage2,stage3,stage4 (stablehlo, "
+    "onnx).",
+)
+DYNAMIC_SIZE = flags.DEFINE_bool(
+    "dynamic-size", False, "Graphs take images of any height and width (stablehlo, onnx)."
+)
 IMAGE_SIZE = flags.DEFINE_list(
     "image-size",
     None,
@@ -117,6 +126,8 @@ def main(_: Sequence[str]) -> int:
         targets=targets,
         tolerance=TOLERANCE.value,
         with_preprocessing=PREPROCESSING.value,
+        feature_maps=OUTPUTS.value,
+        dynamic_size=DYNAMIC_SIZE.value,
     )
     print(done.table())
     return 0

@@ -87,6 +87,8 @@ def convert(
     targets: Sequence[Target],
     tolerance: float = TOLERANCE,
     with_preprocessing: bool = False,
+    feature_maps: Sequence[str] = (),
+    dynamic_size: bool = False,
 ) -> Conversion:
     """Fuses a network, proves that the fused one computes the same, and writes it.
 
@@ -97,10 +99,13 @@ def convert(
       targets: what to write.
       tolerance: largest |Δlogit| allowed, relative to the largest |logit|.
       with_preprocessing: artifacts that hold a graph take uint8 images and return probabilities.
+      feature_maps: stages whose maps such artifacts return instead; as in `export.Network`.
+      dynamic_size: such artifacts take images of any size.
 
     Raises:
-      ValueError: an unknown activation, a proof that does not hold, or an artifact that its
-        runtime reads differently; nothing is written then.
+      ValueError: an unknown activation or stage, a format that cannot hold what is asked for, a
+        proof that does not hold, or an artifact that its runtime reads differently; nothing is
+        written then.
       OSError: the output cannot be written.
     """
     if not tolerance > 0:
@@ -131,7 +136,11 @@ def convert(
         normalize=source.normalize,
         labels=source.labels,
         with_preprocessing=with_preprocessing,
+        feature_maps=feature_maps,
+        dynamic_size=dynamic_size,
     )
+    for target in targets:
+        target.check(network)
     weights_only = network.without_preprocessing()
     with output.writing() as directory:
         artifacts = [

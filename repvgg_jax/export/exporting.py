@@ -14,7 +14,7 @@ import numpy as np
 
 from repvgg_jax import files
 from repvgg_jax.export import jax_formats, onnx, tensorflow
-from repvgg_jax.export.format import Artifact, Format, checksums, size
+from repvgg_jax.export.format import Artifact, Format, Run, checksums, size
 from repvgg_jax.export.network import Network
 from repvgg_jax.proof import Proof, compare
 from repvgg_jax.text import did_you_mean, first_few, named_leaves, versions
@@ -93,6 +93,27 @@ class Target:
         also = [name for name, needed in self.format.also.items() if _is_installed(needed)]
         return (main, *also)
 
+    def check(self, network: Network) -> None:
+        """Whether the format can hold such a network.
+
+        Raises:
+          ValueError: it cannot; the message names those that can.
+        """
+        form = self.format
+        if not network.is_repvgg and not form.own_modules:
+            able = [name for name, other in FORMATS.items() if other.own_modules]
+            raise ValueError(
+                f"format {form.name} knows RepVGG only, not {network.name}; modules of your own: "
+                f"{', '.join(able)}"
+            )
+        asked = bool(network.feature_maps) or network.dynamic_size
+        if asked and form.holds_graph and not form.maps_and_sizes:
+            able = [name for name, other in FORMATS.items() if other.maps_and_sizes]
+            raise ValueError(
+                f"format {form.name} returns logits of images of one size; feature maps and "
+                f"dynamic sizes: {', '.join(able)}"
+            )
+
     def write(self, network: Network, path: Path) -> Artifact:
         """Writes a network to a new file or directory, reads it back and compares.
 
@@ -104,6 +125,7 @@ class Target:
         Raises:
           ValueError: a package is not installed, or the artifact disagrees with the JAX model.
         """
+        self.check(network)
         form = self.format
         start = time.perf_counter()
         if form.holds_graph:
@@ -114,7 +136,7 @@ class Target:
             raise ValueError(f"format {form.name}: {error}; {form.remedy}") from error
         proofs, unproven = self._run(network, path)
         if form.read is not None:
-            _check_identical(form.name, network.params, form.read(path, network))
+            _check_identical(form.name, network.variables, form.read(path, network))
         return Artifact(
             format=form.name,
             path=path,
@@ -137,11 +159,7 @@ class Target:
             except ImportError as error:
                 unproven[runtime.name] = f"{error}; {self.format.remedy}"
                 continue
-            proof = compare(
-                network.comparable(network.reference),
-                network.comparable(network.answers(run)),
-                tolerance=self.format.tolerances[self.dtype],
-            )
+            proof = self._compare(network, run)
             if not proof.holds:
                 raise ValueError(
                     f"the {self.dtype} {self.format.name} artifact disagrees with the JAX model "
@@ -150,6 +168,21 @@ class Target:
             proofs[runtime.name] = proof
             del run  # one runtime's copy of a large network at a time
         return proofs, unproven
+
+    def _compare(self, network: Network, run: Run) -> Proof:
+        """The proof of an opened artifact; of several image sizes, the worst."""
+        proofs = [
+            compare(
+                one.comparable(one.reference),
+                one.comparable(one.answers(run)),
+                tolerance=self.format.tolerances[self.dtype],
+            )
+            for one in (network, *network.at_other_sizes())
+        ]
+        # NaN never holds.
+        worst = max(proofs, key=lambda proof: (not proof.holds, proof.relative))
+        plain = network.is_repvgg and not network.feature_maps
+        return worst if plain else dataclasses.replace(worst, numbers="output")
 
 
 def parse_targets(texts: Iterable[str]) -> tuple[Target, ...]:
@@ -190,6 +223,7 @@ def export(name: str, network: Network, path: str | Path, *, dtype: str | None =
             f"format {form.name} holds weights and no graph, so preprocessing cannot be part of "
             "it; leave out the format or the preprocessing"
         )
+    target.check(network)
     _check_replaceable(form, path)
     with files.replacing(path) as temporary:
         artifact = target.write(network, temporary)

@@ -13,8 +13,10 @@ from repvgg_jax.export.network import Network
 from repvgg_jax.proof import Proof
 from repvgg_jax.text import how_to_install
 
-Run = Callable[[np.ndarray], np.ndarray]
-"""Runs an opened artifact: images (images, height, width, channels) to (images, outputs)."""
+Run = Callable[[np.ndarray], Any]
+"""Runs an opened artifact: images (images, height, width, channels) to outputs as of
+`Network.apply`.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Format:
       layout: axes of the normalized images that an artifact takes.
       marker: a file that every artifact contains, if artifacts are directories.
       also: further default filenames, each with the module that it needs to be written.
+      own_modules: whether it takes any Linen module, and not only a RepVGG.
+      maps_and_sizes: whether a graph can return feature maps and take images of any size.
       extra: the extra of this package that installs writer and runtimes; None if convert.py
         itself needs them.
     """
@@ -64,6 +68,8 @@ class Format:
     layout: str = "NHWC"
     marker: str | None = None
     also: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    own_modules: bool = False
+    maps_and_sizes: bool = False
     extra: str | None = None
 
     @property

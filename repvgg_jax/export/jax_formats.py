@@ -23,7 +23,7 @@ from repvgg_jax.export.description import model_header
 from repvgg_jax.export.format import Format, Run, Runtime
 from repvgg_jax.export.network import Network
 from repvgg_jax.proof import TOLERANCE
-from repvgg_jax.text import named_leaves
+from repvgg_jax.text import named_leaves, one_line
 from repvgg_jax.weights import load_weights, save_weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -34,26 +34,42 @@ _BITWISE = {"float32": 0.0}
 def write_stablehlo(network: Network, path: Path, dtype: str) -> None:
     """Writes a serialized `jax.export.Exported` with the weights inside."""
     params = jax.tree.map(lambda leaf: leaf, network.params)  # mappings of our own
-    for layer in network.model.layers:
+    for layer in network.model.layers if network.is_repvgg else ():
         # The model would round these at every call; rounded here, they take less space.
         params[layer.name][layer.block.deploy] = {
             name: leaf.astype(jnp.dtype(dtype))
             for name, leaf in params[layer.name][layer.block.deploy].items()
         }
-    (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *network.image_shape), network.images.dtype)
+    batch, *size = jax.export.symbolic_shape("batch, height, width")
+    height, width, channels = network.image_shape
+    if not network.dynamic_size:
+        size = [height, width]
+    images = jax.ShapeDtypeStruct((batch, *size, channels), network.images.dtype)
     # A float32 artifact computes in full float32 on every platform; accelerators would otherwise
     # multiply in lower precision. The fast alternative is bfloat16.
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        exported = jax.export.export(
-            jax.jit(lambda images: network.apply(params, images, dtype)), platforms=PLATFORMS
-        )(images)
+        # Arrays that no output depends on must not be constants of the program.
+        idle = {name: params.pop(name) for name in network.idle}
+
+        def apply(images: jax.Array) -> Any:
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), idle)
+            return network.apply({**params, **zeros}, images, dtype)
+
+        try:
+            exported = jax.export.export(jax.jit(apply), platforms=PLATFORMS)(images)
+        except (ValueError, TypeError) as error:  # a module that needs to know the numbers
+            if network.is_repvgg:
+                raise
+            raise ValueError(
+                f"{network.name} cannot be exported for any number"
+                f"{' and size' if network.dynamic_size else ''} of images: {one_line(error)}"
+            ) from error
     path.write_bytes(exported.serialize())
 
 
 def _open_stablehlo(path: Path, network: Network) -> Run:
     call = jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
-    return lambda images: np.asarray(call(images))
+    return lambda images: jax.tree.map(np.asarray, call(images))
 
 
 STABLEHLO = Format(
@@ -63,12 +79,14 @@ STABLEHLO = Format(
     packages=("jax", "jaxlib"),
     tolerances={"float32": TOLERANCE, "bfloat16": 5e-2},
     runtimes=(Runtime("jax", _open_stablehlo),),
+    own_modules=True,
+    maps_and_sizes=True,
 )
 
 
 def write_safetensors(network: Network, path: Path, dtype: str) -> None:
     """Writes every array under its path, `params/stage1_block0/…`; `dtype` is float32."""
-    named = named_leaves({"params": network.params})
+    named = named_leaves(network.variables)
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in named.items()}
     header = {**network.header(SAFETENSORS.layout), **model_header(network)}
     safetensors.numpy.save_file(tensors, path, metadata=header)
@@ -76,7 +94,7 @@ def write_safetensors(network: Network, path: Path, dtype: str) -> None:
 
 def _read_safetensors(path: Path, network: Network) -> Any:
     flat = safetensors.numpy.load_file(path)
-    return unflatten_dict(flat, sep="/")["params"]
+    return unflatten_dict(flat, sep="/")
 
 
 SAFETENSORS = Format(
@@ -86,6 +104,7 @@ SAFETENSORS = Format(
     packages=("safetensors",),
     tolerances=_BITWISE,
     read=_read_safetensors,
+    own_modules=True,
 )
 
 
@@ -94,7 +113,7 @@ def write_orbax(network: Network, path: Path, dtype: str) -> None:
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), {"params": network.params})
+        checkpointer.save(path.absolute(), network.variables)
         checkpointer.wait_until_finished()
 
 
@@ -103,10 +122,11 @@ def _read_orbax(path: Path, network: Network) -> Any:
 
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), network.params
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        network.variables,
     )
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute(), {"params": abstract})["params"]
+        return checkpointer.restore(path.absolute(), abstract)
 
 
 ORBAX = Format(
@@ -117,6 +137,7 @@ ORBAX = Format(
     tolerances=_BITWISE,
     read=_read_orbax,
     marker="_CHECKPOINT_METADATA",
+    own_modules=True,
 )
 
 
@@ -130,7 +151,7 @@ def _torch(family: str) -> Format:
     def read(path: Path, network: Network) -> Any:
         model = network.model
         loaded = load_weights(path, variant=model.variant, num_classes=model.num_classes)
-        return loaded.variables["params"]
+        return loaded.variables
 
     return Format(
         name=f"torch-{family}",

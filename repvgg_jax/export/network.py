@@ -1,5 +1,6 @@
 """What is exported: a network in deploy form, checked, with images to prove artifacts on."""
 
+import copy
 import functools
 import itertools
 import json
@@ -9,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from repvgg_jax import proof
+from repvgg_jax.export.module import output_names, with_settings
 from repvgg_jax.model import RepVGG
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.text import first_few, named_leaves
+from repvgg_jax.text import first_few, named_leaves, one_line
 
 BATCH = 16
 """Images per batch in a proof: enough to keep two cores busy, little memory at 224 pixels."""
@@ -28,51 +31,75 @@ class Network:
     Attributes:
       model: the network in deploy form, computing in float32.
       params: its parameters, nested mappings of float32 NumPy arrays.
+      state: its other variables, e.g. statistics of norms outside of blocks; empty for RepVGG.
       normalize: pixels to what the model takes.
       labels: name of every class in the order of the logits; empty if unknown.
       with_preprocessing: artifacts take uint8 images and return probabilities, instead of
         normalized images and logits.
+      feature_maps: what artifacts return instead: maps of these stages, from the first on.
+      dynamic_size: whether artifacts take images of any height and width.
       images: what proofs run on, as artifacts take them but always
         (images, height, width, channels).
     """
 
     def __init__(
         self,
-        model: RepVGG,
+        model: nn.Module,
         variables: Mapping[str, Any],
         *,
         images: np.ndarray,
         normalize: Normalize,
         labels: Sequence[str] = (),
         with_preprocessing: bool = False,
+        feature_maps: Sequence[str] = (),
+        dynamic_size: bool = False,
     ):
         """Checks everything before anything is written.
 
         Args:
-          model: the network, in either form and any `dtype`.
-          variables: its deploy-form variables, `{"params": …}`, NumPy or JAX.
+          model: the network, in either form and any `dtype`: a RepVGG, or a Linen module of your
+            own. That has a field `deploy`, which it passes to its blocks, or blocks and networks
+            with such a field in fields of its own; it maps images to an array or to mappings or
+            tuples of arrays, all with an axis of images first.
+          variables: its deploy-form variables, `{"params": …}` and, of a module of your own, what
+            `fuse_params` or `fuse_model` left in other collections; NumPy or JAX.
           images: real images (images, height, width, channels), of the size that artifacts
             will take. uint8 as decoded; or normalized floats, unless `with_preprocessing`.
           normalize: pixels to what the model takes.
           labels: name of every class, or none at all.
-          with_preprocessing: see the class.
+          with_preprocessing: see the class; a module of your own keeps its outputs.
+          feature_maps: names of stages, e.g. `("stage2", "stage3", "stage4")`, of a RepVGG: the
+            outputs are their last feature maps, as of its method `features`.
+          dynamic_size: see the class; proofs then run on images of two sizes.
 
         Raises:
           ValueError: variables in training form or of another network, weights that are not
-            finite, images, normalization or labels that do not fit.
+            finite, images, normalization, labels or stages that do not fit.
         """
-        self.model = model.clone(
-            deploy=True,
-            lowering="plain",  # artifacts run on other machines than this one
-            remat=False,
-            dtype=jnp.float32,
-            param_dtype=jnp.float32,
-        )
+        self.model: Any = with_settings(model)
         self.normalize = normalize
         self.labels = tuple(map(str, labels))
         self.with_preprocessing = with_preprocessing
+        self.feature_maps = self._checked_stages(feature_maps)
+        self.dynamic_size = dynamic_size
         self.images = self._checked_images(np.asarray(images))
-        self.params = self._checked_params(variables)
+        self.params, self.state = self._checked_variables(variables)
+        self._check_outputs()
+
+    @property
+    def is_repvgg(self) -> bool:
+        """Whether it is one of this package's networks, whose operators are known."""
+        return isinstance(self.model, RepVGG)
+
+    @property
+    def name(self) -> str:
+        """The architecture's."""
+        return self.model.variant.name if self.is_repvgg else type(self.model).__name__
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All collections."""
+        return {"params": self.params, **self.state}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -87,17 +114,34 @@ class Network:
 
     @property
     def output_name(self) -> str:
-        """What artifacts call their output."""
+        """What artifacts call their output, if it is the only one."""
+        if self.feature_maps or not self.is_repvgg:
+            return next(iter(self.outputs))
         if not self.model.num_classes:
             return "features"
         return "probabilities" if self.with_preprocessing else "logits"
 
-    @property
-    def outputs(self) -> int:
-        """Numbers that an artifact returns per image."""
-        return self.model.num_classes or self.model.variant.features
+    @functools.cached_property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Names of what an artifact returns, and its shape per image."""
+        images = jax.ShapeDtypeStruct(self.images.shape, self.images.dtype)
+        found = jax.eval_shape(lambda images: self.apply(self.params, images), images)
+        if self.is_repvgg and not self.feature_maps:
+            return {self.output_name: found.shape[1:]}
+        shapes = {name: leaf.shape[1:] for name, leaf in output_names(found).items()}
+        return {name: shapes[name] for name in self.feature_maps or shapes}
 
-    def apply(self, params: Any, images: jax.Array, dtype: str = "float32") -> jax.Array:
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Modules that no output depends on: those after the last feature map."""
+        if not self.feature_maps:
+            return ()
+        layers = self.model.layers
+        used = max(i for i, layer in enumerate(layers) if layer.stage == self.feature_maps[-1])
+        after = [layer.name for layer in layers[used + 1 :]]
+        return tuple(name for name in (*after, "head") if name in self.params)
+
+    def apply(self, params: Any, images: jax.Array, dtype: str = "float32") -> Any:
         """What an artifact computes, in JAX.
 
         Args:
@@ -106,56 +150,100 @@ class Network:
           dtype: of the convolutions.
 
         Returns:
-          float32 (images, outputs).
+          float32 (images, outputs); a mapping of feature maps by stage; or what a module of your
+          own returns.
         """
         if self.with_preprocessing:
             images = self.normalize(images)
-        model = self.model.clone(dtype=jnp.dtype(dtype))
-        outputs: Any = model.apply({"params": params}, images)
-        return jax.nn.softmax(outputs) if self.output_name == "probabilities" else outputs
+        model = with_settings(self.model, {"dtype": jnp.dtype(dtype)})
+        variables = {"params": params, **self.state}
+        if self.feature_maps:
+            maps: Any = model.apply(variables, images, method="features")
+            return {stage: maps[stage].astype(jnp.float32) for stage in self.feature_maps}
+        outputs: Any = model.apply(variables, images)
+        if self.is_repvgg and self.output_name == "probabilities":
+            return jax.nn.softmax(outputs)
+        return outputs
 
     @functools.cached_property
     def reference(self) -> np.ndarray:
-        """The JAX model's outputs for `images`, (images, outputs), in full float32 precision."""
-        return proof.logits(self.apply, self.params, self.images, batch_size=BATCH)
+        """The JAX model's outputs for `images`, in full float32 precision.
+
+        (images, outputs), or all numbers of all outputs as (images, numbers).
+        """
+
+        def apply(params: Any, images: jax.Array) -> jax.Array:
+            return self._joined(self.apply(params, images), jnp)
+
+        return proof.logits(apply, self.params, self.images, batch_size=BATCH)
+
+    def at_other_sizes(self) -> list["Network"]:
+        """The same network with smaller images, if artifacts take any size."""
+        if not self.dynamic_size:
+            return []
+        other = copy.copy(self)
+        other.__dict__.pop("reference", None)
+        other.__dict__.pop("outputs", None)
+        height, width, _ = self.image_shape
+        # Of other proportions, and odd where the others are even.
+        other.images = self.images[:3, : max(height - height // 4 - 1, 1), : max(width - 3, 1)]
+        return [other]
 
     def without_preprocessing(self) -> "Network":
         """The same network for formats that hold weights alone: normalized images, logits."""
-        if not self.with_preprocessing:
+        if not (self.with_preprocessing or self.feature_maps or self.dynamic_size):
             return self
         return Network(
             self.model,
-            {"params": self.params},
+            self.variables,
             images=self.images,
             normalize=self.normalize,
             labels=self.labels,
         )
 
     def answers(self, run: Any) -> np.ndarray:
-        """A runtime's outputs for `images`.
+        """A runtime's outputs for `images`, as in `reference`.
 
         The first image goes alone, the others in batches: an artifact that only takes the
         batch size it was made with does not pass.
         """
         ends = [0, 1, *range(1 + BATCH, len(self.images), BATCH), len(self.images)]
         parts = [self.images[start:end] for start, end in itertools.pairwise(ends)]
-        return np.concatenate([np.asarray(run(part)) for part in parts if len(part)])
+        return np.concatenate([self._joined(run(part), np) for part in parts if len(part)])
+
+    def _joined(self, outputs: Any, numpy: Any) -> Any:
+        """All outputs of a batch of images as one array, (images, numbers)."""
+        found = output_names(outputs)
+        names = self.feature_maps or tuple(found)
+        leaves = [numpy.asarray(found[name]) for name in names]
+        if len(leaves) == 1 and leaves[0].ndim == 2:
+            return leaves[0]
+        return numpy.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
 
     def comparable(self, outputs: np.ndarray) -> np.ndarray:
         """Outputs on the scale of logits, on which two runtimes are compared.
 
         Probabilities saturate: if one class has probability 1, any two networks agree. Their
-        logarithms are the logits up to a constant per image.
+        logarithms are the logits up to a constant per image. Of several outputs, each is divided
+        by its largest reference.
         """
-        if self.output_name != "probabilities":
+        if self.is_repvgg and self.output_name == "probabilities":
+            return np.log(np.maximum(outputs, 1e-30, dtype=np.float64))
+        if len(self.outputs) == 1:
             return outputs
-        return np.log(np.maximum(outputs, 1e-30, dtype=np.float64))
+        sizes = [int(np.prod(shape)) for shape in self.outputs.values()]
+        ends = np.cumsum([0, *sizes])
+        largest = [
+            np.abs(self.reference[:, start:end]).max(initial=0)
+            for start, end in itertools.pairwise(ends)
+        ]
+        return outputs / np.repeat(np.where(largest, largest, 1), sizes)
 
     def description(self, layout: str) -> dict[str, Any]:
         """What users of the artifact need to know, for JSON; `layout` is that of its input."""
         height, width, channels = self.image_shape
         return {
-            "variant": self.model.variant.name,
+            "variant": self.name,
             "input": self.input_name,
             "input_dtype": str(self.images.dtype),
             "input_layout": layout,
@@ -165,9 +253,19 @@ class Network:
             "std": list(self.normalize.std),
             # The spelling of this key is part of the formats on disk.
             "normalisation": "inside" if self.with_preprocessing else "(pixels / 255 - mean) / std",
-            "output": self.output_name,
+            "output": self.output_name if len(self.outputs) == 1 else list(self.outputs),
             "labels": list(self.labels),
+            "dynamic_size": self.dynamic_size,
+            **({"strides": self._strides()} if self.feature_maps else {}),
         }
+
+    def _strides(self) -> dict[str, int]:
+        """Pixels of the images per pixel of a stage's feature map."""
+        strides, stride = {}, 1
+        for layer in self.model.layers:
+            stride *= layer.stride
+            strides[layer.stage] = stride
+        return {stage: strides[stage] for stage in self.feature_maps}
 
     def header(self, layout: str) -> dict[str, str]:
         """The description for formats that store text by key; other values become JSON."""
@@ -175,6 +273,41 @@ class Network:
             key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             for key, value in self.description(layout).items()
         }
+
+    def _checked_stages(self, names: Sequence[str]) -> tuple[str, ...]:
+        if not names:
+            return ()
+        if not self.is_repvgg:
+            raise ValueError(
+                f"feature maps are those of a RepVGG's stages; let {self.name} return its own"
+            )
+        stages = list(dict.fromkeys(layer.stage for layer in self.model.layers))
+        if unknown := [name for name in names if name not in stages]:
+            raise ValueError(
+                f"{self.name} has no feature maps {first_few(unknown)}; it has {', '.join(stages)}"
+            )
+        return tuple(stage for stage in stages if stage in names)
+
+    def _check_outputs(self) -> None:
+        if self.is_repvgg:
+            return
+        try:
+            outputs = self.outputs
+        except Exception as error:  # of a module that we know nothing about
+            raise ValueError(f"{self.name} cannot be applied: {one_line(error)}") from error
+        found = jax.eval_shape(
+            lambda images: self.apply(self.params, images),
+            jax.ShapeDtypeStruct((7, *self.image_shape), self.images.dtype),
+        )
+        for name, leaf in output_names(found).items():
+            if leaf.shape[:1] != (7,) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise ValueError(
+                    f"{self.name}: the output {name} for 7 images is {leaf.dtype}{leaf.shape}; "
+                    "export takes floating point arrays with an axis of images first"
+                )
+        shapes = list(outputs.values())
+        if self.labels and (len(shapes) != 1 or shapes[0] != (len(self.labels),)):
+            raise ValueError(f"{len(self.labels)} labels for outputs of shapes {shapes} per image")
 
     def _checked_images(self, images: np.ndarray) -> np.ndarray:
         if images.ndim != 4 or not images.size:
@@ -187,7 +320,7 @@ class Network:
                 f"normalization has means of {len(self.normalize.mean)} channels, but images of "
                 f"shape {images.shape} have {images.shape[-1]}"
             )
-        classes = self.model.num_classes
+        classes = self.model.num_classes if self.is_repvgg else len(self.labels)
         if self.labels and len(self.labels) != classes:
             raise ValueError(
                 f"{len(self.labels)} labels for a classifier of {classes} classes; "
@@ -200,7 +333,7 @@ class Network:
             raise ValueError(f"images are {images.dtype}; expected {wanted} numbers")
         return images.astype(np.float32)
 
-    def _checked_params(self, variables: Any) -> Any:
+    def _checked_variables(self, variables: Any) -> tuple[Any, dict[str, Any]]:
         if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
             summary = (
                 f"a mapping with the keys {first_few(variables)}"
@@ -208,32 +341,44 @@ class Network:
                 else f"a {type(variables).__name__}"
             )
             raise ValueError(f"export takes deploy-form variables, {{'params': …}}, not {summary}")
-        wanted, given = self._shapes(deploy=True), named_leaves(variables["params"])
+        # A RepVGG in deploy form has parameters only; other collections may be left over.
+        collections = ("params",) if self.is_repvgg else tuple(variables)
+        wanted = self._shapes(deploy=True)
+        given = _named({name: variables[name] for name in collections})
         if wanted.keys() != given.keys():
             if given.keys() & self._shapes(deploy=False).keys() - wanted.keys():
                 raise ValueError(
-                    f"the variables of {self.model.variant.name} are in training form; export "
+                    f"the variables of {self.name} are in training form; export "
                     "takes the deploy form: pass them through fuse_params first"
                 )
+            hint = "" if self.is_repvgg else "; does it pass a field deploy to its blocks?"
             raise ValueError(
-                f"these are not the variables of {self.model.variant.name} in deploy form: "
+                f"these are not the variables of {self.name} in deploy form: "
                 f"missing [{first_few(sorted(wanted.keys() - given.keys()))}], "
-                f"unexpected [{first_few(sorted(given.keys() - wanted.keys()))}]"
+                f"unexpected [{first_few(sorted(given.keys() - wanted.keys()))}]{hint}"
             )
         for name, leaf in given.items():
             if leaf.shape != wanted[name].shape:
                 raise ValueError(f"{name}: shape {leaf.shape}, expected {wanted[name].shape}")
-        params = jax.tree.map(_as_float32, jax.device_get(dict(variables["params"])))
-        for name, leaf in named_leaves(params).items():
+        tree = {name: jax.device_get(dict(variables[name])) for name in collections}
+        tree = jax.tree.map(_as_float32, tree)
+        for name, leaf in _named(tree).items():
             if not np.isfinite(leaf).all():
                 raise ValueError(f"{name} has NaN or infinite weights; it cannot be exported")
-        return params
+        return tree.pop("params"), tree
 
     def _shapes(self, *, deploy: bool) -> dict[str, Any]:
-        """The parameters that the model has in one of its forms, by name."""
+        """The variables that the model has in one of its forms, by name."""
         image = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
-        init = self.model.clone(deploy=deploy).init
-        return named_leaves(jax.eval_shape(init, jax.random.key(0), image)["params"])
+        init = with_settings(self.model, {"deploy": deploy}).init
+        variables = jax.eval_shape(init, jax.random.key(0), image)
+        return _named({"params": variables["params"]} if self.is_repvgg else variables)
+
+
+def _named(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by name; those of parameters without the name of their collection."""
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    return {**named_leaves(variables["params"]), **named_leaves(others)}
 
 
 def _as_float32(leaf: Any) -> np.ndarray:

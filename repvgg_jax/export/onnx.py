@@ -1,4 +1,4 @@
-"""ONNX, node by node: NCHW, any batch size, and no node that is not needed.
+"""ONNX, node by node: NCHW, any batch size and, if asked, any image size; no node not needed.
 
 One `Conv` and one `Relu` per block, then `GlobalAveragePool`, `Flatten`, `Gemm`. Weights are
 named like the parameter tree, and the network's description is in `metadata_props`. Opset 17
@@ -53,7 +53,7 @@ class _Graph:
             ir_version=IR_VERSION, producer_name="repvgg-jax", producer_version=__version__
         )
         self.model.opset_import.add(domain="", version=OPSET)
-        self.model.graph.name = network.model.variant.name
+        self.model.graph.name = network.name
 
     def enter(self, images: str) -> str:
         """From the input to the first block: normalization, layout, dtype."""
@@ -90,6 +90,16 @@ class _Graph:
                 return self._node("Gemm", name, x, kernel, bias)
             case operators.Softmax():
                 return self._node("Softmax", "softmax", x, axis=1)
+            case operators.Output(name):
+                return self._output(name, x)
+
+    def _output(self, name: str, x: str) -> str:
+        """Names a value as an output; returns what the next operator continues with."""
+        if name in self.network.feature_maps and self.dtype != np.float32:
+            self._cast(name, x, np.float32, source=self.dtype)
+            return x
+        self.model.graph.node[-1].output[0] = name
+        return name
 
     def _conv(self, conv: operators.Conv, x: str) -> str:
         return self._node(
@@ -133,19 +143,20 @@ class _Graph:
         network = self.network
         inside = network.with_preprocessing
         height, width, channels = network.image_shape
-        shape = (height, width, channels) if inside else (channels, height, width)
+        size = ("height", "width") if network.dynamic_size else (height, width)
+        shape = (*size, channels) if inside else (channels, *size)
         graph = self.model.graph
-        graph.node[-1].output[0] = network.output_name
         graph.input.append(
             helper.make_tensor_value_info(
                 network.input_name, types.UINT8 if inside else types.FLOAT, ("batch", *shape)
             )
         )
-        graph.output.append(
-            helper.make_tensor_value_info(
-                network.output_name, types.FLOAT, ("batch", network.outputs)
-            )
-        )
+        for name, shape in network.outputs.items():
+            if len(shape) == 3:
+                height, width, channels = shape
+                mapped = (f"{name}_height", f"{name}_width")
+                shape = (channels, *(mapped if network.dynamic_size else (height, width)))
+            graph.output.append(helper.make_tensor_value_info(name, types.FLOAT, ("batch", *shape)))
         for key, text in network.header(ONNX.input_layout(network)).items():
             self.model.metadata_props.add(key=key, value=text)
 
@@ -180,12 +191,20 @@ def _nchw(images: np.ndarray, network: Network) -> np.ndarray:
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
+def _answers(outputs: list[np.ndarray], network: Network) -> Any:
+    """A runtime's outputs as the JAX model's: one array, or feature maps by name, NHWC."""
+    if not network.feature_maps:
+        return outputs[0]
+    pairs = zip(network.outputs, outputs, strict=True)
+    return {name: value.transpose(0, 2, 3, 1) for name, value in pairs}
+
+
 def _open_onnxruntime(path: Path, network: Network) -> Run:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    name, output = network.input_name, network.output_name
-    return lambda images: session.run([output], {name: _nchw(images, network)})[0]
+    name, outputs = network.input_name, list(network.outputs)
+    return lambda images: _answers(session.run(outputs, {name: _nchw(images, network)}), network)
 
 
 def _open_openvino(path: Path, network: Network) -> Run:
@@ -197,8 +216,13 @@ def _open_openvino(path: Path, network: Network) -> Run:
     core = openvino.Core()
     # The default is a lower precision on processors that support one.
     compiled = core.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    name, output = network.input_name, network.output_name
-    return lambda images: compiled({name: _nchw(images, network)})[output]
+    name, outputs = network.input_name, list(network.outputs)
+
+    def run(images: np.ndarray) -> Any:
+        found = compiled({name: _nchw(images, network)})
+        return _answers([np.array(found[output]) for output in outputs], network)
+
+    return run
 
 
 ONNX = Format(
@@ -212,5 +236,6 @@ ONNX = Format(
         Runtime("openvino", _open_openvino),
     ),
     tolerances={"float32": TOLERANCE, "float16": 1e-2},
+    maps_and_sizes=True,
     extra="onnx",
 )

@@ -108,7 +108,18 @@ class Softmax:
     """Logits to probabilities."""
 
 
-Operator = Conv | Activation | Linear | Gate | Pool | Softmax
+@dataclasses.dataclass(frozen=True, eq=False)
+class Output:
+    """What has been computed so far is an output, in float32.
+
+    Attributes:
+      name: of the output.
+    """
+
+    name: str
+
+
+Operator = Conv | Activation | Linear | Gate | Pool | Softmax | Output
 
 
 def operators(network: Network) -> list[Operator]:
@@ -119,13 +130,21 @@ def operators(network: Network) -> list[Operator]:
     """
     found: list[Operator] = []
     model = network.model.bind({"params": network.params})
-    for layer in network.model.layers:
+    layers = network.model.layers
+    last = {layer.stage: layer.name for layer in layers}
+    wanted = {last[stage]: stage for stage in network.feature_maps}
+    for layer in layers:
         found += _block(layer.name, getattr(model, layer.name), network.params[layer.name])
+        if stage := wanted.pop(layer.name, None):
+            found.append(Output(stage))
+            if not wanted:
+                return found
     found.append(Pool())
     if network.model.num_classes:
         found.append(_linear("head", network.params["head"]))
     if network.output_name == "probabilities":
         found.append(Softmax())
+    found.append(Output(network.output_name))
     return found
 
 

@@ -40,7 +40,11 @@ def build(network: Network) -> Any:
     """A `tf.Module` with the weights as variables and a `tf.function` called `serve`."""
     tf = load()
     module = tf.Module(name="repvgg")
-    layers = [_translate(operator, tf) for operator in operators.operators(network)]
+    layers = [
+        _translate(operator, tf)
+        for operator in operators.operators(network)
+        if not isinstance(operator, operators.Output)  # the last one is the only output
+    ]
     module.weights = [variable for _, variables in layers for variable in variables]
 
     def serve(images: Any) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def build(network: Network) -> Any:
     return module
 
 
-def _translate(operator: operators.Operator, tf: Any) -> tuple[Callable[..., Any], list[Any]]:
+def _translate(operator: Any, tf: Any) -> tuple[Callable[..., Any], list[Any]]:
     """An operator as a function of its input and its variables."""
     match operator:
         case operators.Conv():
@@ -90,6 +94,7 @@ def _translate(operator: operators.Operator, tf: Any) -> tuple[Callable[..., Any
             )
         case operators.Softmax():
             return tf.nn.softmax, []
+    raise AssertionError(operator)
 
 
 def _variables(tf: Any, *values: np.ndarray) -> list[Any]:

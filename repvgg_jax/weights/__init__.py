@@ -10,7 +10,12 @@ state_dict    the state dict in whatever was saved, and what lies beside it
 load          files, or timm's pretrained models by name, to variables; merging into others
 """
 
-from repvgg_jax.weights.files import save_weights, to_state_dict
+from repvgg_jax.weights.files import (
+    load_variables,
+    save_variables,
+    save_weights,
+    to_state_dict,
+)
 from repvgg_jax.weights.load import (
     PRETRAINED,
     Merged,
@@ -31,8 +36,10 @@ __all__ = [
     "is_pretrained",
     "load_file_or_pretrained",
     "load_pretrained",
+    "load_variables",
     "load_weights",
     "merge_weights",
+    "save_variables",
     "save_weights",
     "to_state_dict",
 ]

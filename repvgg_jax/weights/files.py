@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from repvgg_jax.files import replacing
 from repvgg_jax.text import first_few, how_to_install, one_line
 from repvgg_jax.variants import Variant, get_variant
 from repvgg_jax.weights import torch_pickle
 from repvgg_jax.weights.archive import open_zip
-from repvgg_jax.weights.detect import detect
+from repvgg_jax.weights.detect import detect, differences
 from repvgg_jax.weights.names import FLAX, naming_for
 from repvgg_jax.weights.tensor import Tensor, describe
 from repvgg_jax.weights.unpickle import Contents
@@ -223,18 +223,92 @@ def save_weights(
       ValueError: unknown suffix, `path` cannot be written, `.pth` without PyTorch, or as
         `to_state_dict`.
     """
-    path = pathlib.Path(path)
-    write = _WRITERS.get(path.suffix)
-    if write is None:
-        raise ValueError(f"{path}: the suffix must be one of {', '.join(_WRITERS)}")
+    writer = _writer(path)
     state = to_state_dict(variables, family=family, variant=variant)
+    _write(path, state, writer)
+
+
+_Writer = Callable[[pathlib.Path, dict[str, np.ndarray]], None]
+
+
+def _writer(path: str | os.PathLike) -> _Writer:
+    writer = _WRITERS.get(pathlib.Path(path).suffix)
+    if writer is None:
+        raise ValueError(f"{path}: the suffix must be one of {', '.join(_WRITERS)}")
+    return writer
+
+
+def _write(path: str | os.PathLike, state: dict[str, np.ndarray], writer: _Writer) -> None:
     try:
-        with replacing(path) as temporary:
+        with replacing(pathlib.Path(path)) as temporary:
             # Created here so that a directory without write permission is an OSError.
             temporary.touch(exist_ok=False)
-            write(temporary, state)
+            writer(temporary, state)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def save_variables(path: str | os.PathLike, variables: Mapping[str, Any]) -> None:
+    """Writes the variables of any Linen module, in either form, as `save_weights` does a RepVGG's.
+
+    Arrays are named by their paths, joined by slashes, and keep their dtypes; `load_variables`
+    reads them.
+
+    Args:
+      path: its suffix selects the format: `.safetensors`, `.npz` or, if PyTorch is installed,
+        `.pth`.
+      variables: nested mappings of NumPy or JAX arrays, e.g. `{"params": …, "batch_stats": …}`.
+
+    Raises:
+      ValueError: unknown suffix, `path` cannot be written, something that is not an array, or a
+        dtype that such files do not have.
+    """
+    writer = _writer(path)
+    state = {}
+    for key, tensor in _described(variables).items():
+        if "" in key.split("/") or tensor.dtype not in (*_WRITABLE, "int32", "int64", "uint32"):
+            raise ValueError(
+                f"variables: {key} has dtype {tensor.dtype}; files take {', '.join(_WRITABLE)}"
+            )
+        state[key] = np.asarray(tensor.read(), order="C")
+    _write(path, state, writer)
+
+
+def load_variables(
+    path: str | os.PathLike, *, like: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Reads what `save_variables` wrote, or the `safetensors` export of a module of your own.
+
+    Args:
+      path: the file; like `load_weights`, this executes nothing in it.
+      like: variables, or `jax.eval_shape` of them, that must have the same names and shapes.
+
+    Returns:
+      Nested dictionaries of NumPy arrays.
+
+    Raises:
+      ValueError: in one line: not such a file, damaged, or not like `like`.
+    """
+    tensors = read(path).value
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()
+    ):
+        raise ValueError(f"{path}: not a flat mapping of arrays; save_variables writes one")
+    if like is not None:
+        wanted = {key: tuple(leaf.shape) for key, leaf in flatten_dict(like, sep="/").items()}
+        found = {key: tensor.shape for key, tensor in tensors.items()}
+        if any(wrong := differences(wanted, found)):
+            raise ValueError(f"{path}: {wrong}")
+    arrays = {}
+    for key, tensor in tensors.items():
+        try:
+            arrays[key] = np.array(tensor.read())
+        except Exception as error:  # of whichever library reads this format
+            raise ValueError(f"{path}: {key} cannot be read: {one_line(error)}") from error
+    try:
+        return unflatten_dict(arrays, sep="/")
+    except (TypeError, AttributeError, IndexError) as error:  # one path is the beginning of another
+        raise ValueError(f"{path}: its keys are no tree: {first_few(arrays)}") from error
 
 
 def _write_safetensors(path: pathlib.Path, state: dict[str, np.ndarray]) -> None:
@@ -266,7 +340,7 @@ def _write_pth(path: pathlib.Path, state: dict[str, np.ndarray]) -> None:
         raise OSError(str(error).splitlines()[0]) from error
 
 
-_WRITERS: dict[str, Callable[[pathlib.Path, dict[str, np.ndarray]], None]] = {
+_WRITERS: dict[str, _Writer] = {
     ".safetensors": _write_safetensors,
     ".npz": _write_npz,
     ".pth": _write_pth,
