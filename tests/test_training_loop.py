@@ -51,6 +51,7 @@ def test_what_a_run_leaves(small_run):
         "metrics.jsonl",
         "tensorboard",
         "curves.png",
+        "confusion.png",
         "report.html",
     }
     assert Workdir(path).read_settings() == small_settings()
@@ -78,7 +79,8 @@ def test_what_is_logged_and_a_trace(tmp_path, caplog):
     assert " batch=128 (16/device) " in lines[0]
     assert lines[1].startswith("compiled for 8x8 in ")
     assert all(w in lines[2] for w in ("step 4/11", "loss", "accuracy", "images/s", "data-wait"))
-    assert "fused (360 images)" in lines[-3]
+    assert "fused (360 images)" in lines[-4]
+    assert lines[-3].startswith("macro accuracy: ")
     assert lines[-1] == f"next: python convert.py --workdir {path} --output deploy"
 
 
@@ -218,7 +220,7 @@ def test_without_a_checkpoint_other_settings_are_accepted(small_run, tmp_path, c
 
 
 def test_only_a_few_settings_that_differ_are_named(small_run):
-    other = small_config("A0", seed=9, train__epochs=3, ema__decay=0.5, eval__every_epochs=2)
+    other = small_config("A0", seed=9, augment__flip=0.5, ema__decay=0.5, train__epochs=3)
     other.optimizer.momentum = other.optimizer.learning_rate = 0.5
     with pytest.raises(ValueError, match=r"; and \d+ more\. ") as caught:
         train(other, small_run[0])
@@ -263,6 +265,7 @@ def test_nan_stops_the_run_after_it_was_written(tmp_path):
     message = str(caught.value)
     assert "no checkpoint" in message
     assert "learning_rate (now 1e+30)" in message
+    assert "another --workdir" not in message  # the directory takes other settings
     bad = rows(tmp_path / "run")[-1]
     assert message.startswith(f"step {bad['step']}: ")
     assert None in bad.values()

@@ -15,6 +15,7 @@ from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.identity import DataIdentity
 from repvgg_jax.train import resume
+from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.classes import for_resuming
 from repvgg_jax.train.evaluate import Evaluator, counted, metrics_row
@@ -330,11 +331,17 @@ def _finish(
         return Outcome(step, stopped_by=stop.signal)
     final = {**metrics_row("final", trained), **metrics_row("final", fused, "_fused")}
     writer.write({"step": step, **final})
-    writer.draw()
+    by_class = ByClass.of(experiment.dataset.classes, fused)
+    writer.draw(by_class)
     accuracy, accuracy_fused = final["final/accuracy"], final["final/accuracy_fused"]
     images = counted(trained, len(experiment.dataset.evaluation))
     logger.info(
         f"validation accuracy: {accuracy:.2%} as trained, {accuracy_fused:.2%} fused ({images})"
+    )
+    logger.info(
+        "macro accuracy: %.2f%%; lowest by class: %s",
+        100 * final["final/macro_accuracy_fused"],
+        by_class.line(),
     )
     best = checkpoints.best()
     if best is not None and best != step:

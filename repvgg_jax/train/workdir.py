@@ -8,6 +8,7 @@ unsound/           checkpoints that were found corrupt, if any
 metrics.jsonl      one JSON object per row
 tensorboard/       the same for TensorBoard
 curves.png         the same as a picture
+confusion.png      what the final evaluation took for what
 report.html        the same as a page, with the configuration and the machine
 profile/           a trace, with --profile_steps
 owner.json         which process holds the directory, while a run is at work
@@ -139,6 +140,11 @@ class Workdir:
     def curves(self) -> pathlib.Path:
         """See the module."""
         return self.path / "curves.png"
+
+    @property
+    def confusion(self) -> pathlib.Path:
+        """See the module."""
+        return self.path / "confusion.png"
 
     @property
     def report(self) -> pathlib.Path:
