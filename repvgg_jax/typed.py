@@ -15,7 +15,7 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     Lists become tuples, objects dataclasses, and integers floats where these are wanted.
 
     Args:
-      kind: `int`, `float`, `str`, `bool`, `None`, `Any`, a dataclass, or a union, tuple
+      kind: `int`, `float`, `str`, `bool`, `None`, `Any`, a literal, a dataclass, or a union, tuple
         or mapping of these.
       value: as `json.loads` returns it.
       name: what messages call the value.
@@ -28,6 +28,11 @@ def typed(kind: Any, value: Any, name: str) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         return _one_of(arguments, value, name)
+    if origin is typing.Literal:
+        if any(type(value) is type(known) and value == known for known in arguments):
+            return value
+        known = ", ".join(map(repr, arguments))
+        raise ValueError(f"{name}={one_line(repr(value), 60)} must be one of {known}")
     if origin is tuple and isinstance(value, (list, tuple)):
         return _tuple(arguments, value, name)
     if origin in (dict, Mapping) and isinstance(value, Mapping):
