@@ -11,9 +11,12 @@ import shutil
 import signal
 
 import chex
+import jax
+import jax.numpy as jnp
 import pytest
 
 from repvgg_jax.cluster import lock
+from repvgg_jax.train import evaluate, loop, memory
 from repvgg_jax.train import step as step_module
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.hooks import parse_steps
@@ -331,3 +334,37 @@ def test_a_run_whose_images_grow(tmp_path, caplog):
     assert "compiled for 16x16 in" in caplog.text
     assert "compiled for 24x24 in" in caplog.text
     assert rows(tmp_path / "run")[-1]["step"] == 8
+
+
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_out_of_memory_is_one_line(where, tmp_path, monkeypatch):
+    """The error is XLA's own; the directory takes the settings that the line advises."""
+
+    def too_much(*_):
+        jax.jit(lambda: jnp.zeros(1 << 45))().block_until_ready()
+
+    if where == "step":
+        monkeypatch.setattr(loop.CompiledStep, "__call__", too_much)
+    else:
+        monkeypatch.setattr(evaluate, "eval_batches", too_much)
+    config = small_config(train__accumulate=2, train__epochs=1)
+    with pytest.raises(ValueError, match=r"out of memory: .*RESOURCE_EXHAUSTED") as caught:
+        train(config, tmp_path / "run")
+    message = str(caught.value)
+    assert "\n" not in message
+    if where == "evaluation":
+        assert "config.eval.batch_size=120" in message
+        return
+    for words in ("batch_size=128", "accumulate=2", "remat=False", "8 images at once per device"):
+        assert words in message
+    needed = float(re.search(r"needs ([0-9.]+) MiB", message)[1])
+    assert 0.05 < needed < 100
+    assert "accumulate=4" in message
+    Workdir(tmp_path / "run").claim(small_settings(train__accumulate=4))
+
+
+def test_other_errors_of_xla_stay_what_they_are():
+    with pytest.raises(jax.errors.JaxRuntimeError), memory.explained(str, str):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+    with pytest.raises(ValueError, match="out of memory"), memory.explained(str, str):
+        raise MemoryError

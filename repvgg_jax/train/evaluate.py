@@ -12,7 +12,8 @@ from repvgg_jax.cluster import consensus
 from repvgg_jax.data.batches import eval_batches
 from repvgg_jax.data.dataset import load
 from repvgg_jax.model import RepVGG
-from repvgg_jax.text import differences
+from repvgg_jax.text import differences, plural
+from repvgg_jax.train import memory
 from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.classes import for_network, note_other_images
 from repvgg_jax.train.experiment import Experiment
@@ -60,6 +61,14 @@ class Evaluator:
         Returns:
           None if `stop` was requested. `class_accuracy` is NaN for a class without images.
         """
+        with memory.explained(self._needs, lambda: "less: a smaller batch"):
+            return self._evaluate(model, variables, stop)
+
+    def _needs(self) -> str:
+        batch, devices = self._experiment.settings.eval.batch_size, self._experiment.mesh.size
+        return f"evaluation of config.eval.batch_size={batch} on {plural(devices, 'device')}"
+
+    def _evaluate(self, model: RepVGG, variables: Any, stop: StopRequest | None) -> Means | None:
         batches = eval_batches(
             self._experiment.dataset,
             batch_size=self._experiment.settings.eval.batch_size,

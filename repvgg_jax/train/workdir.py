@@ -221,7 +221,8 @@ class Workdir:
 
     def _remove_leftovers(self) -> None:
         """Removes what processes left that were killed while they wrote a file."""
-        for file in (self.config, self.metadata, self.metrics, self.curves, self.report):
+        pictures = (self.curves, self.confusion)
+        for file in (self.config, self.metadata, self.metrics, *pictures, self.report):
             for left in files.leftovers(file):
                 files.remove(left)
 
