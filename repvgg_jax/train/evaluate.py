@@ -196,19 +196,19 @@ def evaluate_only(
     if workdir is not None:
         _check_same_network(settings, workdir)  # before any data are read
     consensus.announce(batch_size=settings.eval.batch_size)
-    dataset = load(settings.data)
+    dataset = load(settings.data, training=False)
     if workdir is None:
         loaded = load_source(settings.init_from, settings)
         dataset = for_network(
             dataset, loaded.classes, owner=settings.init_from, other_data=other_data
         )
-        experiment = Experiment.from_config(settings, dataset=dataset)
+        experiment = Experiment.from_config(settings, dataset=dataset, training=False)
         variables, source = _from_weights(experiment, loaded)
     else:
         run = load_run(workdir, step=step)
         dataset = for_network(dataset, run.classes, owner=str(run.path), other_data=other_data)
         note_other_images(dataset, run.metadata, owner=str(run.path))
-        experiment = Experiment.from_config(settings, dataset=dataset)
+        experiment = Experiment.from_config(settings, dataset=dataset, training=False)
         variables, source = run.variables, str(run)
     variables = jax.device_put(variables, experiment.replicated)
     evaluator = Evaluator(experiment)

@@ -108,6 +108,7 @@ class Experiment:
         *,
         dataset: Dataset | None = None,
         devices: Sequence[jax.Device] | None = None,
+        training: bool = True,
     ) -> "Experiment":
         """Loads the data and builds everything else.
 
@@ -115,6 +116,7 @@ class Experiment:
           config: a complete configuration, or settings.
           dataset: replaces the one that `config.data.source` names.
           devices: default: all devices of all processes.
+          training: False for evaluation alone, which needs no training images.
 
         Raises:
           ValueError: the first setting that cannot work, and what would.
@@ -130,12 +132,12 @@ class Experiment:
                     f"{dataset.name} have {channels} channels"
                 )
         batch_size = settings.train.batch_size
-        if batch_size > len(dataset.train):
+        if batch_size > len(dataset.train) and training:
             raise ValueError(
                 f"config.train.batch_size={batch_size} is more than the {len(dataset.train):,} "
                 f"training images of {dataset.name}"
             )
-        steps_per_epoch = len(dataset.train) // batch_size
+        steps_per_epoch = max(1, len(dataset.train) // batch_size)
         offset = settings.train.step_offset
         total_steps = settings.train.epochs * steps_per_epoch - offset
         normalize = Normalize(mean, std)
@@ -151,7 +153,7 @@ class Experiment:
                 auxiliary_weight=settings.train.auxiliary_weight,
                 class_weights=(
                     balanced_weights(class_counts(dataset.train, len(dataset.classes)))
-                    if settings.train.class_weights == "balanced"
+                    if settings.train.class_weights == "balanced" and training
                     else ()
                 ),
             ),
