@@ -15,8 +15,8 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     Lists become tuples, objects dataclasses, and integers floats where these are wanted.
 
     Args:
-      kind: `int`, `float`, `str`, `bool`, `None`, `Any`, a literal, a dataclass, or a
-        union, tuple or mapping of these.
+      kind: `int`, `float`, `str`, `bool`, `None`, `Any`, a literal, a dataclass, or a union, tuple
+        or mapping of these.
       value: as `json.loads` returns it.
       name: what messages call the value.
 
@@ -31,6 +31,8 @@ def typed(kind: Any, value: Any, name: str) -> Any:
     if origin is typing.Literal:
         if any(type(value) is type(known) and value == known for known in arguments):
             return value
+        known = ", ".join(map(repr, arguments))
+        raise ValueError(f"{name}={one_line(repr(value), 60)} must be one of {known}")
     if origin is tuple and isinstance(value, (list, tuple)):
         return _tuple(arguments, value, name)
     if origin in (dict, Mapping) and isinstance(value, Mapping):
@@ -101,7 +103,5 @@ def _words(kind: Any) -> str:
         return "an object"
     if typing.get_origin(kind) is tuple:
         return "a list"
-    if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     return names.get(kind, str(kind))

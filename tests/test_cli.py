@@ -29,7 +29,7 @@ def test_evaluating_what_was_trained(digits_run, arguments, source):
     last = json.loads((digits_run / "runs/digits/metrics.jsonl").read_text().splitlines()[-1])
     accuracy = next(line for line in table if line.startswith("accuracy")).split()[1:]
     assert accuracy == [f"{last['final/accuracy']:.4f}", f"{last['final/accuracy_fused']:.4f}"]
-    assert len(table) == 3 + 10 * ("--by_class" in arguments)
+    assert len(table) == 4 + 1 + 10 * ("--by_class" in arguments)
     assert not (digits_run / "nowhere").exists()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import pickle
 import shutil
 
 import numpy as np
@@ -20,6 +21,7 @@ from repvgg_jax.data.identity import (
     with_classes,
 )
 from repvgg_jax.data.sources import ArraySource, load_digits, load_folder
+from repvgg_jax.data.splits import hold_out
 from repvgg_jax.export import parse_targets
 from repvgg_jax.train.classes import fit_head
 from repvgg_jax.train.evaluate import evaluate_only
@@ -273,3 +275,69 @@ def test_data_that_were_moved_are_the_same(shades_run, tmp_path, caplog):
     outcome = train(tree_config(tmp_path / "moved" / "data"), tmp_path / "moved" / "run")
     assert outcome.step == 18
     assert f"-> 'folder:{tmp_path / 'moved' / 'data'}'" in caplog.text
+
+
+class TestSplits:
+    """A test set alone, folders of other names, and images that are held out."""
+
+    def test_a_test_set_alone(self, shades_run, tmp_path):
+        config = tree_config(shades_run / "data")
+        whole = evaluate_only(config, shades_run / "run")
+        shutil.copytree(shades_run / "data" / "val", tmp_path / "set" / "test")
+        for root, split in ((tmp_path / "set", "test"), (tmp_path / "set" / "test", ".")):
+            config.data.source, config.data.eval_split = f"folder:{root}", split
+            found = evaluate_only(config, shades_run / "run")
+            assert found.total == 16
+            np.testing.assert_array_equal(found.trained["confusion"], whole.trained["confusion"])
+        with pytest.raises(ValueError, match="train is not a directory"):
+            Experiment.from_config(config)
+
+    def test_folders_of_other_names(self, shades_run, tmp_path):
+        shutil.copytree(shades_run / "data" / "val", tmp_path / "validation")
+        shutil.copytree(shades_run / "data" / "train", tmp_path / "fit")
+        found = Experiment.from_config(tree_config(tmp_path, data__train_split="fit")).dataset
+        assert (len(found.train), len(found.evaluation)) == (48, 16)
+        assert (found.train.root.name, found.evaluation.root.name) == ("fit", "validation")
+        config = tree_config(tmp_path, data__train_split="fit", data__eval_split="none")
+        with pytest.raises(ValueError, match="none is not a directory"):
+            Experiment.from_config(config)
+
+    def test_a_share_of_each_class_is_held_out(self, shades_run, tmp_path):
+        shutil.copytree(shades_run / "data" / "train", tmp_path / "train")
+        config = tree_config(tmp_path, data__holdout=0.25)
+        found = Experiment.from_config(config).dataset
+        assert np.bincount(found.evaluation.labels).tolist() == [3, 3, 3, 3]
+        assert np.bincount(found.train.labels).tolist() == [9, 9, 9, 9]
+        every = [
+            source[i]["name"]
+            for source in (found.train, found.evaluation)
+            for i in range(len(source))
+        ]
+        assert len(set(every)) == 48
+        again = Experiment.from_config(config).dataset
+        assert DataIdentity.of(again) == DataIdentity.of(found)
+        assert pickle.loads(pickle.dumps(found.train))[7]["name"] == found.train[7]["name"]
+
+    def test_small_classes_keep_an_image_on_either_side(self):
+        labels = np.array([0] * 50 + [1] * 2 + [2])
+        source = ArraySource(np.arange(53, dtype=np.uint8)[:, None, None, None], labels)
+        for share in (0.01, 0.5, 0.99):
+            rest, held = hold_out(source, share)
+            assert {1, 2} <= set(rest.labels)
+            assert set(held.labels) == {0, 1}
+            assert sorted([*rest.numbers, *held.numbers]) == list(range(53))
+        with pytest.raises(ValueError, match="too few"):
+            hold_out(ArraySource(source.images[:1], labels[:1]), 0.5)
+
+    def test_in_memory_and_without_labels(self):
+        dataset = Experiment.from_config(small_config(data__holdout=0.1)).dataset
+        assert len(dataset.train) + len(dataset.evaluation) == 1437
+        assert dataset.image_shape == (8, 8, 1)
+        assert min(np.bincount(dataset.evaluation.labels)) >= 13
+
+        class Plain(list):
+            pass
+
+        rest, held = hold_out(Plain({"label": 0, "image": i} for i in range(10)), 0.3)
+        assert (len(rest), len(held), held.labels, held.names) == (7, 3, None, None)
+        assert {rest[i]["image"] for i in range(7)}.isdisjoint(held[i]["image"] for i in range(3))

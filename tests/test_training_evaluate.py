@@ -22,7 +22,7 @@ def test_a_run(small_run):
         assert found.fused[name] == pytest.approx(last[f"final/{name}_fused"], rel=1e-6)
     lines = found.lines(by_class=True)
     assert lines[0] == f"step 22 of {small_run[0]}: 360 images"
-    assert len(lines) == 2 + 3 + 10
+    assert len(lines) == 2 + 4 + 1 + 10
 
 
 def test_an_earlier_step_at_another_batch(small_run):

@@ -11,9 +11,12 @@ import shutil
 import signal
 
 import chex
+import jax
+import jax.numpy as jnp
 import pytest
 
 from repvgg_jax.cluster import lock
+from repvgg_jax.train import evaluate, loop, memory
 from repvgg_jax.train import step as step_module
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.hooks import parse_steps
@@ -51,6 +54,7 @@ def test_what_a_run_leaves(small_run):
         "metrics.jsonl",
         "tensorboard",
         "curves.png",
+        "confusion.png",
         "report.html",
     }
     assert Workdir(path).read_settings() == small_settings()
@@ -78,7 +82,8 @@ def test_what_is_logged_and_a_trace(tmp_path, caplog):
     assert " batch=128 (16/device) " in lines[0]
     assert lines[1].startswith("compiled for 8x8 in ")
     assert all(w in lines[2] for w in ("step 4/11", "loss", "accuracy", "images/s", "data-wait"))
-    assert "fused (360 images)" in lines[-3]
+    assert "fused (360 images)" in lines[-4]
+    assert lines[-3].startswith("macro accuracy: ")
     assert lines[-1] == f"next: python convert.py --workdir {path} --output deploy"
 
 
@@ -218,7 +223,7 @@ def test_without_a_checkpoint_other_settings_are_accepted(small_run, tmp_path, c
 
 
 def test_only_a_few_settings_that_differ_are_named(small_run):
-    other = small_config("A0", seed=9, train__epochs=3, ema__decay=0.5, eval__every_epochs=2)
+    other = small_config("A0", seed=9, augment__flip=0.5, ema__decay=0.5, train__epochs=3)
     other.optimizer.momentum = other.optimizer.learning_rate = 0.5
     with pytest.raises(ValueError, match=r"; and \d+ more\. ") as caught:
         train(other, small_run[0])
@@ -263,6 +268,7 @@ def test_nan_stops_the_run_after_it_was_written(tmp_path):
     message = str(caught.value)
     assert "no checkpoint" in message
     assert "learning_rate (now 1e+30)" in message
+    assert "another --workdir" not in message  # the directory takes other settings
     bad = rows(tmp_path / "run")[-1]
     assert message.startswith(f"step {bad['step']}: ")
     assert None in bad.values()
@@ -334,3 +340,37 @@ def test_a_run_whose_images_grow(tmp_path, caplog):
     assert "compiled for 24x16 in" in caplog.text
     assert Workdir(tmp_path / "run").read_metadata().eval_shape == (20, 36, 3)
     assert rows(tmp_path / "run")[-1]["step"] == 8
+
+
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_out_of_memory_is_one_line(where, tmp_path, monkeypatch):
+    """The error is XLA's own; the directory takes the settings that the line advises."""
+
+    def too_much(*_):
+        jax.jit(lambda: jnp.zeros(1 << 45))().block_until_ready()
+
+    if where == "step":
+        monkeypatch.setattr(loop.CompiledStep, "__call__", too_much)
+    else:
+        monkeypatch.setattr(evaluate, "eval_batches", too_much)
+    config = small_config(train__accumulate=2, train__epochs=1)
+    with pytest.raises(ValueError, match=r"out of memory: .*RESOURCE_EXHAUSTED") as caught:
+        train(config, tmp_path / "run")
+    message = str(caught.value)
+    assert "\n" not in message
+    if where == "evaluation":
+        assert "config.eval.batch_size=120" in message
+        return
+    for words in ("batch_size=128", "accumulate=2", "remat=False", "8 images at once per device"):
+        assert words in message
+    needed = float(re.search(r"needs ([0-9.]+) MiB", message)[1])
+    assert 0.05 < needed < 100
+    assert "accumulate=4" in message
+    Workdir(tmp_path / "run").claim(small_settings(train__accumulate=4))
+
+
+def test_other_errors_of_xla_stay_what_they_are():
+    with pytest.raises(jax.errors.JaxRuntimeError), memory.explained(str, str):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+    with pytest.raises(ValueError, match="out of memory"), memory.explained(str, str):
+        raise MemoryError

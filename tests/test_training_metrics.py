@@ -7,12 +7,15 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from repvgg_jax import cli
 from repvgg_jax.train import report
+from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.metrics import MetricsWriter
 from repvgg_jax.train.workdir import Workdir
 from tests.helpers.runs import rows, small_experiment
@@ -31,8 +34,13 @@ def test_tensorboard_events_hold_the_same_numbers(small_run):
     assert RecordWriter  # the format that was read above is tensorboardX's
     for row in rows(path):
         for name, value in row.items():
-            if "/" in name:
-                assert found[name, row["step"]] == pytest.approx(value, rel=1e-6)
+            if name not in ("step", "epoch"):
+                tag = name if "/" in name else f"speed/{name}"
+                assert found[tag, row["step"]] == pytest.approx(value, rel=1e-6)
+    rates = [row["train/learning_rate"] for row in rows(path) if "train/loss" in row]
+    wanted = small_experiment().learning_rate
+    assert rates == [wanted(step) for step in (4, 8, 11, 12, 16, 20, 22)]
+    assert max(rates) == pytest.approx(0.4 / 2, rel=0.1)  # per 256 images
 
 
 def test_a_clock_that_jumps_stops_nothing(tmp_path, monkeypatch):
@@ -65,9 +73,14 @@ def test_the_page_holds_everything_and_needs_nothing(small_run):
         "Configuration",
         "batch_size",
         "jaxlib",
+        "lowest accuracy",
+        "Confusion matrix",
+        "macro_accuracy",
+        "<td>best</td>",
     ):
         assert words in text
     assert "data:image/png;base64," in text
+    assert (path / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert not re.search(r"(src|href)=\"(?!data:)", text)  # nothing is loaded from anywhere
 
 
@@ -131,3 +144,42 @@ class TestLogHandler:
         assert capsys.readouterr() == ("" if index else "a\n", f"process {index}: b\n")
         log.info("c", extra={"all_processes": True})
         assert capsys.readouterr() == (f"process {index}: c\n", "")
+
+
+def test_the_best_of_several_evaluations():
+    table = [{"step": 1, "eval/accuracy": 0.5}, {"step": 2, "eval/accuracy": 0.7}, {"step": 3}]
+    table += [{"step": 4, "eval/accuracy": 0.7}, {"step": 5, "eval/accuracy": None}]
+    assert report.best_row(table) is table[3]
+    assert report.best_row([{"step": 3}]) is None
+
+
+class TestByClass:
+    """Of four classes: a is always right, b is taken for c, c is always wrong, d has no images."""
+
+    confusion = np.array([[3, 0, 0, 0], [0, 1, 3, 0], [2, 0, 0, 0], [0, 0, 0, 0]])
+
+    def found(self):
+        images = self.confusion.sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            accuracy = np.diag(self.confusion) / images
+        means = {"class_images": images, "class_accuracy": accuracy, "confusion": self.confusion}
+        return ByClass.of("abcd", means)
+
+    def test_the_worst_classes(self):
+        assert self.found().worst(9) == [2, 1, 0]
+        assert self.found().line(2) == "c 0.0% of 2, b 25.0% of 4"
+        _, table = self.found().table()
+        assert table[0] == ("c", "2", "0.0%", "a (100%)")
+        assert table[1] == ("b", "4", "25.0%", "c (75%)")
+        assert table[2] == ("a", "3", "100.0%", "")
+
+    @pytest.mark.parametrize("count", [4, 40, 200])
+    def test_the_picture(self, count, tmp_path):
+        wide = np.zeros((count, count), int)
+        wide[:4, :4] = self.confusion
+        images = wide.sum(axis=1)
+        names = [f"class {i}" for i in range(count)]
+        ByClass(tuple(names), images, images * 0.0, wide).draw(tmp_path / "c.png")
+        with Image.open(tmp_path / "c.png") as picture:
+            assert min(picture.size) > 300
+            assert max(picture.size) < 1400

@@ -9,7 +9,13 @@ import pytest
 
 from repvgg_jax import create_model
 from repvgg_jax.reparam import decay_mask, equivalent_l2
-from repvgg_jax.train.experiment import Experiment, make_optimizer, schedule
+from repvgg_jax.train.experiment import (
+    Experiment,
+    balanced_weights,
+    frozen_names,
+    make_optimizer,
+    schedule,
+)
 from repvgg_jax.train.settings import OptimizerSettings, Settings
 from repvgg_jax.train.step import Classification, EvalStep
 from repvgg_jax.train.validate import check_batches
@@ -404,3 +410,111 @@ def test_initial_state_is_a_function_of_the_seed():
     assert jnp.result_type(state.step) == jnp.int32
     kernels = [r.params["stem"]["conv3x3"]["kernel"] for r in (state, other.initial_state())]
     assert (np.asarray(kernels[0]) != np.asarray(kernels[1])).all()
+
+
+class TestFreezing:
+    @pytest.mark.parametrize("options", [{}, {"model__remat": True, "train__accumulate": 3}])
+    def test_frozen_blocks_stay_and_compute_as_in_evaluation(self, options):
+        run = small_experiment(
+            train__freeze=("stem", "stage1"),
+            optimizer__weight_decay=0.1,
+            optimizer__warmup_epochs=0.0,
+            ema__decay=0.9,
+            augment__affine__shift=0.0,
+            bn__group_size=8 if options else "global",
+            train__batch_size=24,
+            **options,
+        )
+        batch, state = batch_of(run, 24), run.initial_state()
+        noisy = random_variables(run.model, channels=1, size=8)
+        state = state.replace(**noisy, ema=noisy)
+        after, metrics = quick_jit(run.train_step)(state, batch)
+        for tree in ("params", "batch_stats"):
+            for name in ("stem", "stage1_block0"):
+                for new, old in (
+                    (getattr(after, tree), noisy[tree]),
+                    (after.ema[tree], noisy[tree]),
+                ):
+                    chex.assert_trees_all_equal(new[name], jax.tree.map(np.asarray, old[name]))
+        moved = jax.tree.map(
+            lambda a, b: float(np.abs(a - b).max()),
+            after.params["stage2_block0"],
+            noisy["params"]["stage2_block0"],
+        )
+        assert min(jax.tree.leaves(moved)) > 0
+        if options:
+            return
+        bound = run.model.bind(noisy, mutable=["batch_stats"])
+        inner = bound.features(run.normalize(batch["image"]))["stage1"]
+        last = bound.stage2_block0(inner, True)
+        logits = np.asarray(bound.head(last.mean(axis=(1, 2))))
+        wanted, _ = run.task.loss(logits, {}, run.task.targets(batch["label"]))
+        np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-4)
+        assert metrics["grad_norm"] > 0
+
+    def test_what_names_stand_for(self):
+        model = create_model(TINY_AUXILIARY, num_classes=3)
+        blocks = [layer.name for layer in model.layers]
+        stage = blocks[1].partition("_")[0]
+        found = frozen_names(model, ("stem", stage))
+        assert found == tuple(b for b in blocks if b == "stem" or b.startswith(stage))
+        with pytest.raises(ValueError, match="'stage9' names no block"):
+            frozen_names(model, ("stage9",))
+        with pytest.raises(ValueError, match="nothing to train"):
+            frozen_names(model, (*blocks, "aux", "head"))
+
+
+class TestClassWeights:
+    def test_they_are_one_on_average(self):
+        weights = balanced_weights(np.array([30, 10, 0, 60]))
+        np.testing.assert_allclose(weights, [100 / 90, 100 / 30, 1, 100 / 180])
+        assert np.dot(weights, [30, 10, 0, 60]) == pytest.approx(100)
+
+    def test_the_loss_by_hand(self, rng):
+        logits = rng.normal(size=(5, 3)).astype(np.float32)
+        labels, weights = np.array([0, 2, 1, 1, 0]), (0.5, 2.0, 3.0)
+        task = Classification(3, class_weights=weights, auxiliary_weight=0.25)
+        loss, _ = task.loss(logits, {"aux": logits}, task.targets(labels))
+        log = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        wanted = np.mean([-weights[y] * row[y] for y, row in zip(labels, log, strict=True)])
+        np.testing.assert_allclose(loss, 1.25 * wanted, rtol=1e-5)
+
+    def test_the_setting(self):
+        task = small_experiment(train__class_weights="balanced").task
+        labels = small_experiment().dataset.train.labels
+        assert np.mean(np.asarray(task.class_weights)[labels]) == pytest.approx(1)
+        assert small_experiment().task.class_weights == ()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_head_has_a_rate_of_its_own(name, rng):
+    params = {
+        part: {"kernel": rng.normal(size=(3, 4)).astype(np.float32)}
+        for part in ("stem", "head", "aux_stem")
+    }
+    options = {"batch_size": 256, "steps_per_epoch": 1, "total_steps": 9}
+    updates = []
+    for factor in (1.0, 5.0):
+        settings = OptimizerSettings(name=name, head_factor=factor, clip_norm=1.0)
+        optimizer = make_optimizer(settings, **options)
+        update, _ = optimizer.update(params, optimizer.init(params), params)
+        updates.append(update)
+    plain, scaled = updates
+    np.testing.assert_array_equal(scaled["stem"]["kernel"], plain["stem"]["kernel"])
+    for part in ("head", "aux_stem"):
+        np.testing.assert_allclose(scaled[part]["kernel"], 5 * plain[part]["kernel"], rtol=1e-6)
+
+
+def test_what_is_taken_for_what(rng):
+    """The confusion matrix counts every image that the mask keeps once."""
+    logits = rng.normal(size=(20, 4)).astype(np.float32)
+    labels, mask = rng.integers(0, 4, 20), rng.integers(0, 2, 20).astype(bool)
+    sums = Classification(4).evaluate(logits, {"label": labels, "mask": mask})
+    wanted = np.zeros((4, 4))
+    for label, row, kept in zip(labels, logits, mask, strict=True):
+        wanted[label, row.argmax()] += kept
+    np.testing.assert_array_equal(sums["confusion"], wanted)
+    np.testing.assert_array_equal(np.diag(sums["confusion"]), sums["class_accuracy"])
+    assert "confusion" not in Classification(1001).evaluate(
+        np.zeros((2, 1001), np.float32), {"label": labels[:2], "mask": mask[:2]}
+    )

@@ -17,6 +17,7 @@ from repvgg_jax.data.images import CenterCrop, RandomResizedCrop
 from repvgg_jax.data.records import load_records, load_tfds
 from repvgg_jax.data.settings import DataSettings, Size, height_width
 from repvgg_jax.data.sources import ArraySource, Source, Splits, load_digits, load_fake, load_folder
+from repvgg_jax.data.splits import folder_splits, hold_out, tfds_splits
 from repvgg_jax.text import did_you_mean, one_line, plural
 
 logger = logging.getLogger(__name__)
@@ -252,19 +253,23 @@ class Dataset:
         return np.stack(images)
 
 
-_LOADERS: Mapping[str, Callable[[str, DataSettings], Splits]] = {
-    "digits": lambda _, settings: load_digits(),
-    "fake": lambda _, settings: load_fake(),
-    "tfds:": lambda name, settings: load_tfds(
-        name,
-        directory=settings.directory,
-        train_split=settings.train_split,
-        eval_split=settings.eval_split,
-    ),
-    "folder:": lambda path, settings: load_folder(
-        pathlib.Path(path).expanduser(), allow_empty=settings.allow_empty
-    ),
-    "records:": lambda path, settings: load_records(pathlib.Path(path).expanduser()),
+def _load_tfds(name: str, settings: DataSettings, training: bool) -> Splits:
+    train, evaluation = tfds_splits(settings, training=training)
+    return load_tfds(name, directory=settings.directory, train_split=train, eval_split=evaluation)
+
+
+def _load_folder(path: str, settings: DataSettings, training: bool) -> Splits:
+    root = pathlib.Path(path).expanduser()
+    splits = folder_splits(root, settings, training=training)
+    return load_folder(root, splits=splits, allow_empty=settings.allow_empty)
+
+
+_LOADERS: Mapping[str, Callable[[str, DataSettings, bool], Splits]] = {
+    "digits": lambda _, settings, training: load_digits(),
+    "fake": lambda _, settings, training: load_fake(),
+    "tfds:": _load_tfds,
+    "folder:": _load_folder,
+    "records:": lambda path, settings, training: load_records(pathlib.Path(path).expanduser()),
 }
 
 _SOURCES = "digits, fake, tfds:NAME, folder:DIRECTORY, records:DIRECTORY"
@@ -275,11 +280,13 @@ def decoder_of(settings: DataSettings) -> Decoder:
     return Decoder(settings.max_pixels, settings.background, settings.white)
 
 
-def load(settings: DataSettings) -> Dataset:
+def load(settings: DataSettings, *, training: bool = True) -> Dataset:
     """Loads the data set that `config.data` describes.
 
     Args:
       settings: `config.data`.
+      training: False for evaluation alone: without training images, the validation images take
+        their place.
 
     Raises:
       ValueError: unknown or missing data, or a setting that does not fit them.
@@ -291,7 +298,7 @@ def load(settings: DataSettings) -> Dataset:
         raise ValueError(
             f"unknown data set {name!r} in config.data.source; {hint}there are: {_SOURCES}"
         )
-    train, evaluation, classes = _LOADERS[kind + colon](location, settings)
+    train, evaluation, classes = _LOADERS[kind + colon](location, settings, training)
     if settings.num_classes and settings.num_classes != len(classes):
         raise ValueError(
             f"config.data.num_classes={settings.num_classes}, but {name} has {len(classes)} "
@@ -308,6 +315,8 @@ def load(settings: DataSettings) -> Dataset:
             f"config.data.train_size=0, but the images of {name} differ in size; "
             f"--config.data.train_size=224 is usual for ImageNet"
         )
+    if settings.holdout:
+        train, evaluation = hold_out(train, settings.holdout)
     decoder = decoder_of(settings)
     crop = RandomResizedCrop(settings.crop_scale, settings.crop_ratio, decoder)
     return Dataset(

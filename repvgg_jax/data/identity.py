@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -11,6 +12,8 @@ import numpy as np
 from repvgg_jax.data.dataset import Dataset
 from repvgg_jax.data.sources import Source
 from repvgg_jax.text import first_few
+
+logger = logging.getLogger(__name__)
 
 _SAMPLED = 64  # images of a source without file names that are read for its fingerprint
 
@@ -74,6 +77,19 @@ class DataIdentity:
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return dataclasses.asdict(self)
+
+
+def class_counts(source: Source, classes: int) -> np.ndarray:
+    """Number of images by label, int64 (classes,); reads all images if the source has no labels.
+
+    Raises:
+      OSError: an image cannot be read.
+    """
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        logger.info("counting the images of each class: reading all %s", f"{len(source):,}")
+        labels = [int(source[index]["label"]) for index in range(len(source))]
+    return np.bincount(np.asarray(labels, np.int64), minlength=classes)
 
 
 def fingerprint(source: Source) -> str:

@@ -61,8 +61,16 @@ class DataSettings(Section, path="config.data"):
         "digits", "digits, fake, tfds:NAME, folder:DIRECTORY or records:DIRECTORY"
     )
     directory: str = setting("", "where TFDS prepared tfds:NAME; empty: its own default")
-    train_split: str = setting("train", "split of tfds:NAME to train on")
-    eval_split: str = setting("validation", "split of tfds:NAME to evaluate on")
+    train_split: str = setting("train", "split of tfds:NAME, or folder of folder:, to train on")
+    eval_split: str = setting(
+        "validation", "the same to evaluate on; of folder:, val if there is no validation"
+    )
+    holdout: float = setting(
+        0.0,
+        "share of each class's training images to evaluate on instead of eval_split; 0: none",
+        least=0,
+        below=1,
+    )
     num_classes: int = setting(0, "number of classes to expect; 0: any", least=0)
     allow_empty: bool = setting(
         False, "classes of a folder tree may lack images; they are named, and keep their numbers"

@@ -146,7 +146,7 @@ class FolderSource:
 
 
 def load_folder(
-    root: pathlib.Path, *, allow_empty: bool = False
+    root: pathlib.Path, *, splits: tuple[str, str] = FOLDER_SPLITS, allow_empty: bool = False
 ) -> tuple[FolderSource, FolderSource, tuple[str, ...]]:
     """Training images, validation images and class names.
 
@@ -154,29 +154,32 @@ def load_folder(
     the order of directories, then of names. Files that are not images are counted in a warning.
 
     Args:
-      root: holds `train` and `val`, with a folder per class.
-      allow_empty: classes may lack images, and `val` may lack classes; a warning names them.
+      root: holds the two splits, with a folder per class in each.
+      splits: their folders, of training and of validation; twice the same if there is one only.
+      allow_empty: classes may lack images, and the second split may lack classes; a warning names
+        them.
 
     Raises:
       ValueError: no such tree, an empty class, or splits of different classes.
     """
-    for split in FOLDER_SPLITS:
+    for split in splits:
         if not (root / split).is_dir():
             raise ValueError(
                 f"{root / split} is not a directory; a class-per-folder tree has "
-                f"{root}/train/CLASS/IMAGE.JPEG and {root}/val/CLASS/IMAGE.JPEG"
+                f"{root}/train/CLASS/IMAGE.JPEG and {root}/val/CLASS/IMAGE.JPEG; "
+                f"config.data.train_split and eval_split name other folders, and "
+                f"config.data.holdout=0.2 evaluates on a share of the training images"
             )
-    train, val = (_folders(root / split) for split in FOLDER_SPLITS)
-    only = {"train": sorted(set(train) - set(val)), "val": sorted(set(val) - set(train))}
-    if only["val"] or (only["train"] and not allow_empty):
+    train, val = (_folders(root / split) for split in splits)
+    missing, added = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    if added or (missing and not allow_empty):
+        only = zip(splits, (missing, added), strict=True)
         raise ValueError(
-            f"{root}: train and val have different classes; "
-            + "; ".join(
-                f"only in {split}: {first_few(names)}" for split, names in only.items() if names
-            )
-            + ("" if only["val"] else "; config.data.allow_empty=True allows that")
+            f"{root}: {' and '.join(splits)} have different classes; "
+            + "; ".join(f"only in {split}: {first_few(names)}" for split, names in only if names)
+            + ("" if added else "; config.data.allow_empty=True allows that")
         )
-    sources = [_folder_source(root / split, train, allow_empty) for split in FOLDER_SPLITS]
+    sources = [_folder_source(root / split, train, allow_empty) for split in splits]
     return sources[0], sources[1], tuple(train)
 
 

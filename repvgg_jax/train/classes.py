@@ -13,7 +13,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from repvgg_jax.data.dataset import Dataset
-from repvgg_jax.data.identity import DataIdentity, class_difference, with_classes
+from repvgg_jax.data.identity import (
+    DataIdentity,
+    SplitIdentity,
+    class_difference,
+    with_classes,
+)
 from repvgg_jax.train.workdir import RunMetadata
 from repvgg_jax.weights import Weights
 from repvgg_jax.weights.tree import in_head
@@ -86,7 +91,7 @@ def note_other_images(dataset: Dataset, metadata: RunMetadata, *, owner: str) ->
     """Warns if the validation images are not those that a run was evaluated on."""
     if metadata.data is None:
         return
-    now = DataIdentity.of(dataset).evaluation
+    now = SplitIdentity.of(dataset.evaluation, len(dataset.classes))
     if difference := metadata.data.evaluation.difference(now, metadata.classes):
         logger.warning(
             "the validation images of %s are not those of %s: %s", dataset.name, owner, difference

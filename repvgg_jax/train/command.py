@@ -60,7 +60,7 @@ EXTEND = flags.DEFINE_bool(
     "extend",
     False,
     "Resume with another config.train.epochs or batch_size: the run goes on where it is, with the "
-    "learning rates of a run that had them from its start.",
+    "learning rates of a run that had them from its start; or with another accumulate or remat.",
 )
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", "", "FIRST:END, steps to write a trace of; 10:20 traces 10 to 19."

@@ -12,7 +12,9 @@ from repvgg_jax.cluster import consensus
 from repvgg_jax.data.batches import eval_batches
 from repvgg_jax.data.dataset import load
 from repvgg_jax.model import RepVGG
-from repvgg_jax.text import differences
+from repvgg_jax.text import differences, plural
+from repvgg_jax.train import memory
+from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.classes import for_network, note_other_images
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.hooks import StopRequest
@@ -47,7 +49,9 @@ class Evaluator:
     ) -> Means | None:
         """Means over the images: `loss`, `accuracy`, `top5`, and `class_accuracy` by label.
 
-        `images` is the number of images counted: all that could be decoded.
+        `macro_accuracy` is the mean over classes that have images. `images` is the number of
+        images counted, all that could be decoded, and `class_images` that by label; `confusion`
+        as `Classification.evaluate` counts it.
 
         Args:
           model: in either form.
@@ -57,6 +61,14 @@ class Evaluator:
         Returns:
           None if `stop` was requested. `class_accuracy` is NaN for a class without images.
         """
+        with memory.explained(self._needs, lambda: "less: a smaller batch"):
+            return self._evaluate(model, variables, stop)
+
+    def _needs(self) -> str:
+        batch, devices = self._experiment.settings.eval.batch_size, self._experiment.mesh.size
+        return f"evaluation of config.eval.batch_size={batch} on {plural(devices, 'device')}"
+
+    def _evaluate(self, model: RepVGG, variables: Any, stop: StopRequest | None) -> Means | None:
         batches = eval_batches(
             self._experiment.dataset,
             batch_size=self._experiment.settings.eval.batch_size,
@@ -69,11 +81,14 @@ class Evaluator:
             parts.append(self._compiled(model, variables, batch)(variables, batch))
         sums = jax.device_get(jax.tree.map(lambda *values: sum(values), *parts))
         count, class_count = sums.pop("count"), sums.pop("class_count")
-        class_correct = sums.pop("class_accuracy")
+        class_correct, confusion = sums.pop("class_accuracy"), sums.pop("confusion", None)
         with np.errstate(invalid="ignore"):
             means = {name: np.asarray(value / count) for name, value in sums.items()}
             means["class_accuracy"] = class_correct / class_count
-        return {**means, "images": np.asarray(count, np.int64)}
+            known = means["class_accuracy"][class_count > 0]
+            means["macro_accuracy"] = np.asarray(known.mean() if known.size else np.nan)
+        counts = {"images": np.asarray(count, np.int64), "class_images": class_count}
+        return {**means, **counts, **({} if confusion is None else {"confusion": confusion})}
 
     def _compiled(self, model: RepVGG, variables: Any, batch: Any) -> jax.stages.Compiled:
         if model not in self._steps:
@@ -136,6 +151,8 @@ class Evaluation:
             f"{name:24}{self.trained[name]:12.4f}{self.fused[name]:12.4f}"
             for name in scalars(self.trained)
         ]
+        found = ByClass.of(self.classes, self.fused)
+        lines.append(f"lowest by class, fused: {found.line()}")
         if by_class:
             trained, fused = self.trained["class_accuracy"], self.fused["class_accuracy"]
             lines += [
@@ -179,19 +196,19 @@ def evaluate_only(
     if workdir is not None:
         _check_same_network(settings, workdir)  # before any data are read
     consensus.announce(batch_size=settings.eval.batch_size)
-    dataset = load(settings.data)
+    dataset = load(settings.data, training=False)
     if workdir is None:
         loaded = load_source(settings.init_from, settings)
         dataset = for_network(
             dataset, loaded.classes, owner=settings.init_from, other_data=other_data
         )
-        experiment = Experiment.from_config(settings, dataset=dataset)
+        experiment = Experiment.from_config(settings, dataset=dataset, training=False)
         variables, source = _from_weights(experiment, loaded)
     else:
         run = load_run(workdir, step=step)
         dataset = for_network(dataset, run.classes, owner=str(run.path), other_data=other_data)
         note_other_images(dataset, run.metadata, owner=str(run.path))
-        experiment = Experiment.from_config(settings, dataset=dataset)
+        experiment = Experiment.from_config(settings, dataset=dataset, training=False)
         variables, source = run.variables, str(run)
     variables = jax.device_put(variables, experiment.replicated)
     evaluator = Evaluator(experiment)

@@ -6,18 +6,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from repvgg_jax.data.augment import Augmentation, Mixing, make_augmentation, make_mixing
 from repvgg_jax.data.dataset import Dataset, TrainSizes, load
+from repvgg_jax.data.identity import class_counts
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.reparam import decay_mask
+from repvgg_jax.text import did_you_mean
 from repvgg_jax.train.settings import OptimizerSettings, Settings
 from repvgg_jax.train.state import TrainState, data_mesh, initial_state, state_sharding
 from repvgg_jax.train.step import Classification, TrainStep
+from repvgg_jax.weights.tree import in_head
 
 REFERENCE_BATCH = 256  # images; learning rates are stated for this batch
 
@@ -34,6 +39,36 @@ def build_model(settings: Settings, num_classes: int) -> RepVGG:
         remat=settings.model.remat,
         dtype=_DTYPES[settings.model.dtype],
     )
+
+
+def frozen_names(model: RepVGG, given: Sequence[str]) -> tuple[str, ...]:
+    """The blocks and heads that names of blocks, or of stages, stand for.
+
+    Raises:
+      ValueError: a name that stands for nothing, or all blocks and the classifier.
+    """
+    names = [layer.name for layer in model.layers]
+    names += [f"aux_{block}" for block in model.variant.auxiliary] + ["head"]
+    found: list[str] = []
+    for name in given:
+        meant = [known for known in names if known == name or known.startswith(f"{name}_")]
+        if not meant:
+            stages = dict.fromkeys(layer.stage for layer in model.layers)
+            raise ValueError(
+                f"config.train.freeze: {did_you_mean(name, names)}{name!r} names no block of "
+                f"{model.variant.name}; there are {', '.join(stages)}, their blocks, e.g. "
+                f"{names[1]}, and head"
+            )
+        found += meant
+    if set(found) == set(names):
+        raise ValueError(f"config.train.freeze={tuple(given)} leaves nothing to train")
+    return tuple(dict.fromkeys(found))
+
+
+def balanced_weights(counts: np.ndarray) -> tuple[float, ...]:
+    """A weight per class, inversely proportional to its images, 1 on average over all images."""
+    present = counts > 0
+    return tuple(np.where(present, counts.sum() / (present.sum() * np.maximum(counts, 1)), 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +108,7 @@ class Experiment:
         *,
         dataset: Dataset | None = None,
         devices: Sequence[jax.Device] | None = None,
+        training: bool = True,
     ) -> "Experiment":
         """Loads the data and builds everything else.
 
@@ -80,6 +116,7 @@ class Experiment:
           config: a complete configuration, or settings.
           dataset: replaces the one that `config.data.source` names.
           devices: default: all devices of all processes.
+          training: False for evaluation alone, which needs no training images.
 
         Raises:
           ValueError: the first setting that cannot work, and what would.
@@ -95,23 +132,30 @@ class Experiment:
                     f"{dataset.name} have {channels} channels"
                 )
         batch_size = settings.train.batch_size
-        if batch_size > len(dataset.train):
+        if batch_size > len(dataset.train) and training:
             raise ValueError(
                 f"config.train.batch_size={batch_size} is more than the {len(dataset.train):,} "
                 f"training images of {dataset.name}"
             )
-        steps_per_epoch = len(dataset.train) // batch_size
+        steps_per_epoch = max(1, len(dataset.train) // batch_size)
         offset = settings.train.step_offset
         total_steps = settings.train.epochs * steps_per_epoch - offset
         normalize = Normalize(mean, std)
+        model = build_model(settings, len(dataset.classes))
+        frozen_names(model, settings.train.freeze)  # raises for one that names nothing
         return cls(
             settings=settings,
             dataset=dataset,
-            model=build_model(settings, len(dataset.classes)),
+            model=model,
             task=Classification(
                 num_classes=len(dataset.classes),
                 label_smoothing=settings.train.label_smoothing,
                 auxiliary_weight=settings.train.auxiliary_weight,
+                class_weights=(
+                    balanced_weights(class_counts(dataset.train, len(dataset.classes)))
+                    if settings.train.class_weights == "balanced" and training
+                    else ()
+                ),
             ),
             optimizer=make_optimizer(
                 settings.optimizer,
@@ -144,6 +188,7 @@ class Experiment:
             microbatches=self.settings.train.accumulate,
             group_size=self.settings.bn.group_size or 1,
             unrolled=self.mesh.devices.flat[0].platform == "cpu",
+            frozen=frozen_names(self.model, self.settings.train.freeze),
         )
 
     def lower_step(self, size: tuple[int, int] | None = None) -> jax.stages.Lowered:
@@ -297,6 +342,9 @@ def make_optimizer(
         return decay_mask(params, equivalent_l2=settings.equivalent_l2)
 
     clipping = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
+    heads = []
+    if settings.head_factor != 1:  # so that states of runs without it keep their structure
+        heads = [optax.masked(optax.scale(settings.head_factor), _is_head)]
     if settings.name == "adamw":
         adamw = optax.adamw(
             rate,
@@ -306,10 +354,16 @@ def make_optimizer(
             weight_decay=settings.weight_decay,
             mask=mask,
         )
-        return optax.chain(*clipping, adamw)
+        return optax.chain(*clipping, adamw, *heads)
     decay = optax.add_decayed_weights(settings.weight_decay, mask=mask)
     sgd = optax.sgd(rate, momentum=settings.momentum, nesterov=settings.nesterov)
-    return optax.chain(*clipping, decay, sgd)
+    return optax.chain(*clipping, decay, sgd, *heads)
+
+
+def _is_head(params: Any) -> Any:
+    """Whether each parameter belongs to the classifier or to an auxiliary one."""
+    leaves = flatten_dict(params)
+    return unflatten_dict({path: in_head(("params", *path)) for path in leaves})
 
 
 def schedule(

@@ -14,7 +14,8 @@ from repvgg_jax.cluster import consensus, watchdog
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.identity import DataIdentity
-from repvgg_jax.train import resume
+from repvgg_jax.train import memory, resume
+from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.classes import for_resuming
 from repvgg_jax.train.evaluate import Evaluator, counted, metrics_row
@@ -161,7 +162,8 @@ class _Begun:
         settings = resume.resumed(self.settings, given, step=self.step, images=images)
         if changes:
             logger.info("%s goes on with %s", self.path, "; ".join(changes))
-        if settings.train != self.settings.train:
+        length = settings.train.epochs, settings.train.batch_size
+        if length != (self.settings.train.epochs, self.settings.train.batch_size):
             old, new = (
                 Experiment.from_config(s, dataset=dataset) for s in (self.settings, settings)
             )
@@ -185,8 +187,26 @@ def _train_steps(
     stop: StopRequest,
     profile: Profile,
 ) -> TrainState:
+    step_fn, settings = CompiledStep(experiment), experiment.settings
+    devices = experiment.mesh.size
+    with memory.explained(
+        lambda: memory.of_step(settings, step_fn.programs, devices),
+        lambda: memory.advice_for_step(settings),
+    ):
+        return _run_steps(experiment, state, step_fn, checkpoints, writer, evaluator, stop, profile)
+
+
+def _run_steps(
+    experiment: Experiment,
+    state: TrainState,
+    step_fn: "CompiledStep",
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+    evaluator: Evaluator,
+    stop: StopRequest,
+    profile: Profile,
+) -> TrainState:
     settings, start_step = experiment.settings, int(state.step)
-    step_fn = CompiledStep(experiment)
     if _stopped_before(start_step, stop):
         return state
     step_fn.compile(
@@ -244,6 +264,11 @@ class CompiledStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         """Takes a step; consumes `state`."""
         return self.compile(batch["image"].shape[1:3])(state, batch)
+
+    @property
+    def programs(self) -> list[jax.stages.Compiled]:
+        """What was compiled so far."""
+        return list(self._compiled.values())
 
     def compile(self, size: tuple[int, int]) -> jax.stages.Compiled:
         """The step for images of this height and width."""
@@ -331,11 +356,17 @@ def _finish(
         return Outcome(step, stopped_by=stop.signal)
     final = {**metrics_row("final", trained), **metrics_row("final", fused, "_fused")}
     writer.write({"step": step, **final})
-    writer.draw()
+    by_class = ByClass.of(experiment.dataset.classes, fused)
+    writer.draw(by_class)
     accuracy, accuracy_fused = final["final/accuracy"], final["final/accuracy_fused"]
     images = counted(trained, len(experiment.dataset.evaluation))
     logger.info(
         f"validation accuracy: {accuracy:.2%} as trained, {accuracy_fused:.2%} fused ({images})"
+    )
+    logger.info(
+        "macro accuracy: %.2f%%; lowest by class: %s",
+        100 * final["final/macro_accuracy_fused"],
+        by_class.line(),
     )
     best = checkpoints.best()
     if best is not None and best != step:

@@ -16,6 +16,7 @@ import rich.live
 from repvgg_jax.files import write_text
 from repvgg_jax.text import named_leaves
 from repvgg_jax.train import report
+from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.tensorboard import EventFile
@@ -23,6 +24,8 @@ from repvgg_jax.train.workdir import Workdir
 from repvgg_jax.typed import typed
 
 Row = Mapping[str, float]
+
+_SPEED = ("images_per_second_per_device", "data_wait")
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,11 @@ class MetricsWriter:
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         with self._workdir.metrics.open("a") as file:
             file.write(json.dumps(finite) + "\n")
-        scalars = {name: value for name, value in row.items() if "/" in name}
+        scalars = {
+            name if "/" in name else f"speed/{name}": value
+            for name, value in row.items()
+            if "/" in name or name in _SPEED
+        }
         self._board.write(int(row["step"]), scalars)
         if "train/loss" in row:
             if self._live is None:
@@ -92,8 +99,12 @@ class MetricsWriter:
         """Whether there is a row of an evaluation at that step."""
         return any(row["step"] == step and "eval/loss" in row for row in self._rows)
 
-    def draw(self) -> None:
-        """Writes `curves.png` and `report.html` of all rows so far."""
+    def draw(self, by_class: ByClass | None = None) -> None:
+        """Writes `curves.png` and `report.html` of all rows so far.
+
+        Args:
+          by_class: of the final evaluation, for `confusion.png`.
+        """
         if self._active:
             report.write(
                 self._workdir,
@@ -101,6 +112,7 @@ class MetricsWriter:
                 f"{self._experiment.dataset.name}",
                 rows=self._rows,
                 config=self._experiment.settings.as_json(),
+                by_class=by_class,
             )
 
     def __enter__(self) -> Self:
@@ -199,7 +211,8 @@ class StepMetrics:
 
     def _write(self) -> None:
         if self._count:
-            self._writer.write(self._row)
+            rate = self._experiment.learning_rate(int(self._row["step"]))
+            self._writer.write({**self._row, "train/learning_rate": rate})
 
     def _diagnosis(self, step: int, loss: float, bad_leaf: int) -> str:
         optimizer = self._experiment.settings.optimizer
@@ -207,10 +220,12 @@ class StepMetrics:
         if math.isfinite(loss):
             name = list(named_leaves(self._experiment.abstract_state().params))[bad_leaf]
             what = f"the gradient of {name} is not finite (the loss is {loss:g})"
+        # Without a checkpoint, the run directory takes other settings.
+        where = "" if self._checkpoints.newest() is None else ", in another --workdir"
         return (
             f"step {step}: {what}; {self._checkpoints.last_good()}; a smaller "
             f"config.optimizer.learning_rate (now {optimizer.learning_rate:g}) or a longer "
-            f"config.optimizer.warmup_epochs (now {optimizer.warmup_epochs:g}) usually helps"
+            f"config.optimizer.warmup_epochs (now {optimizer.warmup_epochs:g}) usually helps{where}"
         )
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from repvgg_jax.files import replacing, write_text
 from repvgg_jax.text import versions
+from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.workdir import Workdir
 
 Row = Mapping[str, Any]
@@ -32,21 +33,32 @@ img { max-width: 100% }
 """
 
 
-def write(workdir: Workdir, *, title: str, rows: Sequence[Row], config: Mapping[str, Any]) -> None:
-    """Writes `curves.png` and `report.html`.
+def write(
+    workdir: Workdir,
+    *,
+    title: str,
+    rows: Sequence[Row],
+    config: Mapping[str, Any],
+    by_class: ByClass | None = None,
+) -> None:
+    """Writes `curves.png` and `report.html`, and `confusion.png` after the final evaluation.
 
     Args:
       workdir: the run directory.
       title: of the run.
       rows: of `metrics.jsonl`.
       config: the content of `config.json`.
+      by_class: of the final evaluation, fused.
     """
     draw_curves(rows, workdir.curves, title)
+    if by_class is not None:
+        by_class.draw(workdir.confusion)
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="quiet">{html.escape(_state(rows))}</p>',
         *_forms(rows),
-        *_curves(workdir),
+        *_picture("Curves", "loss and accuracy", workdir.curves),
+        *_classes(by_class, workdir),
         *_evaluations(rows),
         *_speed(rows),
         "<h2>Configuration</h2>",
@@ -89,11 +101,22 @@ def _forms(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _curves(workdir: Workdir) -> list[str]:
-    if not workdir.curves.exists():
+def _picture(title: str, text: str, path: pathlib.Path) -> list[str]:
+    if not path.exists():
         return []
-    data = base64.b64encode(workdir.curves.read_bytes()).decode()
-    return ["<h2>Curves</h2>", f'<img alt="loss and accuracy" src="data:image/png;base64,{data}">']
+    data = base64.b64encode(path.read_bytes()).decode()
+    return [f"<h2>{title}</h2>", f'<img alt="{text}" src="data:image/png;base64,{data}">']
+
+
+def _classes(by_class: ByClass | None, workdir: Workdir) -> list[str]:
+    if by_class is None:
+        return []
+    picture = (
+        []
+        if by_class.confusion is None
+        else _picture("Confusion matrix, fused", "confusion matrix", workdir.confusion)
+    )
+    return ["<h2>Classes of the lowest accuracy, fused</h2>", _table(*by_class.table()), *picture]
 
 
 def _evaluations(rows: Sequence[Row]) -> list[str]:
@@ -101,13 +124,27 @@ def _evaluations(rows: Sequence[Row]) -> list[str]:
     if not found:
         return []
     names = [name for name in found[0] if name.startswith("eval/")]
+    best = best_row(found)
     return [
         "<h2>Evaluations</h2>",
         _table(
-            ["step", *(name.removeprefix("eval/") for name in names)],
-            [(f"{row['step']:,}", *(_number(row.get(name)) for name in names)) for row in found],
+            ["step", *(name.removeprefix("eval/") for name in names), ""],
+            [
+                (
+                    f"{row['step']:,}",
+                    *(_number(row.get(name)) for name in names),
+                    "best" if row is best else "",
+                )
+                for row in found
+            ],
         ),
     ]
+
+
+def best_row(rows: Sequence[Row]) -> Row | None:
+    """The evaluation with the best accuracy, the last of equal ones; None if there is none."""
+    found = [row for row in rows if row.get("eval/accuracy") is not None]
+    return max(found, key=lambda row: (row["eval/accuracy"], row["step"]), default=None)
 
 
 def _speed(rows: Sequence[Row]) -> list[str]:
@@ -185,6 +222,17 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: pathlib.Path, title: st
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     loss.set_ylim(bottom=0)
     accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+    best = best_row(rows)
+    if best is not None:
+        accuracy.plot(
+            best["step"],
+            best["eval/accuracy"],
+            marker="*",
+            markersize=10,
+            linestyle="none",
+            color=_EVAL,
+            label=f"best, step {best['step']:,}",
+        )
     final = [row for row in rows if "final/accuracy" in row]
     if final:
         value = final[-1]["final/accuracy"]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from repvgg_jax.data.dataset import load
-from repvgg_jax.data.identity import DataIdentity
+from repvgg_jax.data.identity import SplitIdentity
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.export.description import read_description
@@ -169,7 +169,7 @@ def validation_images(
     if data is not None:
         return data_images(dataclasses.replace(settings, source=data), run.eval_shape, count)
     try:
-        dataset = load(settings)
+        dataset = load(settings, training=False)
         images = dataset.evaluation_images(count)
     except (ImportError, OSError, ValueError) as error:  # only training needs some libraries
         images, what = photographs(run.eval_shape)
@@ -179,7 +179,7 @@ def validation_images(
         images, what = photographs(run.eval_shape)
         return images, f"{what} (those of {settings.source} have another shape)"
     known = run.metadata.data
-    now = DataIdentity.of(dataset).evaluation
+    now = SplitIdentity.of(dataset.evaluation, len(dataset.classes))
     if known and (difference := known.evaluation.difference(now, run.classes)):
         text += f" (not those of the run: {difference})"
     return images, text
@@ -193,7 +193,7 @@ def data_images(
     Raises:
       ValueError: it is not there, or has images of another shape.
     """
-    images = load(settings).evaluation_images(count)
+    images = load(settings, training=False).evaluation_images(count)
     if images.shape[1:] != shape:
         raise ValueError(
             f"images of {settings.source} have the shape {images.shape[1:]}, but the network "

@@ -2,7 +2,8 @@
 
 Those that say how something is read, evaluated or written always may. With `--extend` so may the
 length and the batch: the run then goes on at the same point of the same epoch, and from there on
-the learning rate is that of a run which had the new length and batch from its start.
+the learning rate is that of a run which had the new length and batch from its start. So may
+settings that trade memory for time and change no more than rounding.
 """
 
 import dataclasses
@@ -23,7 +24,12 @@ FREE = (
     "config.checkpoint",
     "config.report",
 )
-EXTENDABLE = ("config.train.epochs", "config.train.batch_size")
+EXTENDABLE = (
+    "config.train.epochs",
+    "config.train.batch_size",
+    "config.train.accumulate",  # this and the next change rounding and the memory that is needed
+    "config.model.remat",
+)
 
 _NAMED = 5  # settings that differ, in a message
 

@@ -104,12 +104,26 @@ class TrainSettings(Section, path="config.train"):
     )
     shard_optimizer: bool = setting(False, "shard momentum and EMA over the devices (ZeRO stage 1)")
     auxiliary_weight: float = setting(0.1, "of each auxiliary head's loss (plus-L2pse)", least=0)
+    class_weights: str = setting(
+        "none",
+        "of the loss; balanced: each class counts as much as any other, however rare it is",
+        choices=("none", "balanced"),
+    )
+    freeze: tuple[str, ...] = setting(
+        (),
+        'blocks that stay as they are, by name or stage, e.g. ("stem", "stage1", "stage2_block0")',
+    )
     compiler_options: tuple[str, ...] = setting(
         (), 'XLA options of the step, ("NAME=VALUE", …); docs/covariance.md has one for TPUs'
     )
 
     def check(self) -> None:
-        """Checks the form of the compiler options."""
+        """Checks the form of the compiler options and of the names to freeze."""
+        if not all(isinstance(name, str) and name for name in self.freeze):
+            raise ValueError(
+                f"config.train.freeze={self.freeze!r} must hold names of blocks or stages, e.g. "
+                '("stem", "stage1")'
+            )
         if not all(isinstance(text, str) and "=" in text for text in self.compiler_options):
             raise ValueError(
                 f"config.train.compiler_options={self.compiler_options!r} must hold strings "
@@ -145,6 +159,9 @@ class OptimizerSettings(Section, path="config.optimizer"):
     epsilon: float = setting(1e-8, "adamw", above=0)
     weight_decay: float = setting(1e-4, "of kernels and of the identity branch's scale", least=0)
     equivalent_l2: bool = setting(False, "decay the equivalent kernel, not its two branches")
+    head_factor: float = setting(
+        1.0, "learning rate of the classifiers over that of everything else", least=0
+    )
     clip_norm: float = setting(0.0, "largest norm of the gradient; 0: any", least=0)
 
 

@@ -1,5 +1,6 @@
 """The task, and one step of training and of evaluation, as pure functions."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,9 @@ from repvgg_jax.normalize import Normalize
 from repvgg_jax.reparam import equivalent_l2
 from repvgg_jax.train.state import TrainState
 
+MOST_CONFUSED = 1000
+"""Classes up to which the confusion matrix is counted; it has their number squared entries."""
+
 Batch = Mapping[str, Any]
 Sums = Mapping[str, jax.Array]
 
@@ -26,11 +30,13 @@ class Classification:
       num_classes: number of classes.
       label_smoothing: fraction of the target that goes to all classes evenly.
       auxiliary_weight: weight of each auxiliary head's loss.
+      class_weights: of the loss of each class, 1 on average over images; empty for 1.
     """
 
     num_classes: int
     label_smoothing: float = 0.0
     auxiliary_weight: float = 0.0
+    class_weights: tuple[float, ...] = ()
 
     def targets(self, labels: jax.Array) -> jax.Array:
         """Smoothed one-hot targets (images, classes) of labels (images,)."""
@@ -49,8 +55,12 @@ class Classification:
           auxiliary: logits of the auxiliary heads, by name; may be empty.
           targets: probabilities (images, classes).
         """
-        main = optax.softmax_cross_entropy(logits, targets).mean()
-        heads = [optax.softmax_cross_entropy(head, targets).mean() for head in auxiliary.values()]
+        weighted = targets
+        if self.class_weights:
+            # Not divided by the weights of the batch, so that the mean over microbatches is exact.
+            weighted = targets * jnp.asarray(self.class_weights, jnp.float32)[None]
+        main = optax.softmax_cross_entropy(logits, weighted).mean()
+        heads = [optax.softmax_cross_entropy(head, weighted).mean() for head in auxiliary.values()]
         loss = main + self.auxiliary_weight * sum(heads, start=jnp.zeros_like(main))
         return loss, {"loss": loss, "accuracy": _in_top(1, logits, targets.argmax(-1)).mean()}
 
@@ -60,7 +70,8 @@ class Classification:
         `loss` is without smoothing, so that it is comparable between recipes. `accuracy` and
         `top5` (if there are more than five classes) count the images whose label is among the
         one and five largest logits; `class_count` and `class_accuracy` (classes,) are the number
-        of images and of correct ones per label.
+        of images and of correct ones per label. Up to `MOST_CONFUSED` classes, `confusion`
+        (classes, classes) is the number of images by label and by predicted class.
         """
         mask, labels = batch["mask"].astype(jnp.float32), batch["label"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -73,6 +84,10 @@ class Classification:
             "class_count": by_label.sum(axis=0),
             "class_accuracy": (by_label * right[:, None]).sum(axis=0),
         }
+        if self.num_classes <= MOST_CONFUSED:
+            predicted = jax.nn.one_hot(logits.argmax(-1), self.num_classes)
+            exact = jax.lax.Precision.HIGHEST
+            sums["confusion"] = jnp.matmul(by_label.T, predicted, precision=exact)
         if self.num_classes > 5:
             sums["top5"] = (_in_top(5, logits, labels) * mask).sum()
         return sums
@@ -111,6 +126,8 @@ class TrainStep:
       microbatch_sharding: of (microbatches, images, …); None leaves it to the compiler.
       unrolled: unroll the loop over microbatches. Loops are slow on CPUs; elsewhere they save
         memory.
+      frozen: names of blocks and heads that stay as they are, running statistics included, which
+        they also use in training.
     """
 
     model: nn.Module
@@ -125,6 +142,7 @@ class TrainStep:
     group_size: int = 1
     microbatch_sharding: jax.sharding.Sharding | None = None
     unrolled: bool = False
+    frozen: tuple[str, ...] = ()
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         """Takes one step on `batch`: uint8 images (n, height, width, channels) and labels (n,)."""
@@ -141,8 +159,12 @@ class TrainStep:
             gradients = jax.tree.map(
                 lambda g, p: g + self.equivalent_l2 / 2 * p, gradients, penalty
             )
+        if self.frozen:
+            still = jax.tree.map(jnp.zeros_like, state.params)
+            gradients = self._keep(gradients, still)  # of the penalty
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = self._keep(optax.apply_updates(state.params, updates), state.params)
+        batch_stats = self._keep(batch_stats, state.batch_stats)
         squares = jnp.stack([jnp.square(g).sum() for g in jax.tree.leaves(gradients)])
         bad = ~jnp.isfinite(squares)
         new_state = TrainState(
@@ -170,12 +192,14 @@ class TrainStep:
 
         def of_microbatch(images: jax.Array, targets: jax.Array) -> tuple[Any, Any, Sums]:
             def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
-                logits, updated = self.model.apply(
-                    {"params": params, "batch_stats": state.batch_stats},
-                    images,
-                    train=True,
-                    mutable=["batch_stats", "auxiliary"],
-                )
+                params = self._keep(params, jax.lax.stop_gradient(params))
+                with _frozen(self.frozen):
+                    logits, updated = self.model.apply(
+                        {"params": params, "batch_stats": state.batch_stats},
+                        images,
+                        train=True,
+                        mutable=["batch_stats", "auxiliary"],
+                    )
                 loss, metrics = self.task.loss(logits, updated.get("auxiliary", {}), targets)
                 return loss, (updated["batch_stats"], metrics)
 
@@ -217,7 +241,31 @@ class TrainStep:
         if not state.ema:
             return state.ema
         decay = jnp.minimum(self.ema_decay, (1 + state.step) / (10 + state.step))
-        return optax.incremental_update(variables, state.ema, 1 - decay)
+        averaged = optax.incremental_update(variables, state.ema, 1 - decay)
+        return {name: self._keep(averaged[name], state.ema[name]) for name in averaged}
+
+    def _keep(self, new: Any, old: Any) -> Any:
+        """`new` with what is frozen from `old`, which is exact: averaging would round."""
+        if not self.frozen:
+            return new
+        return {name: old[name] if name in self.frozen else leaf for name, leaf in new.items()}
+
+
+def _frozen(names: tuple[str, ...]) -> contextlib.AbstractContextManager[Any]:
+    """A context in which blocks of these names compute as in evaluation."""
+    if not names:
+        return contextlib.nullcontext()
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        path = context.module.path
+        if context.method_name == "__call__" and path and path[0] in names:
+            if "train" in kwargs:
+                kwargs = {**kwargs, "train": False}
+            elif len(args) > 1 and isinstance(args[1], bool):
+                args = (args[0], False, *args[2:])
+        return call(*args, **kwargs)
+
+    return nn.intercept_methods(intercept)
 
 
 @dataclasses.dataclass(frozen=True)

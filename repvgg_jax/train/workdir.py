@@ -8,6 +8,7 @@ unsound/           checkpoints that were found corrupt, if any
 metrics.jsonl      one JSON object per row
 tensorboard/       the same for TensorBoard
 curves.png         the same as a picture
+confusion.png      what the final evaluation took for what
 report.html        the same as a page, with the configuration and the machine
 profile/           a trace, with --profile_steps
 owner.json         which process holds the directory, while a run is at work
@@ -141,6 +142,11 @@ class Workdir:
         return self.path / "curves.png"
 
     @property
+    def confusion(self) -> pathlib.Path:
+        """See the module."""
+        return self.path / "confusion.png"
+
+    @property
     def report(self) -> pathlib.Path:
         """See the module."""
         return self.path / "report.html"
@@ -215,7 +221,8 @@ class Workdir:
 
     def _remove_leftovers(self) -> None:
         """Removes what processes left that were killed while they wrote a file."""
-        for file in (self.config, self.metadata, self.metrics, self.curves, self.report):
+        pictures = (self.curves, self.confusion)
+        for file in (self.config, self.metadata, self.metrics, *pictures, self.report):
             for left in files.leftovers(file):
                 files.remove(left)
 

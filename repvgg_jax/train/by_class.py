@@ -1,0 +1,111 @@
+"""Accuracy by class: the worst classes, and what is taken for what."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from repvgg_jax.files import replacing
+from repvgg_jax.text import one_line
+
+_NUMBERED = 20  # classes up to which the picture has numbers
+_NAMED = 60  # classes up to which it has names
+
+
+@dataclasses.dataclass(frozen=True)
+class ByClass:
+    """Validation accuracy by class.
+
+    Attributes:
+      names: by label.
+      images: number of images by label.
+      accuracy: by label, a fraction; NaN for a class without images.
+      confusion: (classes, classes) number of images by label and predicted class; None if there
+        are too many classes.
+    """
+
+    names: tuple[str, ...]
+    images: np.ndarray
+    accuracy: np.ndarray
+    confusion: np.ndarray | None
+
+    @classmethod
+    def of(cls, names: Sequence[str], means: Mapping[str, np.ndarray]) -> Self:
+        """From what `Evaluator` returns."""
+        return cls(
+            tuple(names),
+            means["class_images"].astype(np.int64),
+            means["class_accuracy"],
+            means["confusion"].astype(np.int64) if "confusion" in means else None,
+        )
+
+    def worst(self, count: int) -> list[int]:
+        """Labels of the classes with the lowest accuracy, the lowest first."""
+        known = [label for label in range(len(self.names)) if self.images[label]]
+        return sorted(known, key=lambda label: (self.accuracy[label], label))[:count]
+
+    def mistaken_for(self, label: int) -> str:
+        """The class that images of another are most often taken for, with the share of them."""
+        if self.confusion is None:
+            return ""
+        row = self.confusion[label].copy()
+        row[label] = 0
+        if not row.any():
+            return ""
+        other = int(row.argmax())
+        return f"{self.names[other]} ({row[other] / self.images[label]:.0%})"
+
+    def line(self, count: int = 5) -> str:
+        """The worst classes on one line."""
+        return ", ".join(
+            f"{one_line(self.names[label], 40)} {self.accuracy[label]:.1%} "
+            f"of {self.images[label]:,}"
+            for label in self.worst(count)
+        )
+
+    def table(self, count: int = 20) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """Head and rows of a table of the worst classes."""
+        head = ["class", "images", "accuracy", "most often taken for"]
+        return head, [
+            (
+                self.names[label],
+                f"{self.images[label]:,}",
+                f"{self.accuracy[label]:.1%}",
+                self.mistaken_for(label),
+            )
+            for label in self.worst(count)
+        ]
+
+    def draw(self, path: pathlib.Path) -> None:
+        """Draws the confusion matrix as PNG: a row per class, each adding up to 100 %."""
+        if self.confusion is None:
+            return
+        count = len(self.names)
+        shares = self.confusion / np.maximum(1, self.confusion.sum(axis=1, keepdims=True))
+        side = min(12.0, 3.2 + 0.32 * min(count, 30))
+        figure = Figure(figsize=(side, side), dpi=110, layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("class of the image")
+        if count <= _NAMED:
+            labels = [one_line(name, 24) for name in self.names]
+            size = 8 if count <= 30 else 5
+            axes.set_xticks(range(count), labels, rotation=90, fontsize=size)
+            axes.set_yticks(range(count), labels, fontsize=size)
+        if count <= _NUMBERED:
+            for row, column in np.argwhere(self.confusion):
+                axes.text(
+                    column,
+                    row,
+                    f"{self.confusion[row, column]:,}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if shares[row, column] > 0.5 else "#222222",
+                )
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
