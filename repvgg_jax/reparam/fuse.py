@@ -182,12 +182,11 @@ class _Fusing(Walk):
         return fused
 
     def is_merged_head(self, key: Any, siblings: Tree, path: Path) -> bool:
-        """Whether that child is the auxiliary head of a block with statistics beside parameters."""
+        """Whether that child is an auxiliary head with statistics beside its parameters."""
         if not isinstance(siblings, Mapping) or not is_auxiliary_head(siblings[key]):
             return False
-        block = str(key).removeprefix("aux_")
-        spec = self.train_spec(siblings.get(block), (*path, block)) if block != key else None
-        return spec is not None and is_merged(spec, siblings[block])
+        is_merged_norm = {"mean", "var"} <= dict(children_of(siblings[key]["bn"])).keys()
+        return is_merged_norm and self.is_auxiliary_head(key, siblings, path)
 
     def inside_params(self, params: Tree, stats: Tree, path: Path) -> tuple[Tree, Tree]:
         """Fuses the blocks of a parameter tree; returns it and the statistics that remain."""

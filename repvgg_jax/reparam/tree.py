@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from repvgg_jax.reparam.blocks import BlockSpec
-from repvgg_jax.reparam.containers import Tree, unboxed
+from repvgg_jax.reparam.containers import Tree, children_of, unboxed
 from repvgg_jax.reparam.linear import (
     Chain,
     Conv,
