@@ -87,7 +87,7 @@ def _variables(tree: Any, kind: Any) -> Any:
     return kind(jax.numpy.asarray(tree))
 
 
-def _by_collection(state: Mapping[str, Any]) -> dict[str, Any]:
+def _by_collection(state: "nnx.State[Any, Any]") -> dict[str, Any]:
     """The state of an NNX module as variables of Linen."""
     from flax import nnx
 

@@ -108,6 +108,23 @@ def test_training_under_shard_map(form, check_vma):
     close(expected, quick_jit(mapped)(*placed(mesh, variables, IMAGES)))
 
 
+@pytest.mark.parametrize("set_mesh", [False, True])
+@pytest.mark.parametrize("form", ["branches", "covariance"])
+def test_narrow_types_under_shard_map(form, set_mesh):
+    """Traced and lowered for every platform: they have passes of their own."""
+    mesh = mesh_of(AxisType.Explicit)
+    model, variables = network(train_form=form, dtype=jnp.bfloat16, train=True)
+    step = jax.shard_map(
+        lambda variables, images: training_step(model, "data")(variables, images)[1],
+        mesh=mesh,
+        in_specs=(EVERYWHERE, OVER_BATCH),
+        out_specs=EVERYWHERE,
+    )
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+        traced = jax.jit(step).trace(*placed(mesh, variables, IMAGES))
+        traced.lower(lowering_platforms=("cpu", "cuda", "tpu"))
+
+
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_statistics_over_the_devices_of_an_axis(check_vma):
     mesh = mesh_of(AxisType.Auto)

@@ -157,7 +157,8 @@ class _Fusing(Walk):
         self, collections: dict[str, Tree], path: Path, may_drop: bool
     ) -> dict[str, Tree]:
         """Fuses `params` and copies of it; statistics of which nothing is left are dropped."""
-        fused, remaining, before = dict(collections), {}, self.count
+        fused, before = dict(collections), self.count
+        remaining: dict[str, Tree] = {}
         for name, stats_name in copies_of_params(collections):
             where = path if name == "params" else (*path, name)
             start, stats = self.count, collections.get(stats_name)
