@@ -28,10 +28,11 @@ import numpy as np
 from flax import linen as nn
 
 from repvgg_jax import cpu_conv
-from repvgg_jax.batch_stats import image_groups, updated_running
+from repvgg_jax.batch_stats import AxisName, image_groups, updated_running
 from repvgg_jax.covariance import BlockSettings
 from repvgg_jax.cpu_conv import Lowering
 from repvgg_jax.layers import BatchNorm, ChannelScale, SqueezeExciteGate, torch_kernel_init
+from repvgg_jax.meshes import on_auto_axes
 from repvgg_jax.reparam import (
     EPSILON,
     REPVGG,
@@ -48,9 +49,11 @@ from repvgg_jax.reparam import (
     fuse_block,
     leaves,
 )
+from repvgg_jax.reparam.containers import unboxed
 from repvgg_jax.reparam.fuse import check_variances
 from repvgg_jax.reparam.linear import names, present
 from repvgg_jax.reparam.tree import is_auxiliary_head, path_name
+from repvgg_jax.text import positive_integer
 from repvgg_jax.variants import SqueezeExcite
 
 TrainForm = Literal["auto", "branches", "covariance"]
@@ -87,14 +90,20 @@ class ReparamBlock(nn.Module):
       se: squeeze-and-excite, or None.
       deploy: the fused form instead of the training form.
       bn_group_size: images that share batch statistics in training; None for the whole batch.
+      axis_name: of the devices whose images are one batch, under `jax.shard_map` or `jax.pmap`;
+        under `jax.jit` a sharded batch is one batch anyway.
+      freeze_statistics: normalize by the running statistics in training, too, and keep them.
+      train: whether it trains, if that is not said when it is called, as in Flax's
+        `use_running_average`; e.g. inside `nn.Sequential`.
       train_form: how training computes the expression: "branches" term by term, "covariance",
         the same function by the block's fast training pass (`repvgg_jax.covariance`), or "auto",
         which `best_train_form` says.
       lowering: how convolutions are computed: "auto", on CPUs in the way that was measured to be
         fastest (`repvgg_jax.cpu_conv`), or "plain", the same way everywhere.
       dtype: of the convolutions; parameters, statistics and norms stay float32.
-      param_dtype: of the parameters.
-      activation: of the block's output, `nn.relu` by default; None for none.
+      param_dtype: of the parameters; running statistics are in at least float32.
+      activation: of the block's output, `nn.relu` by default; None for none. A module, e.g.
+        `nn.PReLU()`, has its parameters in the child `activation`, in both forms.
       epsilon: of batch normalization.
       momentum: share of the old running statistics that every training step keeps.
       spec: the block.
@@ -116,19 +125,34 @@ class ReparamBlock(nn.Module):
     epsilon: float = EPSILON
     momentum: float = 0.9
     spec: BlockSpec = REPVGG
+    axis_name: AxisName | None = None
+    freeze_statistics: bool = False
+    train: bool | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("features", "stride", "dilation", "groups", "bn_group_size"):
+            value = getattr(self, option)
+            if value is not None or option != "bn_group_size":
+                value = positive_integer(self.name or type(self).__name__, option, value)
+            object.__setattr__(self, option, value)
+        super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool | None = None) -> jax.Array:
         """Maps (images, height, width, channels) to (…, height/stride, width/stride, features).
 
         Args:
           x: feature maps.
           train: batch statistics instead of running ones; needs `mutable=["batch_stats"]`.
+            None for the attribute of that name, and False if that is None, too.
 
         Raises:
           ValueError: the parameters are of the other form, the shapes do not fit, or the block
             has no such training pass.
         """
+        if self.train is not None:
+            train = nn.merge_param("train", self.train, train)
+        train = bool(train) and not self.freeze_statistics
         self._check(x)
         if self.deploy:
             size = self.spec.kernel_size(self.geometry(x))
@@ -136,7 +160,8 @@ class ReparamBlock(nn.Module):
             return self._activate(self._conv(conv, x.shape[-1])(x))
         form = self.train_form
         if form == "auto":
-            form = best_train_form() if self.spec.fast_train is not None else "branches"
+            possible = self.spec.fast_train is not None and self.axis_name is None
+            form = best_train_form() if possible else "branches"
         if train and form == "covariance" and not self.is_initializing():
             return self._fast_train(x)
         term = present(self.spec.train, self.geometry(x).has_same_shape)
@@ -144,12 +169,14 @@ class ReparamBlock(nn.Module):
         y, _ = self._evaluate(term, x, None, train)
         return self._activate(y.astype(self.dtype))  # terms are summed before they are rounded
 
+    @nn.nowrap
     def geometry(self, x: jax.Array) -> Geometry:
         """The shapes of this block on feature maps like `x`."""
         return Geometry(
             x.shape[-1], self.features, self.stride, self.dilation, self.groups, self.identity
         )
 
+    @nn.nowrap
     def _evaluate(
         self, term: Linear, x: jax.Array, zero: Response | None, train: bool
     ) -> tuple[jax.Array, Response | None]:
@@ -178,6 +205,7 @@ class ReparamBlock(nn.Module):
                 epsilon=self.epsilon,
                 group_size=self.bn_group_size,
                 param_dtype=self.param_dtype,
+                axis_name=self.axis_name,
                 name=term.name,
             )
             channels = x.shape[-1]
@@ -213,19 +241,26 @@ class ReparamBlock(nn.Module):
         assert isinstance(term, Identity), term
         return x, zero
 
+    @nn.nowrap
     def _padded(self, term: Conv | AvgPool, x: jax.Array, zero: jax.Array) -> jax.Array:
         """Feature maps with a border of the response to zero, one value per channel."""
         height, width = self._reach(term)
         shape = (x.shape[0], x.shape[1] + 2 * height, x.shape[2] + 2 * width, x.shape[3])
-        border = jnp.broadcast_to(zero.astype(x.dtype), shape)
-        return jax.lax.dynamic_update_slice(border, x, (0, height, width, 0))
 
+        def padded(x: jax.Array, zero: jax.Array) -> jax.Array:
+            border = jnp.broadcast_to(zero.astype(x.dtype), shape)
+            return jax.lax.dynamic_update_slice(border, x, (0, height, width, 0))
+
+        return on_auto_axes(padded, x, zero)
+
+    @nn.nowrap
     def _reach(self, term: Conv | AvgPool) -> tuple[int, int]:
         """Pixels that a kernel reaches to each side."""
         dilation = self.dilation * (term.dilation if isinstance(term, Conv) else 1)
         height, width = (dilation * (size // 2) for size in term.kernel_size)
         return height, width
 
+    @nn.nowrap
     def _conv(self, term: Conv, in_channels: int, *, padded: bool = False) -> nn.Conv:
         # Explicit padding: "SAME" pads differently from PyTorch at stride 2. A 1x1 kernel
         # without padding then meets the center of the 3x3 one at every stride and dilation.
@@ -247,6 +282,7 @@ class ReparamBlock(nn.Module):
             name=term.name,
         )
 
+    @nn.nowrap
     def _lowered(self) -> Callable[..., jax.Array] | None:
         if self.lowering == "plain":
             return None
@@ -254,8 +290,15 @@ class ReparamBlock(nn.Module):
             return cpu_conv.conv_general_dilated
         return cpu_conv.training_conv_general_dilated
 
+    @nn.nowrap
     def _fast_train(self, x: jax.Array) -> jax.Array:
         """The block by its fast training pass, which updates the same running statistics."""
+        if self.axis_name is not None:
+            raise ValueError(
+                f"{self._where}: train_form={self.train_form!r} does not know axis_name="
+                f"{self.axis_name!r}; use 'branches', or jax.jit on a sharded batch, where the "
+                "statistics are those of the whole batch without it"
+            )
         if self.spec.fast_train is None:
             raise ValueError(
                 f"{self._where}: {self.spec.name} blocks have no train_form="
@@ -268,7 +311,7 @@ class ReparamBlock(nn.Module):
             dilation=self.dilation,
             groups=self.groups,
             identity=self.geometry(x).has_same_shape,
-            activation=None if self.se else self.activation,
+            activation=None if self._activates_itself else self.activation,
             image_groups=groups,
             epsilon=self.epsilon,
         )
@@ -282,8 +325,14 @@ class ReparamBlock(nn.Module):
                 old["mean"], old["var"], batch_mean, batch_var, count, self.momentum
             )
             self.put_variable("batch_stats", name, {"mean": mean, "var": var})
-        return self._activate(y) if self.se else y
+        return self._activate(y) if self._activates_itself else y
 
+    @property
+    def _activates_itself(self) -> bool:
+        """Whether the fast training pass leaves the activation to the block."""
+        return self.se is not None or isinstance(self.activation, nn.Module)
+
+    @nn.nowrap
     def _activate(self, y: jax.Array) -> jax.Array:
         """Activation and squeeze-and-excite, in the variant's order."""
         activation = self.activation or (lambda y: y)
@@ -296,7 +345,13 @@ class ReparamBlock(nn.Module):
     def _where(self) -> str:
         return "/".join(self.path) or type(self).__name__
 
+    @nn.nowrap
     def _check(self, x: jax.Array) -> None:
+        if x.ndim != 4:
+            raise ValueError(
+                f"{self._where}: feature maps have shape {x.shape}; expected 4 axes (images, "
+                "height, width, channels), in batches of one image if need be"
+            )
         if self.identity and (x.shape[-1] != self.features or self.stride != 1):
             raise ValueError(
                 f"{self._where}: an identity branch needs equal channels and stride 1, "
@@ -375,7 +430,7 @@ def fuse_model(
         [
             (path_name((*path, norm)), leaf["var"])
             for path, (block, _) in blocks.items()
-            for norm, leaf in _at(stats, path).items()
+            for norm, leaf in unboxed(_at(stats, path)).items()
             if norm in names(block.spec.train) and "var" in leaf
         ]
     )

@@ -27,12 +27,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from repvgg_jax.meshes import on_auto_axes
+
 Lowering = Literal["auto", "plain"]
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
-# Where the substitutes were measured: channels of a convolution, sides of its input in pixels.
+# Where the substitutes were measured: channels of a convolution, most groups of channels that gain
+# from convolutions of their own, sides of its input in pixels.
 _CHANNELS = 32
+_GROUPS = 64
 _WINOGRAD_SIDES = range(14, 57)
 _GROUPED_WINOGRAD_SIDES = range(14, 29)
 _PATCHES_SIDES = range(14, 57)
@@ -96,7 +100,9 @@ def _replaced(
     fast = choose(x.shape, kernel.shape, window_strides[0], settings["feature_group_count"])
     if fast is None:
         return plain(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=fast, default=plain)
+    return on_auto_axes(
+        lambda x, kernel: lax.platform_dependent(x, kernel, cpu=fast, default=plain), x, kernel
+    )
 
 
 def _for_inference(
@@ -104,8 +110,8 @@ def _for_inference(
 ) -> Convolution | None:
     """What to do in the deploy form instead of the plain convolution, if anything."""
     sides = set(shape[1:3])
-    if kernel[0] == 1 or kernel[2] == 1:
-        return None  # depthwise: one convolution per group would take long to compile and to run
+    if kernel[0] == 1 or kernel[2] == 1 or groups > _GROUPS:
+        return None  # depthwise or nearly so: many convolutions take long to compile and to run
     if kernel[2] < _CHANNELS:
         return None if groups == 1 else _by_group(lambda x, k: _convolution(x, k, stride), groups)
     if stride == 1:
@@ -180,7 +186,8 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     weights = [_to_taps([row[j] for j in range(3)]) for row in _to_taps([*kernel])]
 
     products = [
-        [(pixels[i][j].reshape(-1, channels) @ weights[i][j]) for j in range(4)] for i in range(4)
+        [(pixels[i][j].reshape(n * rows * columns, channels) @ weights[i][j]) for j in range(4)]
+        for i in range(4)
     ]
     halves = [_from_tiles(row) for row in products]
     tiles = [_from_tiles([halves[i][j] for i in range(4)]) for j in range(2)]  # [column][row]
@@ -189,7 +196,8 @@ def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
         [jnp.stack([tiles[j][i].reshape(shape) for j in range(2)], axis=3) for i in range(2)],
         axis=2,
     )
-    return y.reshape(n, 2 * rows, 2 * columns, -1)[:, :height, :width]
+    # No -1 in any shape: a batch may be empty.
+    return y.reshape(n, 2 * rows, 2 * columns, kernel.shape[-1])[:, :height, :width]
 
 
 def patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -209,9 +217,10 @@ def patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     taps = [
         x[:, i : i + ends[0] : stride, j : j + ends[1] : stride] for i in range(3) for j in range(3)
     ]
-    matrix = jnp.concatenate(taps, axis=-1).reshape(-1, 9 * x.shape[-1])
-    y = matrix @ kernel.reshape(matrix.shape[-1], -1)
-    return y.reshape(x.shape[0], height, width, -1)
+    outputs, features = x.shape[0] * height * width, kernel.shape[-1]
+    matrix = jnp.concatenate(taps, axis=-1).reshape(outputs, 9 * x.shape[-1])
+    y = matrix @ kernel.reshape(matrix.shape[-1], features)
+    return y.reshape(x.shape[0], height, width, features)
 
 
 def _by_group(convolution: Convolution, groups: int) -> Convolution:

@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repvgg_jax.batch_stats import image_groups, moments, per_image, updated_running
+from repvgg_jax.batch_stats import (
+    AxisName,
+    image_groups,
+    moments,
+    per_image,
+    updated_running,
+    values_per_channel,
+)
+from repvgg_jax.meshes import on_auto_axes
 from repvgg_jax.reparam import EPSILON
 
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -42,13 +50,16 @@ class BatchNorm(nn.Module):
       epsilon: added to the variance.
       group_size: images that share statistics in training; None for the whole batch. Running
         statistics take the mean over groups.
-      param_dtype: of the affine parameters and the running statistics.
+      param_dtype: of the affine parameters. Running statistics are in at least float32.
+      axis_name: of the devices whose images are one batch, under `jax.shard_map` or `jax.pmap`.
+        Under `jax.jit` a sharded batch is one batch anyway.
     """
 
     momentum: float = 0.9
     epsilon: float = EPSILON
     group_size: int | None = None
     param_dtype: jnp.dtype = jnp.float32
+    axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -65,8 +76,10 @@ class BatchNorm(nn.Module):
         channels = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, self.param_dtype)
-        running_var = self.variable("batch_stats", "var", jnp.ones, channels, self.param_dtype)
+        # In bfloat16 an update by a tenth of a small difference would change nothing.
+        wide = jnp.promote_types(self.param_dtype, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, wide)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, wide)
 
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if not train:
@@ -74,23 +87,28 @@ class BatchNorm(nn.Module):
             factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
             return (x - running_mean.value.reshape(row)) * factor.reshape(row) + bias.reshape(row)
 
-        groups = image_groups(x.shape, self.group_size)
-        mean, var = moments(x, groups)
+        axis_name = None if self.is_initializing() else self.axis_name
+        groups = image_groups(x.shape, self.group_size, axis_name)
+        mean, var = on_auto_axes(lambda x: moments(x, groups, axis_name), x)
         if not self.is_initializing():
             running_mean.value, running_var.value = updated_running(
                 running_mean.value,
                 running_var.value,
                 mean,
                 var,
-                count=x[..., 0].size // groups,
+                count=values_per_channel(x.shape, groups, axis_name),
                 momentum=self.momentum,
             )
-        factor = jax.lax.rsqrt(var + self.epsilon) * scale[None]
-        # Stop the gradient through the subtracted mean and route it through the bias instead,
-        # which saves a pass over `x` in the backward pass.
-        center = jax.lax.stop_gradient(mean)
-        offset = bias[None] - (mean - center) * factor
-        return (x - per_image(x, center)) * per_image(x, factor) + per_image(x, offset)
+
+        def normalized(x: jax.Array, mean: jax.Array, var: jax.Array, scale, bias) -> jax.Array:
+            factor = jax.lax.rsqrt(var + self.epsilon) * scale[None]
+            # Stop the gradient through the subtracted mean and route it through the bias instead,
+            # which saves a pass over `x` in the backward pass.
+            center = jax.lax.stop_gradient(mean)
+            offset = bias[None] - (mean - center) * factor
+            return (x - per_image(x, center)) * per_image(x, factor) + per_image(x, offset)
+
+        return on_auto_axes(normalized, x, mean, var, scale, bias)
 
 
 class ChannelScale(nn.Module):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repvgg_jax import cpu_conv
+from repvgg_jax.batch_stats import AxisName
 from repvgg_jax.block import Activation, ReparamBlock, RepVGGBlock, TrainForm
 from repvgg_jax.cpu_conv import Lowering
 from repvgg_jax.layers import BatchNorm, torch_bias_init, torch_kernel_init
@@ -44,6 +45,7 @@ def create_model(
     activation: Activation | None = nn.relu,
     epsilon: float = EPSILON,
     momentum: float = 0.9,
+    axis_name: AxisName | None = None,
 ) -> "RepVGG":
     """Builds a RepVGG.
 
@@ -69,9 +71,12 @@ def create_model(
       dtype: of the convolutions, float32 or bfloat16. Parameters, statistics, batch
         normalization and the classifier stay float32.
       param_dtype: of the parameters; float64 is for proofs.
-      activation: of every block, e.g. `nn.silu`; None for none.
+      activation: of every block, e.g. `nn.silu`; None for none. Every block gets a copy of a
+        module, e.g. of `nn.PReLU()`.
       epsilon: of batch normalization. `fuse_params` needs the same one.
       momentum: share of the old running statistics that every training step keeps.
+      axis_name: of the devices whose images are one batch to batch normalization, under
+        `jax.shard_map` or `jax.pmap`; under `jax.jit` a sharded batch is one batch anyway.
 
     Raises:
       ValueError: unknown variant, train form or lowering, or an output stride it cannot have.
@@ -100,6 +105,7 @@ def create_model(
         activation=activation,
         epsilon=epsilon,
         momentum=momentum,
+        axis_name=axis_name,
     )
 
 
@@ -120,6 +126,15 @@ class RepVGG(nn.Module):
     activation: Activation | None = nn.relu
     epsilon: float = EPSILON
     momentum: float = 0.9
+    axis_name: AxisName | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.variant, Variant):
+            raise ValueError(
+                f"RepVGG takes a Variant, got {self.variant!r}; "
+                f"repvgg_jax.create_model({self.variant!r}) makes a RepVGG from a name"
+            )
+        super().__post_init__()
 
     def setup(self) -> None:
         """Makes the blocks and heads."""
@@ -172,6 +187,7 @@ class RepVGG(nn.Module):
                     self.put_variable("auxiliary", head, logits)
         return maps
 
+    @nn.nowrap
     def fuse(self, variables: Any) -> Any:
         """The variables of `self.clone(deploy=True)`: `fuse_params` with this model's blocks.
 
@@ -190,6 +206,7 @@ class RepVGG(nn.Module):
         """Every block in order, with its name in the parameter tree."""
         return self.variant.layers(self.output_stride, self.dilations)
 
+    @nn.nowrap
     def _block(self, layer: Layer) -> ReparamBlock:
         cls = RepVGGBlock if layer.block is REPVGG else ReparamBlock
         policy = self.remat if callable(self.remat) else None
@@ -207,12 +224,21 @@ class RepVGG(nn.Module):
             lowering=self.lowering,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            activation=self.activation,
+            activation=self._own_activation(),
             epsilon=self.epsilon,
             momentum=self.momentum,
             spec=layer.block,
+            axis_name=self.axis_name,
         )
 
+    @nn.nowrap
+    def _own_activation(self) -> Activation | None:
+        """For a block: parameters of an activation are not shared."""
+        if isinstance(self.activation, nn.Module):
+            return self.activation.clone(parent=None, name=None)
+        return self.activation
+
+    @nn.nowrap
     def _auxiliary_head(self, features: int) -> "AuxiliaryHead":
         return AuxiliaryHead(
             features,
@@ -222,14 +248,17 @@ class RepVGG(nn.Module):
             self.param_dtype,
             self.epsilon,
             self.momentum,
+            self.axis_name,
         )
 
+    @nn.nowrap
     def _auxiliary_heads(self) -> dict[str, str]:
         """Names of the auxiliary heads by the block they listen to."""
         if not self.num_classes:
             return {}
         return {block: f"aux_{block}" for block in self.variant.auxiliary}
 
+    @nn.nowrap
     def _check(self, images: jax.Array) -> None:
         shape = images.shape
         if len(shape) != 4:
@@ -243,7 +272,8 @@ class RepVGG(nn.Module):
             )
         advice = "RepVGG takes (images, height, width, channels); images.transpose(0, 2, 3, 1)?"
         if self.is_initializing():
-            if shape[1] in (1, 3, 4) and shape[2] == shape[3] and shape[2] > 4:
+            # One row may be a spectrogram; three or four rows as many columns as channels are not.
+            if shape[1] in (3, 4) and shape[2] == shape[3] and shape[2] > 4:
                 raise ValueError(f"images of shape {shape} look channels-first; {advice}")
             return
         # The stem's parameters know how many channels they take.
@@ -270,6 +300,7 @@ class AuxiliaryHead(nn.Module):
     param_dtype: jnp.dtype = jnp.float32
     epsilon: float = EPSILON
     momentum: float = 0.9
+    axis_name: AxisName | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -290,6 +321,7 @@ class AuxiliaryHead(nn.Module):
             epsilon=self.epsilon,
             group_size=self.bn_group_size,
             param_dtype=self.param_dtype,
+            axis_name=self.axis_name,
             name="bn",
         )
         x = norm(x, train)

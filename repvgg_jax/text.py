@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.metadata
+import operator
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -99,3 +100,18 @@ def differences(old: Any, new: Any, path: str = "config") -> list[str]:
                 lines += differences(a, b, f"{path}.{key}")
         return lines
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def positive_integer(where: str, name: str, value: Any) -> int:
+    """An integer of any library as Python's.
+
+    Raises:
+      ValueError: it is none, or below 1.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"{where}: {name}={one_line(repr(value), 40)} must be a positive integer")
+    return number

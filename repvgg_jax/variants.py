@@ -13,10 +13,12 @@ import math
 import re
 import types
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from repvgg_jax.reparam import REPVGG, BlockSpec, Conv, Geometry, leaves, macs
-from repvgg_jax.text import did_you_mean, one_line
+from repvgg_jax.text import did_you_mean, one_line, positive_integer
 
 _MOST_BLOCKS, _MOST_CHANNELS = 10_000, 1_000_000  # anything above is a damaged file
 
@@ -34,6 +36,11 @@ class SqueezeExcite:
 
     reduction: int = 16
     after_relu: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "reduction", positive_integer("SqueezeExcite", "reduction", self.reduction)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +66,11 @@ class Layer:
     groups: int
     identity: bool
     block: BlockSpec = REPVGG
+
+    def __post_init__(self) -> None:
+        for field in ("features", "stride", "dilation", "groups"):
+            number = positive_integer(f"layer {self.name}", field, getattr(self, field))
+            object.__setattr__(self, field, number)
 
     def geometry(self, image_channels: int = 3) -> Geometry:
         """The shapes of its block, for images of that many channels."""
@@ -115,12 +127,22 @@ class Variant:
         # Lists, e.g. from a config file, become tuples: a Variant must be hashable.
         for field in ("depths", "channels", "auxiliary", "strides", "groups"):
             value = getattr(self, field)
-            if isinstance(value, (list, tuple)):
-                value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+            if isinstance(value, (list, tuple, np.ndarray)):
+                value = tuple(tuple(v) if isinstance(v, (list, np.ndarray)) else v for v in value)
                 object.__setattr__(self, field, value)
+        for field in ("depths", "channels", "stem_channels", "groups", "strides", "stem_stride"):
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, self._integers(field, value))
         if isinstance(self.se, Mapping):
             object.__setattr__(self, "se", SqueezeExcite(**self.se))
         self._check()
+
+    def _integers(self, field: str, value: Any) -> Any:
+        """A positive integer, or nested tuples of such, as Python's integers."""
+        if isinstance(value, tuple):
+            return tuple(self._integers(field, number) for number in value)
+        return positive_integer(f"variant {self.name!r}", field, value)
 
     def _check(self) -> None:
         where = f"variant {self.name!r}"
@@ -142,8 +164,6 @@ class Variant:
                     f"stage {stage + 1}; give one for every block, or one int for all"
                 )
             numbers += widths if isinstance(widths, tuple) else (widths,)
-        if not all(isinstance(n, int) and n > 0 for n in numbers):
-            raise ValueError(f"{where}: depths, channels and strides must be positive integers")
         if sum(self.depths) > _MOST_BLOCKS or max(numbers) > _MOST_CHANNELS:
             blocks, widest = one_line(sum(self.depths), 20), one_line(max(numbers), 20)
             raise ValueError(

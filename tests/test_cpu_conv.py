@@ -172,3 +172,32 @@ def test_a_kernel_that_is_a_constant_is_transformed_once():
     np.testing.assert_allclose(constant(x), argument(x, kernel), rtol=0, atol=1e-5)
     saved = argument.cost_analysis()["flops"] - constant.cost_analysis()["flops"]
     assert saved >= 2 * kernel.size
+
+
+@pytest.mark.parametrize(
+    ("groups", "per_group", "substituted"), [(2, 8, True), (64, 2, True), (128, 2, False)]
+)
+def test_many_groups_stay_one_convolution(groups, per_group, substituted):
+    x, kernel = operands(groups * per_group, groups * per_group, groups, 6, 6)
+    jaxpr = jax.make_jaxpr(lambda x, k: convolve(conv_general_dilated, x, k, 1, groups))(x, kernel)
+    assert ("platform_index" in str(jaxpr)) is substituted
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("function", [conv_general_dilated, training_conv_general_dilated])
+def test_a_batch_may_be_empty(function, groups, stride):
+    x, kernel = operands(64, 96, groups, 14, 14)
+    result = convolve(function, x[:0], kernel, stride, groups)
+    assert result.shape == (0, 14 // stride, 14 // stride, 96)
+
+
+def test_training_needs_images():
+    block = RepVGGBlock(48)
+    variables = jax.eval_shape(block.init, jax.random.key(0), np.zeros((1, 14, 14, 48), np.float32))
+    empty = np.zeros((0, 14, 14, 48), np.float32)
+    assert jax.eval_shape(block.apply, variables, empty).shape == empty.shape
+    with pytest.raises(ValueError, match=r"without images, \(0, 14, 14, 48\)"):
+        jax.eval_shape(
+            lambda v: block.apply(v, empty, train=True, mutable=["batch_stats"]), variables
+        )

@@ -142,10 +142,10 @@ def test_impossible_output_strides_name_the_possible_ones(stride):
     [
         ({"depths": (1, 2)}, "2 depths .* but 1 channels"),
         ({"depths": ()}, "0 depths"),
-        ({"depths": (0,)}, "positive integers"),
-        ({"channels": (8.5,)}, "positive integers"),
+        ({"depths": (0,)}, "positive integer"),
+        ({"channels": (8.5,)}, "positive integer"),
         ({"channels": ((8, 8),)}, "2 channels .* for 1 blocks of stage 1"),
-        ({"channels": ((0,),)}, "positive integers"),
+        ({"channels": ((0,),)}, "positive integer"),
         ({"dilation": "half"}, "'half' must be one of 'stage', 'timm'"),
         ({"strides": (1, 2)}, "2 strides .* for 1 stages"),
         ({"groups": (1, 2)}, "2 groups for 1 blocks"),

@@ -33,6 +33,7 @@ from repvgg_jax.covariance.ops import (
     values_per_channel,
     wide_type,
 )
+from repvgg_jax.meshes import on_auto_axes, varying_alike
 
 
 def train_block(
@@ -50,12 +51,17 @@ def train_block(
       norm the mean and the biased variance that it used, (G, features) each, in float32
       (float64 for float64 inputs).
     """
-    features = params["conv3x3"]["kernel"].shape[-1]
-    few_inputs = 9 * x.shape[-1] <= features and settings.groups == 1
-    y, statistics = (from_patches if few_inputs else from_3x3_output)(settings, x, params)
+    x, params = varying_alike((x, params))
+    y, statistics = on_auto_axes(functools.partial(_train, settings), x, params)
     if settings.activation is not None and not settings.relu:
         y = settings.activation(y)
     return y, statistics
+
+
+def _train(settings: BlockSettings, x: jax.Array, params: Params) -> tuple[jax.Array, Statistics]:
+    features = params["conv3x3"]["kernel"].shape[-1]
+    few_inputs = 9 * x.shape[-1] <= features and settings.groups == 1
+    return (from_patches if few_inputs else from_3x3_output)(settings, x, params)
 
 
 class Shift(NamedTuple):
@@ -321,7 +327,11 @@ def _spread(
     # Between the pixels of `dseen` would be zeros, in an array as large as x. Instead it goes
     # through the same convolution, beside dy3, by a kernel that is 1 in the middle.
     channels = x.shape[-1] // settings.groups
-    one = jnp.zeros((3, 3, channels, channels), x.dtype).at[1, 1].set(jnp.eye(channels))
+    one = (
+        jnp.zeros((3, 3, channels, channels), x.dtype)
+        .at[1, 1]
+        .set(jnp.eye(channels, dtype=x.dtype))
+    )
     one = jnp.tile(one, settings.groups)
     return transpose(
         _side_by_side(settings, kernel, one), _side_by_side(settings, dy3, dseen.astype(x.dtype))

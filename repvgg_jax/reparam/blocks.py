@@ -100,7 +100,8 @@ class BlockSpec:
             raise ValueError(f"block {self.name}: {term!r} is not a term of an expression")
         if isinstance(term, (Conv, AvgPool)):
             size: Any = term.kernel_size
-            if not isinstance(size, tuple) or [type(side) for side in size] != [int, int]:
+            sides = size if isinstance(size, tuple) else ()
+            if len(sides) != 2 or not all(hasattr(side, "__index__") for side in sides):
                 raise ValueError(
                     f"block {self.name}: kernel size {size} must be a tuple (height, width)"
                 )
@@ -159,10 +160,12 @@ def _conv_norm(suffix: str, size: int | tuple[int, int], **options: Any) -> Chai
     return Chain((Conv(f"conv{suffix}", kernel, **options), Norm(f"bn{suffix}")))
 
 
+_KEPT = frozenset({"se", "activation"})  # squeeze-and-excite, an activation with parameters
+
 REPVGG = BlockSpec(
     "RepVGG",
     Sum((_conv_norm("3x3", 3), _conv_norm("1x1", 1), SameShape(Norm("bn_identity", decay=True)))),
-    keep=frozenset({"se"}),
+    keep=_KEPT,
     fast_train=covariance.train_block,
 )
 """RepVGG (Ding et al., CVPR 2021, figure 2): BN(K3 * x) + BN(K1 * x) + BN(x)."""
@@ -170,6 +173,7 @@ REPVGG = BlockSpec(
 ACB = BlockSpec(
     "ACB",
     Sum((_conv_norm("3x3", 3), _conv_norm("1x3", (1, 3)), _conv_norm("3x1", (3, 1)))),
+    keep=_KEPT,
 )
 """Asymmetric convolution block (ACNet, Ding et al., ICCV 2019): a square kernel and its cross."""
 
@@ -196,6 +200,7 @@ DBB = BlockSpec(
             ),
         )
     ),
+    keep=_KEPT,
 )
 """Diverse branch block (Ding et al., CVPR 2021) with fewer groups than channels.
 
@@ -216,7 +221,7 @@ def mobileone(size: int, branches: int = 1) -> BlockSpec:
     return BlockSpec(
         f"MobileOne {size}x{size}",
         Sum((*terms, SameShape(Norm("bn_skip")))),
-        keep=frozenset({"se"}),
+        keep=_KEPT,
     )
 
 
@@ -225,6 +230,7 @@ QAREPVGG = BlockSpec(
     Chain(
         (Sum((_conv_norm("3x3", 3), Conv("conv1x1", (1, 1)), SameShape(Identity()))), Norm("bn"))
     ),
+    keep=_KEPT,
 )
 """QARepVGG (Chu et al., AAAI 2024): BN(BN(K3 * x) + K1 * x + x), made for quantization."""
 
@@ -239,6 +245,7 @@ def large_kernel(size: int, small: int) -> BlockSpec:
     return BlockSpec(
         f"large kernel {size}+{small}",
         Sum((_conv_norm("_large", size), _conv_norm("_small", small))),
+        keep=_KEPT,
     )
 
 

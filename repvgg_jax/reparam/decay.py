@@ -8,14 +8,21 @@ import jax.numpy as jnp
 
 from repvgg_jax.reparam.algebra import EPSILON, Affine, dilated, parallel
 from repvgg_jax.reparam.blocks import BUILT_IN, BlockSpec
+from repvgg_jax.reparam.containers import (
+    Tree,
+    children_of,
+    is_container,
+    rebuild,
+    unboxed,
+    variables_in,
+)
 from repvgg_jax.reparam.linear import Chain, Conv, Norm, Sum, walk
 from repvgg_jax.reparam.tree import (
     Path,
-    Tree,
-    children_of,
+    is_merged,
     matching_block,
     path_name,
-    rebuild,
+    with_statistics,
 )
 
 
@@ -37,7 +44,8 @@ def equivalent_l2(
     decay (`decay_mask(params, equivalent_l2=True)`).
 
     Args:
-      variables: `{"params": …, "batch_stats": …}` of a network in training form.
+      variables: `{"params": …, "batch_stats": …}` of a network in training form, in any
+        container that `fuse_params` takes. Copies such as `ema_params` do not count.
       blocks: as in `fuse_params`.
       epsilon: of batch normalization.
 
@@ -45,13 +53,19 @@ def equivalent_l2(
       A float32 scalar, 0 if there is no block.
 
     Raises:
-      ValueError: a block has no running statistics.
+      ValueError: a block has no running statistics, or is outside any `params`.
     """
-    total = jnp.zeros((), jnp.float32)
-    found = _blocks(variables["params"], variables.get("batch_stats"), blocks, ())
-    for spec, params, stats in found:
+    total, found = jnp.zeros((), jnp.float32), False
+    stray: list[Path] = []
+    for spec, params, stats in _all_blocks(variables, blocks, (), stray):
+        found = True
         if pairs := _penalized(spec):
             total += _block_l2(pairs, params, stats, epsilon)
+    if stray and not found:
+        raise ValueError(
+            f"{path_name(stray[0])} is a block outside any 'params': give the whole variables, "
+            "{'params': …, 'batch_stats': …}, not the parameters alone"
+        )
     return total
 
 
@@ -129,11 +143,28 @@ def _block_l2(pairs: list[tuple[Conv, Norm]], params: Any, stats: Any, epsilon: 
     return jnp.where(branches == 1, jnp.square(alone), shared).sum()
 
 
+def _all_blocks(
+    tree: Tree, blocks: Sequence[BlockSpec], path: Path, stray: list[Path]
+) -> Iterator[tuple[BlockSpec, Any, Any]]:
+    """Every training-form block in a tree of variables of any shape; `stray` gets the others."""
+    if collections := variables_in(tree):
+        yield from _blocks(collections["params"], collections.get("batch_stats"), blocks, path)
+    elif spec := matching_block(tree, blocks):
+        if is_merged(spec, tree):
+            yield from _blocks(tree, None, blocks, path)
+        else:
+            stray.append(path)
+    else:
+        for key, child in children_of(tree):
+            yield from _all_blocks(child, blocks, (*path, key), stray)
+
+
 def _blocks(
     params: Any, stats: Any, blocks: Sequence[BlockSpec], path: Path
 ) -> Iterator[tuple[BlockSpec, Any, Any]]:
     """Every training-form block inside a tree, with its statistics."""
     if spec := matching_block(params, blocks):
+        params, stats = (unboxed(part) for part in with_statistics(spec, params, stats))
         if absent := [norm.name for _, norm in _penalized(spec) if norm.name not in (stats or {})]:
             raise ValueError(
                 f"{path_name(path)} has no running statistics of {', '.join(absent)}; give the "
@@ -147,4 +178,4 @@ def _blocks(
 
 
 def _is_leaf(node: Tree) -> bool:
-    return not isinstance(node, (Mapping, list, tuple))
+    return not is_container(node)

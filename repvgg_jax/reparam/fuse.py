@@ -9,8 +9,25 @@ import numpy as np
 
 from repvgg_jax.reparam.algebra import EPSILON, affine
 from repvgg_jax.reparam.blocks import BUILT_IN, BlockSpec
+from repvgg_jax.reparam.containers import (
+    Tree,
+    boxed_like,
+    children_of,
+    copies_of_params,
+    rebuild,
+    unboxed,
+    variables_in,
+)
 from repvgg_jax.reparam.linear import Geometry, names
-from repvgg_jax.reparam.tree import Path, Tree, Walk, check_block, children_of, path_name, rebuild
+from repvgg_jax.reparam.tree import (
+    Path,
+    Walk,
+    check_block,
+    is_auxiliary_head,
+    is_merged,
+    path_name,
+    with_statistics,
+)
 from repvgg_jax.text import plural
 
 
@@ -30,12 +47,18 @@ def fuse_params(
     a block or backbone beside it) are dropped, since only training uses them. Everything else is
     returned as it is, the very same arrays. Blocks that are in deploy form already stay.
 
+    Copies of the parameters beside `params`, e.g. `ema_params`, are fused, too, with
+    `ema_batch_stats` where that exists, else with `batch_stats`. The optimizer's state stays.
+
     Pure, and usable under `jax.jit`, `jax.vmap`, `jax.grad` and on sharded arrays, which stay
     sharded. NumPy arrays are folded in float64 and rounded once, JAX arrays in at least float32.
 
     Args:
-      variables: a network's variables, or any nest of mappings, lists and tuples with such
-        inside. Leading axes of the leaves (an ensemble, a scan over layers) are kept.
+      variables: a network's variables, or any nest of mappings, lists, tuples and dataclasses
+        with such inside: a TrainState with these fields, a `FrozenDict`. Also a `flax.nnx.State`,
+        which has the running statistics beside the parameters. Boxes such as
+        `flax.linen.Partitioned` are kept, and so are leading axes of the leaves (an ensemble, a
+        scan over layers). `jax.ShapeDtypeStruct` leaves give such leaves.
       blocks: what to look for; by default every built-in block.
       expect: how many blocks there must be, in either form; None for at least one.
       exclude: paths that are left alone with everything inside, e.g. `"neck"` or
@@ -43,11 +66,13 @@ def fuse_params(
       epsilon: of batch normalization.
 
     Returns:
-      The same tree in deploy form. `batch_stats` is left out if nothing remains in it.
+      The same tree in deploy form. `batch_stats` is left out if nothing remains in it, or empty
+      where it is a field of a dataclass.
 
     Raises:
       ValueError: no block or not as many as expected, no running statistics, a block whose
-        leaves have other names or shapes, or (for concrete values) a negative variance.
+        leaves have other names or shapes, or (for concrete values) a negative variance or
+        float16 values that overflow.
     """
     fusing = _Fusing(tuple(blocks), tuple(exclude), epsilon)
     fused = fusing.outside_params(variables, ())
@@ -78,6 +103,7 @@ def fuse_block(
       ValueError: leaves of other names or shapes than the block has, or NumPy variances that
         cannot be variances. Those in JAX arrays are left to the caller: `check_variances`.
     """
+    boxes, params, stats = params, unboxed(params), unboxed(stats)
     geometry = check_block(spec, params, stats, geometry=geometry, path=path)
     for norm, leaf in (stats or {}).items():
         if isinstance(leaf["var"], np.ndarray):  # before its square root is taken
@@ -85,9 +111,18 @@ def fuse_block(
     own = {name: params[name] for name in sorted(names(spec.train)) if name in params}
     kernels = [child["kernel"] for child in own.values() if "kernel" in child]
     dtype = np.result_type(*[leaf.dtype for leaf in kernels or jax.tree.leaves(own)])
-    kernel, bias = affine(spec.train, geometry, own, stats or {}, epsilon=epsilon)
-    kept = {key: child for key, child in params.items() if key in spec.keep}
-    return {spec.deploy: {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}, **kept}
+
+    def fold(own: Any, moments: Any) -> dict[str, Any]:
+        kernel, bias = affine(spec.train, geometry, own, moments, epsilon=epsilon)
+        with np.errstate(over="ignore"):  # checked below
+            return {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}
+
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(own))
+    fused = jax.eval_shape(fold, own, stats or {}) if abstract else fold(own, stats or {})
+    if dtype == np.float16:
+        _check_range(path_name((*path, spec.deploy)), fused)
+    kept = {key: child for key, child in boxes.items() if key in spec.keep}
+    return {spec.deploy: _boxed(fused, {name: boxes[name] for name in own}), **kept}
 
 
 @dataclasses.dataclass
@@ -95,22 +130,64 @@ class _Fusing(Walk):
     """One walk over a tree, and what it met."""
 
     stray: Path | None = None
+    deployed_outside: int = 0  # as in a state of Flax NNX, where there is no `params`
     near_misses: list[str] = dataclasses.field(default_factory=list)
     variances: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
 
     def outside_params(self, node: Tree, path: Path) -> Tree:
         """Finds the variables in a tree of any shape."""
-        if isinstance(node, Mapping) and isinstance(node.get("params"), Mapping):
-            params, stats = self.inside_params(node["params"], node.get("batch_stats"), path)
-            children = {**node, "params": params, "batch_stats": stats}
-            if stats is None or _emptied(node["batch_stats"], stats):
-                del children["batch_stats"]
-            return rebuild(node, children)
-        if self.train_spec(node, path):
+        if collections := variables_in(node):
+            return rebuild(node, self.collections(collections, path, isinstance(node, Mapping)))
+        if spec := self.train_spec(node, path):
+            if is_merged(spec, node):
+                return self.inside_params(node, None, path)[0]
             self.stray = self.stray or path
             return node
-        children = {k: self.outside_params(child, (*path, k)) for k, child in children_of(node)}
+        if self.deploy_spec(node, path):
+            self.deployed_outside += 1
+            return node
+        children = {
+            key: self.outside_params(child, (*path, key))
+            for key, child in children_of(node)
+            if not self.is_merged_head(key, node, path)
+        }
         return rebuild(node, children)
+
+    def collections(
+        self, collections: dict[str, Tree], path: Path, may_drop: bool
+    ) -> dict[str, Tree]:
+        """Fuses `params` and copies of it; statistics of which nothing is left are dropped."""
+        fused, before = dict(collections), self.count
+        remaining: dict[str, Tree] = {}
+        for name, stats_name in copies_of_params(collections):
+            where = path if name == "params" else (*path, name)
+            start, stats = self.count, collections.get(stats_name)
+            fused[name], after = self.inside_params(collections[name], stats, where)
+            remaining.setdefault(stats_name, after)
+            if name == "params":
+                continue
+            # A copy of the parameters has the same blocks, which count once.
+            found, expected, self.count = self.count - start, start - before, start
+            if found not in (0, expected):
+                raise ValueError(
+                    f"{path_name(where)} has {plural(found, 'block')}, but 'params' beside it has "
+                    f"{expected}; a copy of the parameters must have the same"
+                )
+        for name, after in remaining.items():
+            if after is None or _emptied(collections[name], after):
+                fused.pop(name, None)
+                if name in collections and not may_drop:  # a field of a dataclass
+                    fused[name] = {} if collections[name] is not None else None
+            else:
+                fused[name] = after
+        return fused
+
+    def is_merged_head(self, key: Any, siblings: Tree, path: Path) -> bool:
+        """Whether that child is an auxiliary head with statistics beside its parameters."""
+        if not isinstance(siblings, Mapping) or not is_auxiliary_head(siblings[key]):
+            return False
+        is_merged_norm = {"mean", "var"} <= dict(children_of(siblings[key]["bn"])).keys()
+        return is_merged_norm and self.is_auxiliary_head(key, siblings, path)
 
     def inside_params(self, params: Tree, stats: Tree, path: Path) -> tuple[Tree, Tree]:
         """Fuses the blocks of a parameter tree; returns it and the statistics that remain."""
@@ -119,10 +196,11 @@ class _Fusing(Walk):
             return params, stats
         if spec := self.train_spec(params, path):
             self.count += 1
-            fused = fuse_block(spec, params, stats, epsilon=self.epsilon, path=path)
+            own, moments = with_statistics(spec, params, stats)
+            fused = fuse_block(spec, own, moments, epsilon=self.epsilon, path=path)
             self.variances += [
                 (path_name((*path, norm)), leaf["var"])
-                for norm, leaf in (stats or {}).items()
+                for norm, leaf in unboxed(moments or {}).items()
                 if not isinstance(leaf["var"], np.ndarray)  # those `fuse_block` has checked
             ]
             return rebuild(params, fused), None if stats is None else {}
@@ -158,6 +236,8 @@ class _Fusing(Walk):
 
     def check(self, expect: int | None) -> None:
         """Raises for too few or too many blocks, or a variance that cannot be one."""
+        if not self.count and self.stray is None:
+            self.count = self.deployed_outside
         if not self.count and self.stray is not None:
             raise ValueError(
                 f"{path_name(self.stray)} is a block outside any 'params': give the whole "
@@ -179,6 +259,17 @@ class _Fusing(Walk):
         check_variances(self.variances)
 
 
+def _boxed(fused: dict[str, Any], own: Mapping[str, Any]) -> Tree:
+    """A deploy-form kernel and bias in a container and boxes like those of the largest kernel."""
+    children = sorted(
+        own.values(), key=lambda c: unboxed(c["kernel"]).shape[-4:-2] if "kernel" in c else ()
+    )
+    like = children[-1]
+    vectors = [child[leaf] for leaf in ("bias", "scale") for child in children if leaf in child]
+    boxes = {"kernel": like.get("kernel"), "bias": next(iter(vectors), None)}
+    return rebuild(like, {leaf: boxed_like(boxes[leaf], fused[leaf]) for leaf in fused})
+
+
 def check_variances(variances: Sequence[tuple[str, Any]]) -> None:
     """Raises ValueError if a variance, given with its name, is known and cannot be one."""
     # Values are known only outside of traces, and on this process. They are fetched
@@ -198,9 +289,19 @@ def _check_variance(name: str, var: np.ndarray) -> None:
         )
 
 
+def _check_range(name: str, fused: Mapping[str, Any]) -> None:
+    """Raises ValueError if known float16 values have become infinite."""
+    for leaf, array in fused.items():
+        if _is_known(array) and not np.isfinite(jax.device_get(array)).all():
+            raise ValueError(
+                f"{name}/{leaf}: the fused values do not fit float16, which ends at 65504; fuse "
+                "in float32, jax.tree.map(lambda x: x.astype('float32'), variables), or bfloat16"
+            )
+
+
 def _is_known(array: Any) -> bool:
     """Whether the values can be read here and now."""
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, (jax.core.Tracer, jax.ShapeDtypeStruct)):
         return False
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 

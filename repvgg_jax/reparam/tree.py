@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from repvgg_jax.reparam.blocks import BlockSpec
+from repvgg_jax.reparam.containers import Tree, children_of, unboxed
 from repvgg_jax.reparam.linear import (
     Chain,
     Conv,
@@ -26,7 +27,6 @@ from repvgg_jax.reparam.linear import (
 )
 from repvgg_jax.text import first_few, tree_path
 
-Tree = Any
 Path = tuple[Any, ...]
 
 
@@ -114,7 +114,7 @@ def _sizes_fit(train: Linear, params: Mapping[str, Any]) -> bool:
         if (
             isinstance(term, Conv)
             and isinstance(child, Mapping)
-            and getattr(child.get("kernel"), "shape", ())[-4:-2] != term.kernel_size
+            and getattr(unboxed(child.get("kernel")), "shape", ())[-4:-2] != term.kernel_size
         ):
             return False
     return True
@@ -122,6 +122,7 @@ def _sizes_fit(train: Linear, params: Mapping[str, Any]) -> bool:
 
 def input_channels(spec: BlockSpec, params: Mapping[str, Any]) -> int | None:
     """Input channels per group of a block in either form; None if the parameters do not show it."""
+    params = unboxed(params)
     if spec.deploy in params:
         return int(params[spec.deploy]["kernel"].shape[-2])
     convs = {term.name for term in walk(spec.train) if isinstance(term, Conv)}
@@ -230,7 +231,9 @@ def check_block(
       ValueError: with the block's path and the first thing that is wrong.
     """
     where = path_name(path)
+    advice = ""
     if geometry is None:
+        advice = f"; if it is not a {spec.name} block, leave it alone with exclude=[{where!r}]"
         if spec.traceless:
             raise ValueError(
                 f"{where} looks like a {spec.name} block, whose parameters do not show whether it "
@@ -269,8 +272,37 @@ def check_block(
             if not isinstance(child, Mapping):
                 raise ValueError(f"{where}/{name} is {summary(child)}, expected a mapping")
         found = {**params[name], **((stats or {}).get(name, {}) if name in norms else {})}
-        check_leaves(found, {k: (*lead, *s) for k, s in shapes.items()}, f"{where}/{name}")
+        try:
+            check_leaves(found, {k: (*lead, *s) for k, s in shapes.items()}, f"{where}/{name}")
+        except ValueError as error:
+            raise ValueError(f"{error}{advice}") from None
     return geometry
+
+
+def with_statistics(spec: BlockSpec, params: Tree, stats: Tree) -> tuple[Tree, Tree]:
+    """Parameters and running statistics of a block, apart.
+
+    Flax NNX keeps the statistics of a norm beside its parameters: `bn3x3/{scale, bias, mean,
+    var}`. They are told apart only if `stats` is None.
+    """
+    if stats is not None or not is_merged(spec, params):
+        return params, stats
+    norms = {term.name for term in walk(spec.train) if isinstance(term, Norm)} & params.keys()
+    own, moments = dict(params), {}
+    for norm in norms:
+        leaves_ = dict(params[norm])
+        moments[norm] = {leaf: leaves_.pop(leaf) for leaf in ("mean", "var")}
+        own[norm] = leaves_
+    return own, moments
+
+
+def is_merged(spec: BlockSpec, params: Tree) -> bool:
+    """Whether a block's running statistics are beside its parameters."""
+    norms = [params.get(term.name) for term in walk(spec.train) if isinstance(term, Norm)]
+    present_ = [norm for norm in norms if norm is not None]
+    return bool(present_) and all(
+        isinstance(norm, Mapping) and {"mean", "var"} <= norm.keys() for norm in present_
+    )
 
 
 def _is_affine(node: Tree) -> bool:
@@ -304,23 +336,3 @@ def summary(node: Tree) -> str:
     if not isinstance(node, Mapping):
         return f"a {type(node).__name__}"
     return f"a mapping with [{first_few(node, 6)}]"
-
-
-def children_of(node: Tree) -> list[tuple[Any, Tree]]:
-    """Keys and children of a mapping, list or tuple; none of anything else."""
-    if isinstance(node, Mapping):
-        return list(node.items())
-    return list(enumerate(node)) if isinstance(node, (list, tuple)) else []
-
-
-def rebuild(node: Tree, children: dict[Any, Tree]) -> Tree:
-    """A container like `node` with these children; `node` itself if nothing changed."""
-    old = dict(children_of(node))
-    if old.keys() == children.keys() and all(old[key] is children[key] for key in old):
-        return node
-    if isinstance(node, collections.defaultdict):
-        return collections.defaultdict(node.default_factory, children)
-    if isinstance(node, Mapping):
-        return type(node)(children)  # type: ignore[call-arg]
-    values = [children[key] for key in sorted(children)]
-    return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)

@@ -1,14 +1,27 @@
 """`unfuse_params`: one convolution becomes the branches of a block again."""
 
 import dataclasses
+import math
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from repvgg_jax.reparam.algebra import EPSILON, Affine, affine, parallel, widened
 from repvgg_jax.reparam.blocks import BUILT_IN, BlockSpec
+from repvgg_jax.reparam.containers import (
+    Tree,
+    boxed_like,
+    children_of,
+    copies_of_params,
+    is_container,
+    rebuild,
+    unboxed,
+    variables_in,
+)
 from repvgg_jax.reparam.linear import (
     Chain,
     Conv,
@@ -22,16 +35,16 @@ from repvgg_jax.reparam.linear import (
 )
 from repvgg_jax.reparam.tree import (
     Path,
-    Tree,
     Walk,
     check_block,
     check_leaves,
-    children_of,
+    is_merged,
     leading_axes,
     path_name,
-    rebuild,
     summary,
+    with_statistics,
 )
+from repvgg_jax.text import tree_path
 
 
 def unfuse_params(
@@ -54,56 +67,81 @@ def unfuse_params(
     change the function; start with a warm-up.
 
     Args:
-      deployed: the variables of a deploy-form network.
-      like: the variables of the same network in training form, e.g. from `init`. Auxiliary
-        heads, which a deploy-form tree lacks, come from here.
+      deployed: the variables of a deploy-form network, in any container that `fuse_params`
+        takes.
+      like: the variables of the same network in training form, e.g. from `init`, in the same
+        container or as a TrainState. Auxiliary heads, which a deploy-form tree lacks, come from
+        here. Where it has only shapes, as from `jax.eval_shape(model.init, …)`, the values are
+        initial ones.
       blocks: as in `fuse_params`.
       exclude: as in `fuse_params`.
       epsilon: of batch normalization.
 
     Returns:
-      `{"params": …, "batch_stats": …}` with the names and shapes of `like`.
+      `{"params": …, "batch_stats": …}` with the names and shapes of `like`, in the container of
+      `deployed`.
 
     Raises:
       ValueError: the two trees are not two forms of one network, with the first difference, or
         a block has no inverse.
     """
-    for what, tree in (("deployed", deployed), ("like", like)):
-        if not isinstance(tree, Mapping) or not isinstance(tree.get("params"), Mapping):
-            raise ValueError(
-                f"unfuse_params: `{what}` must be variables, {{'params': …}}, not {summary(tree)}"
-            )
-    unfusing = _Unfusing(tuple(blocks), tuple(exclude), epsilon)
-    params = unfusing.node(like["params"], like.get("batch_stats"), deployed["params"], ())
+    ours, theirs = variables_in(like), variables_in(deployed)
+    if (ours is None) != (theirs is None):
+        what, tree = ("deployed", deployed) if theirs is None else ("like", like)
+        raise ValueError(
+            f"unfuse_params: `{what}` must be variables, {{'params': …}}, not {summary(tree)}"
+        )
+    arrays = jnp if any(isinstance(x, jax.Array) for x in jax.tree.leaves(deployed)) else np
+    unfusing = _Unfusing(tuple(blocks), tuple(exclude), epsilon, arrays=arrays)
+    result = unfusing.node(like, None, deployed, ())
     if not unfusing.count:
         raise ValueError(
             "unfuse_params: `like` contains no training-form block; give the variables of the "
             "training form, create_model(…).init(…)"
         )
-    stats = _merge(like.get("batch_stats", {}), deployed.get("batch_stats", {}))
-    return {**deployed, "params": params, "batch_stats": stats}
+    return result
 
 
+@dataclasses.dataclass
 class _Unfusing(Walk):
     """One walk over two trees."""
 
+    arrays: Any = np  # the module that makes arrays where `like` has shapes only
+
+    def collections(
+        self, ours: dict[str, Tree], theirs: dict[str, Tree], path: Path
+    ) -> dict[str, Tree]:
+        """Unfuses `params` and copies of it beside it."""
+        result, statistics = dict(theirs), dict(copies_of_params(ours))
+        for name, _ in copies_of_params(theirs):
+            where, stats = path if name == "params" else (*path, name), statistics.get(name)
+            like = ours[name] if stats else ours["params"]
+            below = ours.get(stats or "batch_stats", {})
+            result[name] = self.node(like, below, theirs[name], where)
+        for name in dict.fromkeys(statistics.values()):
+            result[name] = self.filled(_merge(ours.get(name, {}), theirs.get(name, {})), (name,))
+        return result
+
     def node(self, like: Tree, stats: Tree, deployed: Tree, path: Path) -> Tree:
         where = path_name(path)
+        if stats is None:  # outside of any `params`
+            ours, theirs = variables_in(like), variables_in(deployed)
+            if ours and theirs:
+                return rebuild(deployed, self.collections(ours, theirs, path))
         if spec := self.train_spec(like, path):
             self.count += 1
-            geometry = check_block(spec, like, stats, path=path)
             if not self.deploy_spec(deployed, path):
                 raise ValueError(
                     f"{where}: expected a deploy-form block with {spec.deploy} in `deployed`, "
                     f"found {summary(deployed)}"
                 )
-            return self.block(spec, geometry, like, stats, deployed, where)
-        if not isinstance(like, (Mapping, list, tuple)):
-            check_leaves({where: deployed}, {where: getattr(like, "shape", None)}, "`deployed`")
+            return rebuild(like, self.block(spec, like, stats, deployed, path))
+        if not is_container(like):
+            shapes = [getattr(unboxed(leaf), "shape", None) for leaf in (like, deployed)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"`deployed`/{where}: shape {shapes[1]}, expected {shapes[0]}")
             return deployed
-        if isinstance(deployed, Mapping) != isinstance(like, Mapping) or not isinstance(
-            deployed, (Mapping, list, tuple)
-        ):
+        if not is_container(deployed):
             raise ValueError(
                 f"{where}: expected {summary(like)} in `deployed`, found {summary(deployed)}"
             )
@@ -124,22 +162,22 @@ class _Unfusing(Walk):
         children = {
             key: self.node(child, below.get(key), theirs[key], (*path, key))
             if key in theirs
-            else child
+            else self.filled(child, (*path, key))  # an auxiliary head
             for key, child in ours.items()
         }
-        return children if isinstance(like, Mapping) else rebuild(like, children)
+        return rebuild(like, children)
 
     def block(
-        self,
-        spec: BlockSpec,
-        geometry: Geometry,
-        like: Mapping[str, Any],
-        stats: Mapping[str, Any],
-        deployed: Mapping[str, Any],
-        where: str,
+        self, spec: BlockSpec, like: Tree, stats: Tree, deployed: Tree, path: Path
     ) -> dict[str, Any]:
-        target = deployed[spec.deploy]
-        lead = leading_axes(spec.train, like)
+        """The children of a block in training form."""
+        merged = not stats and is_merged(spec, like)
+        own, moments = with_statistics(spec, like, None if merged else stats)
+        own = {name: child for name, child in own.items() if name not in spec.keep}
+        plain, plain_moments = (self.filled(unboxed(tree), path) for tree in (own, moments))
+        geometry = check_block(spec, plain, plain_moments, path=path)
+        where, target = path_name(path), unboxed(deployed[spec.deploy])
+        lead = leading_axes(spec.train, plain)
         in_per_group = geometry.in_channels // geometry.groups
         shape = (*lead, *spec.kernel_size(geometry), in_per_group, geometry.features)
         expected = {"kernel": shape, "bias": (*lead, geometry.features)}
@@ -147,16 +185,39 @@ class _Unfusing(Walk):
         wide = Affine(*(widened(target[leaf]) for leaf in ("kernel", "bias")))
         train = present(spec.train, geometry.has_same_shape)
         assert train is not None, "check_block has resolved it"
-        inverse = _Inverse(geometry, like, stats, self.epsilon)
+        inverse = _Inverse(geometry, plain, plain_moments, self.epsilon)
         try:
             changed = inverse.solve(train, wide)
         except ValueError as error:
             raise ValueError(f"{where}: a {spec.name} block has no inverse: {error}") from error
-        return {
-            **like,
-            **{n: {**like[n], **_astype(leaves_, like[n])} for n, leaves_ in changed.items()},
-            **{key: deployed[key] for key in deployed if key in spec.keep},
-        }
+        children: dict[str, Any] = {}
+        for name in own:
+            leaves_ = {**plain[name], **_astype(changed.get(name, {}), plain[name])}
+            if merged:
+                leaves_ |= plain_moments.get(name, {})
+            boxes = like[name]
+            boxed = {leaf: boxed_like(boxes[leaf], array) for leaf, array in leaves_.items()}
+            children[name] = rebuild(boxes, boxed)
+        return children | {key: deployed[key] for key in deployed if key in spec.keep}
+
+    def filled(self, tree: Tree, path: Path) -> Tree:
+        """Initial values where a tree has `jax.ShapeDtypeStruct`, as `jax.eval_shape` gives.
+
+        Kernels are uniform as PyTorch's are, from a seed that depends on their path; norms are
+        neutral.
+        """
+        if children := children_of(tree):
+            return rebuild(tree, {key: self.filled(c, (*path, key)) for key, c in children})
+        leaf = unboxed(tree)
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return tree
+        if path[-1] == "kernel":
+            rng = np.random.default_rng(zlib.crc32(tree_path(path).encode()))
+            bound = max(1, math.prod(leaf.shape[-4:-1])) ** -0.5
+            value = rng.uniform(-bound, bound, leaf.shape)
+        else:
+            value = np.full(leaf.shape, path[-1] in ("scale", "var"))
+        return boxed_like(tree, self.arrays.asarray(value, leaf.dtype))
 
 
 @dataclasses.dataclass
@@ -212,11 +273,11 @@ def _astype(leaves_: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, An
 
 def _merge(like: Tree, deployed: Tree) -> Tree:
     """The statistics of `like`, except those that the deploy-form tree still has."""
-    if not isinstance(like, (Mapping, list, tuple)):
+    if not is_container(like):
         return deployed
     theirs = dict(children_of(deployed))
     children = {
         key: _merge(child, theirs[key]) if key in theirs else child
         for key, child in children_of(like)
     }
-    return children if isinstance(like, Mapping) else rebuild(like, children)
+    return rebuild(like, children)

@@ -1,0 +1,190 @@
+"""All forms of a block on meshes with Auto and Explicit axes, under shard_map and pmap."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import repvgg_jax as rv
+from repvgg_jax import reparam
+from tests.helpers.jit import quick_jit
+from tests.trees import random_images, randomise
+
+IMAGES = random_images((16, 14, 14, 3))
+OVER_BATCH, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
+
+
+def mesh_of(kind):
+    return jax.make_mesh((8,), ("data",), axis_types=(kind,))
+
+
+def network(**options):
+    """A first layer and a block that CPUs compute by patches, and their variables."""
+    model = nn.Sequential([rv.RepVGGBlock(32, **options), rv.RepVGGBlock(32, stride=2, **options)])
+    shape = jax.ShapeDtypeStruct(IMAGES.shape, jnp.float32)
+    return model, randomise(jax.eval_shape(model.init, jax.random.key(0), shape))
+
+
+def training_step(model, axis=None):
+    def step(variables, images):
+        def loss(params):
+            y, new = model.apply({**variables, "params": params}, images, mutable=["batch_stats"])
+            value = jnp.square(y).mean()
+            return value if axis is None else jax.lax.pmean(value, axis), new["batch_stats"]
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    return step
+
+
+def close(a, b, tolerance=2e-4):
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        scale = max(np.abs(left).max(), 1e-3)
+        assert np.abs(np.asarray(left) - np.asarray(right)).max() <= tolerance * scale
+
+
+def placed(mesh, variables, images):
+    return (
+        jax.device_put(variables, NamedSharding(mesh, EVERYWHERE)),
+        jax.device_put(images, NamedSharding(mesh, OVER_BATCH)),
+    )
+
+
+@pytest.mark.parametrize("set_mesh", [False, True])
+@pytest.mark.parametrize("group", [None, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["branches", "covariance"])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, pytest.param("Auto", marks=pytest.mark.slow)])
+def test_training_on_a_mesh_is_training(kind, form, group, set_mesh):
+    mesh = mesh_of(AxisType.Auto if kind == "Auto" else kind)
+    model, variables = network(train_form=form, bn_group_size=group, train=True)
+    expected = quick_jit(training_step(model))(variables, IMAGES)
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+        arguments = placed(mesh, variables, IMAGES)
+        found = quick_jit(training_step(model))(*arguments)
+        jax.jit(training_step(model)).trace(*arguments).lower(lowering_platforms=("tpu",))
+    close(expected, found)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_deploy_form_on_a_mesh(kind):
+    mesh = mesh_of(kind)
+    model, variables = network()
+    deployed = nn.Sequential([rv.RepVGGBlock(32, deploy=True, stride=s) for s in (1, 2)])
+    expected = model.apply(variables, IMAGES)
+    variables, images = placed(mesh, variables, IMAGES)
+    fused = rv.fuse_params(variables)
+    close(expected, quick_jit(deployed.apply)(fused, images))
+    close(expected, quick_jit(model.apply)(variables, images))
+    platforms = ("cpu", "cuda", "tpu")
+    exported = jax.export.export(jax.jit(deployed.apply), platforms=platforms)(fused, images)
+    assert exported.nr_devices == 8
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("form", ["branches", "covariance"])
+def test_training_under_shard_map(form, check_vma):
+    """Two images per device share statistics, as do groups of two in the whole batch."""
+    mesh = mesh_of(AxisType.Explicit)
+    model, variables = network(train_form=form, bn_group_size=2, train=True)
+    expected = quick_jit(training_step(model))(variables, IMAGES)
+
+    def local(variables, images):
+        (value, stats), gradients = training_step(model, "data")(variables, images)
+        if not check_vma:  # with the check, JAX sums gradients of what is replicated
+            gradients = jax.lax.pmean(gradients, "data")
+        return (value, jax.lax.pmean(stats, "data")), gradients
+
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(EVERYWHERE, OVER_BATCH),
+        out_specs=EVERYWHERE,
+        check_vma=check_vma,
+    )
+    close(expected, quick_jit(mapped)(*placed(mesh, variables, IMAGES)))
+
+
+@pytest.mark.parametrize("set_mesh", [False, True])
+@pytest.mark.parametrize("form", ["branches", "covariance"])
+def test_narrow_types_under_shard_map(form, set_mesh):
+    """Traced and lowered for every platform: they have passes of their own."""
+    mesh = mesh_of(AxisType.Explicit)
+    model, variables = network(train_form=form, dtype=jnp.bfloat16, train=True)
+    step = jax.shard_map(
+        lambda variables, images: training_step(model, "data")(variables, images)[1],
+        mesh=mesh,
+        in_specs=(EVERYWHERE, OVER_BATCH),
+        out_specs=EVERYWHERE,
+    )
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+        traced = jax.jit(step).trace(*placed(mesh, variables, IMAGES))
+        traced.lower(lowering_platforms=("cpu", "cuda", "tpu"))
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_statistics_over_the_devices_of_an_axis(check_vma):
+    mesh = mesh_of(AxisType.Auto)
+    model, variables = network(train=True)
+    expected = quick_jit(training_step(model))(variables, IMAGES)
+    synchronized, _ = network(train=True, axis_name="data")
+
+    def local(variables, images):
+        result, gradients = training_step(synchronized, "data")(variables, images)
+        return result, gradients if check_vma else jax.lax.pmean(gradients, "data")
+
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(EVERYWHERE, OVER_BATCH),
+        out_specs=EVERYWHERE,
+        check_vma=check_vma,
+    )
+    close(expected, quick_jit(mapped)(variables, IMAGES))
+
+
+def test_axes_and_groups_exclude_each_other():
+    model, variables = network(train=True, axis_name="data", bn_group_size=2)
+    step = training_step(model, "data")
+    with pytest.raises(ValueError, match=r"groups of 2 images .*axis_name"):
+        jax.eval_shape(jax.vmap(step, (None, 0), axis_name="data"), variables, IMAGES[None])
+    model, variables = network(train=True, axis_name="data", train_form="covariance")
+    with pytest.raises(ValueError, match="does not know axis_name='data'; use 'branches'"):
+        jax.eval_shape(training_step(model), variables, IMAGES)
+
+
+@pytest.mark.parametrize("form", ["branches", "covariance"])
+def test_pmap(form):
+    model, variables = network(train_form=form, bn_group_size=2, train=True)
+    mapped = jax.pmap(training_step(model, "data"), axis_name="data", in_axes=(None, 0))
+    shape = jax.ShapeDtypeStruct((8, 2, *IMAGES.shape[1:]), jnp.float32)
+    mapped.lower(variables, shape)
+
+
+@pytest.mark.parametrize("options", [{"dtype": jnp.bfloat16}, {"dtype": jnp.float16}])
+@pytest.mark.parametrize("form", ["branches", "covariance"])
+def test_narrow_types_at_stride_two_warn_of_nothing(form, options):
+    model, variables = network(train_form=form, train=True, **options)
+    jax.eval_shape(training_step(model), variables, IMAGES)
+
+
+BLOCKS = {
+    "ACB": reparam.ACB,
+    "DBB": reparam.DBB,
+    "QARepVGG": reparam.QAREPVGG,
+    "MobileOne": reparam.mobileone(3, 2),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("train", [False, True])
+def test_every_block_on_explicit_axes(name, train):
+    mesh = mesh_of(AxisType.Explicit)
+    block = rv.ReparamBlock(8, spec=BLOCKS[name], train=train, se=rv.SqueezeExcite(4))
+    images = random_images((16, 6, 6, 8))
+    variables = randomise(jax.eval_shape(block.init, jax.random.key(0), images))
+    arguments = placed(mesh, variables, images)
+    jax.jit(training_step(block)).trace(*arguments)
