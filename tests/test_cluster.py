@@ -437,5 +437,16 @@ def test_host_without_an_address_is_named(monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    with pytest.raises(OSError, match=rf"own name '{socket.gethostname()}'.*/etc/hosts"):
+    registered = []
+    monkeypatch.setattr(
+        initialize, "register_backend_factory", lambda *a, **_: registered.append(a)
+    )
+    for address in ("10.0.0.1:1234", "node1:1234", "[fe80::1]:1234", None):
+        monkeypatch.setattr(consensus.global_state, "coordinator_address", address)
+        with pytest.raises(OSError, match=rf"own name '{socket.gethostname()}'.*/etc/hosts"):
+            initialize.check_host_name()
+    assert not registered
+    for count, address in enumerate(("127.0.0.1:1", "localhost:1", "[::1]:1"), 1):
+        monkeypatch.setattr(consensus.global_state, "coordinator_address", address)
         initialize.check_host_name()
+        assert len(registered) == count

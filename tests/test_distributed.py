@@ -5,11 +5,14 @@ What needs one process only is in test_cluster.py and test_checkpoint.py.
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -18,8 +21,9 @@ import pytest
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.validate import check_batches
+from tests.flags import xla_flags
 from tests.helpers.pictures import damaged, images, write_tree
-from tests.helpers.processes import FLOAT64, RECIPE, free_port, started
+from tests.helpers.processes import FLOAT64, RECIPE, ROOT, free_port, started
 
 pytestmark = pytest.mark.system
 
@@ -213,6 +217,32 @@ def test_a_save_that_fails_in_one_process_is_retried_by_both(tmp_path, recovers)
     if not recovers:
         for process in (0, 1):
             assert re.search(r"failed 4 times; .*checkpoint is that of", run.err(process))
+
+
+@pytest.mark.slow
+def test_a_host_without_an_address_is_no_obstacle_on_one_machine(tmp_path):
+    """The processes are in a namespace where the host has a name that nothing resolves."""
+    script = f"""
+hostname no-such-host.invalid
+for process in 0 1; do
+  {sys.executable} {ROOT}/train.py --config=recipe.py --workdir=run \
+    --distributed=127.0.0.1:{free_port()},2,$process 2> $process.err > $process.out || exit 1 &
+done
+wait %1 && wait %2
+"""
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    apart = ["unshare", "--user", "--map-root-user", "--uts"]
+    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], check=False).returncode:
+        pytest.skip("this machine has no namespaces")
+    done = subprocess.run(
+        [*apart, "sh", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(2)},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, (tmp_path / "0.err").read_text()
+    assert "fused (" in (tmp_path / "0.out").read_text()
 
 
 def test_two_processes_with_different_configurations(tmp_path):

@@ -275,6 +275,22 @@ def test_nan_stops_the_run_after_it_was_written(tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_an_update_that_is_not_finite_is_not_saved(tmp_path):
+    """Loss and gradients of the last step are finite; what it made of the parameters is not."""
+    config = small_config(
+        train__batch_size=1432,
+        train__epochs=1,
+        optimizer__warmup_epochs=0.0,
+        optimizer__learning_rate=1e30,
+        optimizer__weight_decay=1e30,
+    )
+    with pytest.raises(FloatingPointError, match=r"step 1: after the update params/\S+ .*1e\+30"):
+        train(config, tmp_path / "run")
+    (row,) = rows(tmp_path / "run")
+    assert row["train/loss"] is not None
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_another_number_of_devices_is_logged(small_run, tmp_path, caplog):
     path = tmp_path / "run"
     shutil.copytree(small_run[0], path)

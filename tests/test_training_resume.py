@@ -77,6 +77,12 @@ def test_what_must_not_change(changed, options, message):
 def test_what_may_change():
     assert check(small_settings()) == []
     assert len(check(small_settings(data__source="fake", data__workers=2))) == 2
+    # Options of a TPU's compiler stop a run on any other platform.
+    stored = small_settings(train__compiler_options=("xla_tpu_x=1",))
+    changes = resume.check_changes(
+        stored, small_settings(), owner="x", extend=False, known_data=True
+    )
+    assert len(changes) == 1
     assert len(check(small_settings(train__epochs=3, train__batch_size=64), extend=True)) == 2
 
 

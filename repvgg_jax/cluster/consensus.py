@@ -77,6 +77,12 @@ def num_processes() -> int:
     return global_state.num_processes
 
 
+def on_one_machine() -> bool:
+    """Whether the address of process 0 is one that only processes of its machine can reach."""
+    host = (global_state.coordinator_address or "").rpartition(":")[0].strip("[]")
+    return host == "localhost" or host.startswith("127.") or host == "::1"
+
+
 def require_same(settings: Mapping[str, Any]) -> None:
     """Checks that all processes were started with the same settings and versions.
 

@@ -14,9 +14,14 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+
+# Which address gloo listens on is no setting of jax's public interface.
+from jax._src import xla_bridge
+from jax._src.lib import _jax  # type: ignore[attr-defined]
+from jax.extend.backend import register_backend_factory
 
 from repvgg_jax.cluster import consensus
 from repvgg_jax.cluster.watchdog import TIMEOUT, Watchdog, watched_by
@@ -132,17 +137,34 @@ def _check_port(port: int) -> None:
 
 
 def check_host_name() -> None:
-    """Finds a host without an address before gloo does, which fails on it with a traceback."""
+    """Finds a host without an address before gloo does, which fails on it with a traceback.
+
+    Processes of one machine, as the address of process 0 shows, use the loopback address instead.
+
+    Raises:
+      OSError: there are processes on other machines.
+    """
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
     if platforms and "cpu" not in platforms.split(","):
         return
     try:
         socket.getaddrinfo(name := socket.gethostname(), None)
     except OSError as error:
+        if consensus.on_one_machine():
+            register_backend_factory("cpu", _cpu_client_on_loopback, priority=0)
+            return
         raise OSError(
             f"this machine cannot resolve its own name {name!r} ({error.strerror}), which jax "
-            "needs for several processes; add it to /etc/hosts"
+            "needs for processes on several machines; add it to /etc/hosts"
         ) from error
+
+
+def _cpu_client_on_loopback() -> Any:
+    """The backend for CPUs, with collectives that do not look up the name of the host."""
+    collectives = _jax.make_gloo_tcp_collectives(
+        distributed_client=consensus.client(), hostname="127.0.0.1"
+    )
+    return xla_bridge.make_cpu_client(collectives)
 
 
 def _fail(

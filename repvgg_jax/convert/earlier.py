@@ -6,7 +6,6 @@ network, to the bit; those of another network would be taken for this one's, and
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -174,7 +173,7 @@ def _link(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = files.read_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

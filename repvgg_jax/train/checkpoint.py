@@ -48,7 +48,7 @@ class Checkpoints:
         """Opens a directory of checkpoints.
 
         Args:
-          path: the directory; created by the first save.
+          path: the directory; created by the first save, in a directory that exists.
           keep: how many of the newest to keep.
           pause: seconds before the first retry of a save; the next ones wait twice and three
             times as long.
@@ -267,7 +267,8 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
         self._barrier.begin()
-        make_directory = functools.partial(self._path.mkdir, parents=True, exist_ok=True)
+        # Not its parents: a run directory that somebody has removed must not come back half.
+        make_directory = functools.partial(self._path.mkdir, exist_ok=True)
         return self._failure(make_directory) or self._failure(save)
 
     def _prepare_retry(self, failed: int | None, step: int, failures: int, reason: str) -> None:

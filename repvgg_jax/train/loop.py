@@ -237,7 +237,7 @@ def _run_steps(
         evaluate = not stop.poll() and experiment.is_due(settings.eval.every_epochs, step)
         save = experiment.is_due(settings.checkpoint.every_epochs, step) or bool(stop)
         if evaluate or save:
-            metrics.flush()  # raises before a state that is not finite is saved
+            metrics.flush(state)  # raises before a state that is not finite is saved
         # A row is on disk before the checkpoint after which it would not be written again.
         accuracy = _evaluate(experiment, state, evaluator, writer, stop) if evaluate else None
         if save or stop:

@@ -119,6 +119,18 @@ def checksums(tree: Any) -> dict[str, str]:
     return {name: f"{int(value):08x}" for name, value in zip(leaves, sums, strict=True)}
 
 
+def not_finite(tree: Any) -> list[str]:
+    """Paths of the arrays that hold an infinity or a NaN; on all devices, as `checksums`."""
+    leaves = {n: x for n, x in named_leaves(tree).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    finite = jax.device_get(_finite(list(leaves.values())))
+    return [name for name, value in zip(leaves, finite, strict=True) if not value]
+
+
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
 @jax.jit
 def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
     return [_sum(leaf) for leaf in leaves]

@@ -14,11 +14,13 @@ import rich.console
 import rich.live
 
 from repvgg_jax.files import write_text
-from repvgg_jax.text import named_leaves
+from repvgg_jax.text import first_few, named_leaves
 from repvgg_jax.train import report
 from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.manifest import not_finite
+from repvgg_jax.train.state import TrainState
 from repvgg_jax.train.tensorboard import EventFile
 from repvgg_jax.train.workdir import Workdir
 from repvgg_jax.typed import typed
@@ -69,9 +71,14 @@ class MetricsWriter:
             self._live.update(self._line(step, row), refresh=first)
 
     def write(self, row: Row) -> None:
-        """Adds a row, which needs `step`. Numbers that are not finite are written as null."""
+        """Adds a row, which needs `step`. Numbers that are not finite are written as null.
+
+        Raises:
+          OSError: it cannot be written, or the run directory is gone.
+        """
         if not self._active:
             return
+        self._workdir.check_there()
         self._rows.append(row)
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         with self._workdir.metrics.open("a") as file:
@@ -106,6 +113,7 @@ class MetricsWriter:
           by_class: of the final evaluation, for `confusion.png`.
         """
         if self._active:
+            self._workdir.check_there()
             report.write(
                 self._workdir,
                 title=f"RepVGG {self._experiment.model.variant.name} on "
@@ -177,10 +185,20 @@ class StepMetrics:
         self._read()
         self._pending = (step, metrics)
 
-    def flush(self) -> None:
-        """Reads what is pending and ends the row; raises as `push`."""
+    def flush(self, state: TrainState) -> None:
+        """Reads what is pending, ends the row, and checks the state that it led to.
+
+        Raises:
+          FloatingPointError: as `push`; or the update made the state infinite, which no metric of
+            its step shows.
+        """
         self._read()
         self._write()
+        if names := not_finite(state):
+            raise FloatingPointError(
+                f"step {int(state.step)}: after the update {first_few(names, 3)} is not finite; "
+                f"{self._advice()}"
+            )
 
     def _read(self) -> None:
         if self._pending is None:
@@ -215,15 +233,18 @@ class StepMetrics:
             self._writer.write({**self._row, "train/learning_rate": rate})
 
     def _diagnosis(self, step: int, loss: float, bad_leaf: int) -> str:
-        optimizer = self._experiment.settings.optimizer
         what = f"the loss is {loss}"
         if math.isfinite(loss):
             name = list(named_leaves(self._experiment.abstract_state().params))[bad_leaf]
             what = f"the gradient of {name} is not finite (the loss is {loss:g})"
+        return f"step {step}: {what}; {self._advice()}"
+
+    def _advice(self) -> str:
+        optimizer = self._experiment.settings.optimizer
         # Without a checkpoint, the run directory takes other settings.
         where = "" if self._checkpoints.newest() is None else ", in another --workdir"
         return (
-            f"step {step}: {what}; {self._checkpoints.last_good()}; a smaller "
+            f"{self._checkpoints.last_good()}; a smaller "
             f"config.optimizer.learning_rate (now {optimizer.learning_rate:g}) or a longer "
             f"config.optimizer.warmup_epochs (now {optimizer.warmup_epochs:g}) usually helps{where}"
         )

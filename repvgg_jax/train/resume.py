@@ -23,6 +23,7 @@ FREE = (
     "config.eval",
     "config.checkpoint",
     "config.report",
+    "config.train.compiler_options",  # of one platform; the arithmetic stays the same
 )
 EXTENDABLE = (
     "config.train.epochs",

@@ -65,7 +65,8 @@ def check_compiler_options(settings: Settings, mesh: Mesh) -> None:
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"config.train.compiler_options={settings.train.compiler_options!r} on "
-            f"{mesh.devices.flat[0].platform}: {str(error).splitlines()[0]}"
+            f"{mesh.devices.flat[0].platform}: {str(error).splitlines()[0]}; a run that began on "
+            'another platform goes on without them: --config.train.compiler_options="()"'
         ) from error
 
 

@@ -219,6 +219,18 @@ class Workdir:
     def _write_settings(self, settings: Settings) -> None:
         write_text(self.config, json.dumps(settings.as_json(), indent=2) + "\n")
 
+    def check_there(self) -> None:
+        """Checks that nobody has removed the directory while its run is at work.
+
+        Raises:
+          OSError: it is gone; what is written now would be of no use.
+        """
+        if not self.config.exists():
+            raise OSError(
+                f"the run directory {self.path} was removed or moved while this run was using it "
+                f"(no {self.config.name}); its checkpoints are lost, too, unless they were moved"
+            )
+
     def _remove_leftovers(self) -> None:
         """Removes what processes left that were killed while they wrote a file."""
         pictures = (self.curves, self.confusion)
