@@ -32,27 +32,22 @@ def test_mean_accuracy_of_five_seeds(tmp_path):
 
 
 # Where and at which time that it comes there the process is killed, one after the other. An epoch
-# has 22 steps; a run that resumes begins at the last one that was saved.
+# has 22 steps; a run that resumes begins at the last one that was saved. What is left on disk at
+# any other instant is the subject of test_training_damage.py, in one process.
 KILLS = [
     ("restoring", 1),
-    ("compiling", 1),
     ("stepping", 7),
-    ("evaluating", 1),
-    ("before saving", 1),
     ("saving", 1),
     ("reporting", 23),  # after the row of the evaluation, before the checkpoint
-    ("drawing", 1),
     ("saving", 2),
     ("stepping", 23),
-    ("compiling", 24),
-    ("reporting", 1),
 ]
 
 
 @pytest.mark.timeout(1800)
 def test_killed_at_many_places_it_ends_bitwise_identical(tmp_path):
-    """SIGKILL while the process starts, compiles, steps, evaluates, reports and saves."""
-    epochs = 7
+    """SIGKILL while the process starts, steps, reports and saves."""
+    epochs = 5
     arguments = [
         f"--config.train.epochs={epochs}",
         "--config.ema.decay=0.98",

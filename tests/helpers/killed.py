@@ -13,21 +13,16 @@ import sys
 # Where to die: before or after this method of this class.
 PLACES = {
     "restoring": ("checkpoint", "Checkpoints", "restore", "before"),
-    "compiling": ("loop", "CompiledStep", "compile", "before"),
     "stepping": ("loop", "CompiledStep", "__call__", "after"),
     "reporting": ("metrics", "MetricsWriter", "write", "after"),
-    "evaluating": ("evaluate", "Evaluator", "_compiled", "after"),
-    "before saving": ("checkpoint", "Checkpoints", "save", "before"),
     "saving": ("checkpoint", "Checkpoints", "save", "after"),  # in the background
-    "drawing": ("report", None, "draw_curves", "before"),
 }
 
 
 def deadly(place: str, count: int) -> None:
     """Patches the method of a place."""
     module_name, class_name, name, when = PLACES[place]
-    owner = importlib.import_module(f"repvgg_jax.train.{module_name}")
-    owner = owner if class_name is None else getattr(owner, class_name)
+    owner = getattr(importlib.import_module(f"repvgg_jax.train.{module_name}"), class_name)
     real, left = getattr(owner, name), [count]
 
     @functools.wraps(real)
