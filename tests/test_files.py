@@ -1,15 +1,12 @@
 """Files on disk are either the old ones or the new ones, whenever the process ends."""
 
 import ctypes
-import dataclasses
-import json
 import os
 import pathlib
 
 import pytest
 
-from repvgg_jax import VARIANTS, Variant, files
-from repvgg_jax.typed import typed
+from repvgg_jax import files
 
 
 @pytest.fixture(params=["exchange", "renames"])
@@ -115,35 +112,3 @@ class TestJson:
         digest = files.json_digest({"a": [1, 2.5], "b": None})
         assert digest == files.json_digest({"b": None, "a": (1, 2.5)})
         assert digest != files.json_digest({"a": [1, 2.5], "b": 0})
-
-
-OWN = Variant("own", (2, 1), ((8, 12), 16), 8, groups=(1, 4, 2), strides=(1, 2), dilation="timm")
-
-
-class TestTyped:
-    @pytest.mark.parametrize("variant", [*VARIANTS.values(), OWN], ids=lambda v: v.name)
-    def test_every_variant_is_read_back(self, variant):
-        content = json.loads(json.dumps(dataclasses.asdict(variant)))
-        assert typed(Variant, content, "variant") == variant
-
-    @pytest.mark.parametrize(
-        ("kind", "value", "message"),
-        [
-            (int, True, "x=True must be an integer"),
-            (int | None, 1.5, "an integer or null"),
-            (tuple[int, int], [1], "1 values, not 2"),
-            (tuple[tuple[int, ...], ...], [[1], ["a"]], r"x\[1\]\[0\]='a'"),
-            (dict[str, float], {"a": "b"}, r"x\.a='b' must be a number"),
-            (float, 10**400, "too large"),
-            (Variant, {"name": "a"}, "x lacks depths"),
-            (Variant, dataclasses.asdict(OWN) | {"dilation": "other"}, "'stage', 'timm'"),
-            (Variant, dataclasses.asdict(OWN) | {"more": 1}, "no field 'more'"),
-        ],
-    )
-    def test_anything_else_is_refused(self, kind, value, message):
-        with pytest.raises(ValueError, match=message):
-            typed(kind, value, "x")
-
-    def test_integers_are_numbers_and_lists_are_tuples(self):
-        assert typed(tuple[float, ...], [1, 2.5], "x") == (1.0, 2.5)
-        assert typed(dict[str, int | float | None], {"a": 1, "b": None}, "x") == {"a": 1, "b": None}

@@ -1,12 +1,16 @@
 """Values of JSON files as typed values."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Literal
 
 import pytest
 
+from repvgg_jax import VARIANTS, Variant
 from repvgg_jax.typed import typed
+
+OWN = Variant("own", (2, 1), ((8, 12), 16), 8, groups=(1, 4, 2), strides=(1, 2), dilation="timm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,3 +54,9 @@ def test_what_fits(kind, value, expected):
 def test_what_does_not_fit(kind, value, message):
     with pytest.raises(ValueError, match=message):
         typed(kind, value, "it")
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS.values(), OWN], ids=lambda variant: variant.name)
+def test_every_variant_is_read_back(variant):
+    content = json.loads(json.dumps(dataclasses.asdict(variant)))
+    assert typed(Variant, content, "variant") == variant
