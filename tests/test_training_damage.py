@@ -199,6 +199,17 @@ class TestKilled:
                     "config.json"
                 ]
 
+    def test_what_a_killed_run_left_is_removed(self, path):
+        """Files and directories; what `claim` refuses stays untouched."""
+        settings = Workdir(path).read_settings()
+        (path / lock.FILE).unlink()
+        before = {entry.name for entry in path.iterdir()}
+        for name in (".report.0123abcd.html", ".confusion.0123abcd.png", ".metrics.0123abcd.jsonl"):
+            (path / name).write_text("half of it")
+        with Workdir(path).claimed(settings):
+            pass
+        assert {entry.name for entry in path.iterdir()} == before
+
     def test_what_looks_like_ours_beside_other_files_stays(self, tmp_path):
         names = {".config.0123abcd.json", "thesis.tex"}
         for name in names:

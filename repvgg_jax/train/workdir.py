@@ -169,7 +169,7 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         with lock.locked(self.path):
             self.claim(settings, replacing=replacing)
-            self._remove_leftovers()
+            files.remove_leftovers(self.path)
             yield
 
     def claim(self, settings: Settings, *, replacing: Settings | None = None) -> None:
@@ -230,13 +230,6 @@ class Workdir:
                 f"the run directory {self.path} was removed or moved while this run was using it "
                 f"(no {self.config.name}); its checkpoints are lost, too, unless they were moved"
             )
-
-    def _remove_leftovers(self) -> None:
-        """Removes what processes left that were killed while they wrote a file."""
-        pictures = (self.curves, self.confusion)
-        for file in (self.config, self.metadata, self.metrics, *pictures, self.report):
-            for left in files.leftovers(file):
-                files.remove(left)
 
     def write_metadata(self, metadata: RunMetadata) -> None:
         """Writes `metadata.json`."""
