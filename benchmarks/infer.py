@@ -90,7 +90,7 @@ def exported(kind: str, name: str, images: np.ndarray) -> Callable[[], Any]:
 
     runtime = next(runtime for runtime in get_format("onnx").runtimes if runtime.name == kind)
     names = types.SimpleNamespace(
-        input_name="images", output_name="logits", with_preprocessing=False
+        input_name="images", outputs=("logits",), feature_maps=(), with_preprocessing=False
     )
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "model.onnx")

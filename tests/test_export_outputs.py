@@ -43,7 +43,8 @@ class TestFeatureMaps:
         assert artifact.proofs["jax"].relative <= 1e-5
         assert "same largest number" in str(artifact)
         call = jax.export.deserialize(bytearray(artifact.path.read_bytes())).call
-        sizes = [(24, 24), (17, 30)] if dynamic else [(24, 24)]
+        size = (nets.HEIGHT, nets.WIDTH)
+        sizes = [size, (17, 30)] if dynamic else [size]
         for height, width in sizes:
             images = np.resize(nets.images()[:2], (2, height, width, 3))
             found, wanted = call(images), maps_of("plain", images)
@@ -110,8 +111,8 @@ class Neck(nn.Module):
 def own():
     """A module, its variables in training form, fused."""
     model = Neck(create_model(nets.variant(), num_classes=0))
-    variables = random_variables(model, size=nets.PIXELS, seed=3)
-    images = jnp.zeros((1, nets.PIXELS, nets.PIXELS, 3))
+    variables = random_variables(model, size=nets.HEIGHT, seed=3)
+    images = jnp.zeros((1, nets.HEIGHT, nets.WIDTH, 3))
     return model, variables, fuse_model(model, variables, images)
 
 
@@ -170,7 +171,7 @@ class TestModulesOfYourOwn:
                 return x.mean((1, 2))
 
         model = nn.Sequential([RepVGGBlock(4), RepVGGBlock(5), Pooled()])
-        variables = random_variables(model, size=nets.PIXELS, seed=4)
+        variables = random_variables(model, size=nets.HEIGHT, seed=4)
         options = {"images": nets.images(), "normalize": Normalize(nets.MEAN, nets.STD)}
         fused = fuse_params(variables)
         network = Network(model, fused, labels=nets.LABELS, **options)
@@ -210,7 +211,7 @@ class TestModulesOfYourOwn:
 
         options = {"images": nets.images(), "normalize": Normalize(nets.MEAN, nets.STD)}
         for model, reason in ((Total(), "axis of images"), (Fixed(), "field deploy")):
-            fused = fuse_params(random_variables(model, size=nets.PIXELS, seed=5))
+            fused = fuse_params(random_variables(model, size=nets.HEIGHT, seed=5))
             with pytest.raises(ValueError, match=reason):
                 Network(model, fused, **options)
 

@@ -35,6 +35,8 @@ class Description:
 
 def model_header(network: Network) -> dict[str, str]:
     """What `Network.header` lacks to build the model again, for formats that hold its weights."""
+    if not network.is_repvgg:  # only its user can build it
+        return {}
     variant = network.model.variant
     header = {}
     if VARIANTS.get(variant.name) != variant:

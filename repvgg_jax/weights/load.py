@@ -288,6 +288,7 @@ def load_pretrained(
     name: str,
     *,
     num_classes: int | None = None,
+    in_channels: int | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Weights:
@@ -297,6 +298,7 @@ def load_pretrained(
       name: `repvgg_b1g4.rvgg_in1k`; `repvgg_b1g4` and `timm/repvgg_b1g4.rvgg_in1k` mean the
         same.
       num_classes: as in `load_weights`; 0 loads the backbone only.
+      in_channels: as in `load_weights`.
       revision: branch, tag or commit; None is the newest.
       cache_dir: directory of downloads; None is the hub's default (`HF_HOME`).
 
@@ -306,7 +308,8 @@ def load_pretrained(
     """
     hub_name = _hub_name(name)
     path = _download(f"timm/{hub_name}", revision, cache_dir)
-    return load_weights(path, num_classes=num_classes, variant=PRETRAINED[hub_name])
+    variant = PRETRAINED[hub_name]
+    return load_weights(path, num_classes=num_classes, variant=variant, in_channels=in_channels)
 
 
 def is_pretrained(source: str) -> bool:
