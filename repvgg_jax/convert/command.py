@@ -29,8 +29,8 @@ FORMAT = flags.DEFINE_list(
 DATA = flags.DEFINE_string(
     "data",
     None,
-    "Images for the proof, as config.data.source, e.g. folder:/data/flowers. Default: those of "
-    "the run, or built-in photographs.",
+    "Images for the proof: a directory with a folder per class, one of records, or as "
+    "config.data.source. Default: those of the run, or built-in photographs.",
 )
 PREPROCESSING = flags.DEFINE_bool(
     "with-preprocessing", False, "Artifacts take uint8 images and return probabilities."
