@@ -106,6 +106,11 @@ def main(_: Sequence[str]) -> int:
     from repvgg_jax.train.restore import parse_step
 
     targets = parse_targets(FORMAT.value)
+    if PREPROCESSING.value and not any(target.format.holds_graph for target in targets):
+        raise ValueError(
+            f"--with-preprocessing has an effect on graphs only, e.g. --format onnx, not on "
+            f"{', '.join(FORMAT.value)}"
+        )
     output = Output(pathlib.Path(OUTPUT.value))
     if workdir is not None:
         step = parse_step(STEP.value)
