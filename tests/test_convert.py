@@ -764,6 +764,7 @@ class TestCommand:
             (["--workdir=x", "--output=y", "--mean=1,2"], "--mean is for checkpoint files"),
             (["--workdir=x", "--output=y", "--step=0"], "--step=0"),
             (["--from=x", "--output=y", "--std=1,two"], "--std=1,two"),
+            (["--from=x", "--output=y", "--with-preprocessing"], "graphs only"),
             (["--from=x", "--output=y", "--classes=one"], "--classes=one"),
         ],
     )

@@ -226,6 +226,16 @@ class TestConversion:
         assert images.shape[1:] == (8, 8, 3)
         assert "another shape" in text
 
+    def test_images_from_a_directory(self, shades_run, tmp_path):
+        run, val = load_run(shades_run / "run"), shades_run / "data" / "val"
+        wanted, _ = validation_images(run, 16)
+        for data in (shades_run / "data", val, f"folder:{shades_run / 'data'}"):
+            found, text = validation_images(run, 16, data=str(data))
+            np.testing.assert_array_equal(found, wanted)
+            assert str(data) in text
+        with pytest.raises(ValueError, match="folder"):
+            validation_images(run, 16, data=str(val / "ash"))
+
 
 class TestStartingFromOtherClasses:
     @pytest.fixture

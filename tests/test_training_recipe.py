@@ -8,7 +8,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from repvgg_jax import VARIANTS, cli
-from repvgg_jax.train.config import RecipeError, RecipeParser, default_recipe
+from repvgg_jax.train.config import (
+    CHECKED_FLAGS,
+    RecipeError,
+    RecipeParser,
+    check_flags,
+    default_recipe,
+)
+from repvgg_jax.train.restore import parse_step
 from repvgg_jax.train.settings import Settings
 from tests.helpers.commands import ROOT
 from tests.helpers.runs import small_settings
@@ -111,3 +118,32 @@ def test_a_spelled_out_variant_is_replaced_by_a_name():
     values["config"].parser = RecipeParser()
     values(line)
     assert Settings.from_config(flag.value).model.variant == VARIANTS["A0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"step": "best"}, "--step has an effect only with --eval_only"),
+        ({"by_class": True}, "--by_class"),
+        ({"entry": "ema", "eval_only": True}, "--entry has an effect only with --init_from"),
+        ({"extend": True, "eval_only": True}, "--extend has no effect with --eval_only"),
+        ({"profile_steps": "1:2", "eval_only": True}, "--profile_steps has no effect"),
+        ({"step": "best", "by_class": True, "eval_only": True}, None),
+        ({"extend": True, "entry": "ema", "init_from": "w.pth"}, None),
+        ({}, None),
+    ],
+)
+def test_flags_without_effect_are_refused(given, message):
+    values = {**dict.fromkeys(CHECKED_FLAGS), **given}
+    if message is None:
+        check_flags(values)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_flags(values)
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "last", "1.5"])
+def test_checkpoints_that_cannot_be_named(text):
+    assert [parse_step(t) for t in (None, "newest", "best", "22")] == ["newest"] * 2 + ["best", 22]
+    with pytest.raises(ValueError, match=f"--step={text} must be"):
+        parse_step(text)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from repvgg_jax import fuse_params, save_weights
+from repvgg_jax import fuse_params, save_weights, to_state_dict
 from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.train import loop
 from repvgg_jax.train.experiment import Experiment
@@ -133,6 +133,38 @@ class TestInitFrom:
             state.params["stem"]["conv3x3"]["kernel"],
             trained["params"]["stem"]["conv3x3"]["kernel"],
         )
+
+    def test_a_file_without_a_classifier_gets_a_fresh_one(self, small_run, tmp_path, caplog):
+        trained = final_state(small_run[0]).variables
+        body = {name: leaf for name, leaf in trained["params"].items() if name != "head"}
+        backbone = {**trained, "params": body}
+        save_weights(tmp_path / "w.npz", backbone, family="flax", variant=SMALL)
+        state = self.start(tmp_path / "w.npz")
+        chex.assert_trees_all_equal(jax.device_get(state.params["stem"]), body["stem"])
+        assert re.search("fresh.*head", caplog.text)
+
+    def test_one_of_several_entries(self, small_run, tmp_path):
+        torch = pytest.importorskip("torch")
+        trained = final_state(small_run[0]).variables
+        state = to_state_dict(trained, family="official", variant=SMALL)
+        entries = {"model": 2.0, "ema": 1.0}
+        saved = {
+            entry: {
+                key: torch.from_numpy(array * np.array(factor, array.dtype))
+                for key, array in state.items()
+            }
+            for entry, factor in entries.items()
+        }
+        torch.save(saved, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match="model and ema"):
+            self.start(tmp_path / "w.pth")
+        config = small_config(init_from=str(tmp_path / "w.pth"), init_entry="ema")
+        state = starting_state(Experiment.from_config(config))
+        chex.assert_trees_all_equal(jax.device_get(state.variables), trained)
+        with pytest.raises(ValueError, match="init_entry='ema' is for checkpoint files"):
+            starting_state(
+                Experiment.from_config(small_config(init_from=str(small_run[0]), init_entry="ema"))
+            )
 
     def test_training_starts_there(self, small_run, tmp_path, monkeypatch, caplog):
         class Started(Exception):

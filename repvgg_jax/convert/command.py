@@ -29,8 +29,8 @@ FORMAT = flags.DEFINE_list(
 DATA = flags.DEFINE_string(
     "data",
     None,
-    "Images for the proof, as config.data.source, e.g. folder:/data/flowers. Default: those of "
-    "the run, or built-in photographs.",
+    "Images for the proof: a directory with a folder per class, one of records, or as "
+    "config.data.source. Default: those of the run, or built-in photographs.",
 )
 PREPROCESSING = flags.DEFINE_bool(
     "with-preprocessing", False, "Artifacts take uint8 images and return probabilities."
@@ -106,6 +106,11 @@ def main(_: Sequence[str]) -> int:
     from repvgg_jax.train.restore import parse_step
 
     targets = parse_targets(FORMAT.value)
+    if PREPROCESSING.value and not any(target.format.holds_graph for target in targets):
+        raise ValueError(
+            f"--with-preprocessing has an effect on graphs only, e.g. --format onnx, not on "
+            f"{', '.join(FORMAT.value)}"
+        )
     output = Output(pathlib.Path(OUTPUT.value))
     if workdir is not None:
         step = parse_step(STEP.value)

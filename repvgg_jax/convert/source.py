@@ -12,6 +12,7 @@ from repvgg_jax.data.settings import DataSettings, Size, height_width, parse_siz
 from repvgg_jax.export.description import Description, read_description
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
+from repvgg_jax.text import first_few
 from repvgg_jax.train.restore import Step, data_images, load_run, photographs, validation_images
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights import Weights, is_pretrained, load_file_or_pretrained
@@ -92,7 +93,7 @@ def from_run(path: pathlib.Path, *, step: Step = "newest", data: str | None = No
     Args:
       path: the run directory.
       step: of the checkpoint.
-      data: where the images are instead, as `config.data.source`.
+      data: where the images are instead, as for `data_images`.
 
     Raises:
       ValueError: no run or no such valid checkpoint there, or no such data.
@@ -137,7 +138,7 @@ def from_weights(name: str, facts: Facts | None = None, *, data: str | None = No
     Args:
       name: e.g. `deploy`, `RepVGG-B1g4-train.pth` or `repvgg_b1g4.rvgg_in1k`.
       facts: what the file does not say.
-      data: where images for the proof are, as `config.data.source`; default: photographs.
+      data: where images for the proof are, as for `data_images`; default: photographs.
 
     Raises:
       ValueError: not readable, not a RepVGG, or facts that do not fit it.
@@ -233,6 +234,9 @@ def _from_foreign(name: str, facts: Facts, data: str | None) -> Source:
         )
         if not given
     ]
+    notes = [f"assumed: {', '.join(assumed)}"] if assumed else []
+    if loaded.unused:
+        notes.append(f"left out of {name}: {first_few(loaded.unused)}")
     images, image_source = _images((*size, channels), data)
     return Source(
         title=f"RepVGG {loaded} of {name}",
@@ -243,7 +247,7 @@ def _from_foreign(name: str, facts: Facts, data: str | None) -> Source:
         normalize=normalize,
         labels=labels,
         details={"weights": name, "family": loaded.family, "images": image_source},
-        notes=(f"assumed: {', '.join(assumed)}",) if assumed else (),
+        notes=tuple(notes),
     )
 
 
@@ -279,5 +283,5 @@ def _images(shape: tuple[int, int, int], data: str | None) -> tuple[np.ndarray, 
     if data is None:
         return photographs(shape)
     size = 0 if data in ("digits", "fake") else shape[:2]
-    settings = DataSettings(source=data, train_size=size, eval_size=size)
-    return data_images(settings, shape, PROOF_IMAGES)
+    settings = DataSettings(train_size=size, eval_size=size)
+    return data_images(data, settings, shape, PROOF_IMAGES)

@@ -9,7 +9,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from repvgg_jax import cli
-from repvgg_jax.train.config import RecipeParser, default_recipe
+from repvgg_jax.train.config import (
+    CHECKED_FLAGS,
+    RecipeParser,
+    check_flags,
+    default_recipe,
+)
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -86,7 +91,7 @@ def main(_: Sequence[str]) -> int:
     from repvgg_jax.train.loop import train
     from repvgg_jax.train.restore import parse_step
 
-    _check_flags()
+    check_flags({name: flags.FLAGS[name].value for name in CHECKED_FLAGS})
     recipe = _recipe()
     if COMPILE_ONLY.value is not None:
         from repvgg_jax.train.aot import compile_ahead
@@ -121,19 +126,6 @@ def main(_: Sequence[str]) -> int:
         )
     # A preempted run did what it was asked to; after Ctrl-C, shells expect 128 + its number.
     return 128 + signal.SIGINT if outcome.stopped_by == signal.SIGINT else 0
-
-
-def _check_flags() -> None:
-    """Raises ValueError for a flag that would have no effect."""
-    for name, given, needs in (
-        ("step", STEP.value is not None, "--eval_only" if not EVAL_ONLY.value else ""),
-        ("by_class", BY_CLASS.value, "--eval_only" if not EVAL_ONLY.value else ""),
-        ("entry", ENTRY.value is not None, "--init_from" if INIT_FROM.value is None else ""),
-    ):
-        if given and needs:
-            raise ValueError(f"--{name} has an effect with {needs} only")
-    if EVAL_ONLY.value and PROFILE_STEPS.value:
-        raise ValueError("--profile_steps has no effect with --eval_only")
 
 
 def defaults(arguments: Sequence[str], recipe: str | None = None) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ import pathlib
 import sys
 import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -170,6 +170,33 @@ def default_recipe(arguments: Sequence[str], otherwise: str | None) -> str | Non
     else:
         found = [path for path in (workdir, init_from) if path and workdir and _is_begun(path)]
     return found[0] if found else otherwise
+
+
+# Flags of train.py and what they need to have an effect; "-" in front: what they have none with.
+_NEEDS = {
+    "step": "eval_only",
+    "by_class": "eval_only",
+    "entry": "init_from",
+    "profile_steps": "-eval_only",
+    "extend": "-eval_only",
+}
+CHECKED_FLAGS = (*_NEEDS, "eval_only", "init_from")
+
+
+def check_flags(values: Mapping[str, Any]) -> None:
+    """Checks that every flag that is given has an effect.
+
+    Args:
+      values: of `CHECKED_FLAGS`, by name.
+
+    Raises:
+      ValueError: one would have none.
+    """
+    for name, needs in _NEEDS.items():
+        other = needs.removeprefix("-")
+        if values[name] and bool(values[other]) == needs.startswith("-"):
+            how = "no effect with" if needs.startswith("-") else "an effect only with"
+            raise ValueError(f"--{name} has {how} --{other}")
 
 
 def _is_begun(path: str) -> bool:

@@ -13,12 +13,13 @@ import numpy as np
 
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.identity import SplitIdentity
+from repvgg_jax.data.records import MANIFEST
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.export.description import read_description
 from repvgg_jax.model import RepVGG
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.text import one_line
+from repvgg_jax.text import first_few, one_line
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.classes import fit_head
 from repvgg_jax.train.experiment import Experiment, build_model
@@ -155,7 +156,7 @@ def validation_images(
     Args:
       run: whose images.
       count: largest number of images.
-      data: a data set to take them from instead, as `config.data.source`; it must be there.
+      data: where to take them from instead, see `data_images`; they must be there.
 
     Returns:
       uint8 (images, height, width, channels), and what they are, e.g.
@@ -167,7 +168,7 @@ def validation_images(
     """
     settings = run.settings.data
     if data is not None:
-        return data_images(dataclasses.replace(settings, source=data), run.eval_shape, count)
+        return data_images(data, settings, run.eval_shape, count)
     try:
         dataset = load(settings, training=False)
         images = dataset.evaluation_images(count)
@@ -186,13 +187,27 @@ def validation_images(
 
 
 def data_images(
-    settings: DataSettings, shape: tuple[int, int, int], count: int
+    data: str, settings: DataSettings, shape: tuple[int, int, int], count: int
 ) -> tuple[np.ndarray, str]:
     """The first validation images of a data set, and what they are.
+
+    Args:
+      data: as `config.data.source`, or a directory: of records, or of a folder per class, with or
+        without `val` above them.
+      settings: how to read them.
+      shape: (height, width, channels) that they must have.
+      count: largest number of images.
 
     Raises:
       ValueError: it is not there, or has images of another shape.
     """
+    path = pathlib.Path(data)
+    if path.is_dir():
+        records = (path / MANIFEST).is_file()
+        data = f"records:{data}" if records else f"folder:{data}"
+        below = any((path / split).is_dir() for split in ("val", "validation"))
+        settings = dataclasses.replace(settings, eval_split="validation" if below else ".")
+    settings = dataclasses.replace(settings, source=data, holdout=0.0, num_classes=0)
     images = load(settings, training=False).evaluation_images(count)
     if images.shape[1:] != shape:
         raise ValueError(
@@ -256,6 +271,8 @@ def starting_state(experiment: Experiment) -> TrainState:
     weights, note = fit_head(loaded.weights, loaded.classes, experiment.dataset.classes)
     merged = merge_weights(weights, jax.device_get(state.variables))
     logger.info("%s%s (%s)", merged, f"; {note}" if note else "", source)
+    if loaded.weights.unused:
+        logger.info("left out of %s: %s", source, first_few(loaded.weights.unused))
     begun = state_from(merged.variables, experiment.optimizer, average=bool(state.ema))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.device_put(begun, shardings)
