@@ -102,7 +102,7 @@ def test_tables_name_blocks_and_count_operations():
     )
     for name in ("stem", "stage1_block0", "stage2_block1/conv3x3", "RepVGGBlock"):
         assert name in table
-    for helper in ("_evaluate", "_conv", "_activate", "_block"):
+    for helper in ("_evaluate", "_activate", "_fast_train", "_auxiliary"):
         assert helper not in table
 
 

@@ -104,3 +104,69 @@ def test_a_training_step_is_linens(variables, batch):
 def test_parameters_alone_are_not_enough(variables):
     with pytest.raises(ValueError, match="to_nnx needs a model's variables"):
         rv.to_nnx(rv.create_model(TINY), variables["params"])
+
+
+class Around(nnx.Module):
+    """A user's module that contains a network."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, images):
+        return self.network(images)
+
+
+AUXILIARY = rv.Variant("heads", (1,), (8,), stem_channels=4, auxiliary=("stage1_block0",))
+
+
+def test_train_and_eval_are_respected_from_outside_too(variables, batch):
+    images = batch[0]
+    model = rv.create_model(TINY, num_classes=CLASSES)
+    module = rv.to_nnx(model, variables)
+    whole = Around(module)
+    before = module.stem["bn3x3"]["mean"][...]
+    whole.train()
+    expected, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(whole(images), expected, rtol=1e-4, atol=1e-4)
+    mean = module.stem["bn3x3"]["mean"][...]
+    np.testing.assert_allclose(mean, new["batch_stats"]["stem"]["bn3x3"]["mean"], rtol=1e-4)
+    whole.eval()
+    module(images)
+    np.testing.assert_array_equal(module.stem["bn3x3"]["mean"][...], mean)
+    module(images, train=True)
+    assert not np.array_equal(module.stem["bn3x3"]["mean"][...], mean)
+    assert not np.array_equal(mean, before)
+
+
+def test_auxiliary_heads_keep_their_parameters(batch):
+    images = batch[0]
+    model = rv.create_model(AUXILIARY, num_classes=CLASSES)
+    variables = random_variables(AUXILIARY)
+    module = rv.to_nnx(model, variables)
+    expected, new = model.apply(variables, images, train=True, mutable=["batch_stats", "auxiliary"])
+    logits, heads = module(images, train=True, auxiliary=True)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    head = "aux_stage1_block0"
+    assert heads.keys() == {head}
+    np.testing.assert_allclose(heads[head], new["auxiliary"][head], rtol=1e-4, atol=1e-4)
+    assert isinstance(getattr(module, head)["conv"]["kernel"], nnx.Param)
+    norm = getattr(module, head)["bn"]["mean"]
+    np.testing.assert_allclose(norm[...], new["batch_stats"][head]["bn"]["mean"], rtol=1e-4)
+    assert module(images, auxiliary=True)[1] == {}
+
+
+def test_a_split_module_fuses_and_unfuses(batch):
+    images = batch[0]
+    model = rv.create_model(AUXILIARY, num_classes=CLASSES)
+    module = rv.to_nnx(model, random_variables(AUXILIARY))
+    expected = module(images)
+    graph, state = nnx.split(module)
+    _, fused = rv.fuse_params((graph, state), expect=2)
+    deployed = rv.to_nnx(model.clone(deploy=True), fused)
+    np.testing.assert_allclose(deployed(images), expected, rtol=1e-3, atol=1e-3)
+    _, params, stats = nnx.split(module, nnx.Param, nnx.BatchStat)
+    apart = rv.fuse_params({"params": params, "batch_stats": stats}, expect=2)
+    kernels = [tree["stem"]["reparam"]["kernel"][...] for tree in (apart["params"], fused)]
+    np.testing.assert_array_equal(*kernels)
+    again = rv.to_nnx(model, rv.unfuse_params(fused, like=state))
+    np.testing.assert_allclose(again(images), expected, rtol=1e-3, atol=1e-3)

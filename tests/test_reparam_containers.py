@@ -138,6 +138,17 @@ def test_boxes_name_the_axes_of_what_is_in_them(variables):
     assert fused["bias"].names == ("out",)
 
 
+def test_modules_and_other_objects_beside_variables_are_leaves(variables):
+    tree = {"model": MODEL, "variables": variables, "name": "A", "step": 3, "none": None}
+    fused = rv.fuse_params(tree, expect=BLOCKS)
+    assert fused["model"] is MODEL
+    assert {key: fused[key] for key in ("name", "step", "none")} == {
+        "name": "A",
+        "step": 3,
+        "none": None,
+    }
+
+
 def test_the_optimizer_state_of_a_train_state_stays(variables):
     state = train_state(variables)
     fused = rv.fuse_params(state)

@@ -21,7 +21,7 @@ def children_of(node: Tree) -> list[tuple[Any, Tree]]:
         return list(node.items())
     if isinstance(node, (list, tuple)):
         return list(zip(getattr(node, "_fields", range(len(node))), node, strict=True))
-    if dataclasses.is_dataclass(node) and not isinstance(node, type) and not _is_box(node):
+    if _is_pytree_dataclass(node) and not _is_box(node):
         return [
             (field.name, getattr(node, field.name))
             for field in dataclasses.fields(node)
@@ -90,6 +90,13 @@ def unboxed(node: Tree) -> Tree:
 def boxed_like(box: Tree, value: Any) -> Any:
     """A box like that one around another array; the array itself if `box` is none."""
     return jax.tree.unflatten(jax.tree.structure(box), [value]) if _is_box(box) else value
+
+
+def _is_pytree_dataclass(node: Tree) -> bool:
+    """Whether a node is a dataclass that JAX looks into; a module of Linen is none."""
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        return False
+    return not jax.tree_util.all_leaves((node,))
 
 
 def _is_box(node: Tree) -> bool:

@@ -86,15 +86,18 @@ def unfuse_params(
         a block has no inverse.
     """
     ours, theirs = variables_in(like), variables_in(deployed)
+    what, tree = ("deployed", deployed) if theirs is None else ("like", like)
+    no_variables = ValueError(
+        f"unfuse_params: `{what}` must be variables, {{'params': …}}, not {summary(tree)}"
+    )
     if (ours is None) != (theirs is None):
-        what, tree = ("deployed", deployed) if theirs is None else ("like", like)
-        raise ValueError(
-            f"unfuse_params: `{what}` must be variables, {{'params': …}}, not {summary(tree)}"
-        )
+        raise no_variables
     arrays = jnp if any(isinstance(x, jax.Array) for x in jax.tree.leaves(deployed)) else np
     unfusing = _Unfusing(tuple(blocks), tuple(exclude), epsilon, arrays=arrays)
     result = unfusing.node(like, None, deployed, ())
     if not unfusing.count:
+        if theirs is None:
+            raise no_variables
         raise ValueError(
             "unfuse_params: `like` contains no training-form block; give the variables of the "
             "training form, create_model(…).init(…)"
