@@ -75,7 +75,7 @@ class JointCrop:
         factor = low + (high - low) * factor
         if factor == 1:
             return image, label
-        height, width = (max(1, int(side * factor)) for side in label.shape)
+        height, width = (max(1, round(side * factor)) for side in label.shape)
         size = (width, height)
         return (
             cv2.resize(image, size, interpolation=cv2.INTER_LINEAR),
