@@ -363,3 +363,52 @@ def test_a_resnet_starts_from_semseg_weights(rng):
         start_from_classifier(load_resnet(saved, variant="ResNet-50"), fresh)
     with pytest.raises(ValueError, match="deep stem"):
         load_resnet({"features.0.weight": kernel}, variant="ResNet-50")
+
+
+# Names, which checkpoints outlive.
+
+
+@pytest.mark.core
+def test_names_outside_the_backbone_never_change():
+    """Those of the backbone are the classifier's (tests/test_model.py)."""
+    network = rv.create_segmenter("A0", 19)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 33, 33, 3)))
+    found = {
+        f"{path} {list(leaf.shape)}"
+        for path, leaf in zip(paths(shapes), jax.tree.leaves(shapes), strict=True)
+        if "/backbone/" not in path
+    }
+    expected = {
+        "params/aux_backbone/conv/kernel [3, 3, 192, 256]",
+        "params/aux_backbone/logits/bias [19]",
+        "params/aux_backbone/logits/kernel [1, 1, 256, 19]",
+        "params/decoder/conv_single/kernel [3, 3, 2560, 512]",
+        "params/head/bias [19]",
+        "params/head/kernel [1, 1, 512, 19]",
+        *(f"params/pyramid{bins}/conv_single/kernel [1, 1, 1280, 320]" for bins in (1, 2, 3, 6)),
+    }
+    for norm, width in (
+        ("aux_backbone/bn", 256),
+        ("decoder/bn_single", 512),
+        *((f"pyramid{bins}/bn_single", 320) for bins in (1, 2, 3, 6)),
+    ):
+        expected |= {f"params/{norm}/{leaf} [{width}]" for leaf in ("scale", "bias")}
+        expected |= {f"batch_stats/{norm}/{leaf} [{width}]" for leaf in ("mean", "var")}
+    assert found == expected
+    backbone = shapes["params"]["backbone"]
+    classifier = jax.eval_shape(
+        rv.create_model("A0", num_classes=0).init, jax.random.key(0), jnp.zeros((1, 33, 33, 3))
+    )
+    assert paths(backbone) == paths(classifier["params"])
+
+
+def test_names_of_a_resnet_never_change():
+    network = tiny(TINY_RESNET)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 33, 33, 3)))
+    kernels = [path for path in paths(shapes["params"]["backbone"]) if path.endswith("kernel")]
+    convolutions = [f"stem{index}" for index in range(3)]
+    for block in ("stage1_block0", "stage2_block0", "stage2_block1", "stage3_block0"):
+        convolutions += [f"{block}/conv{index}" for index in range(3)]
+    convolutions += [f"stage4_block0/conv{index}" for index in range(3)]
+    convolutions += [f"stage{stage}_block0/shortcut" for stage in (1, 2, 3, 4)]
+    assert sorted(kernels) == sorted(f"{name}/conv_single/kernel" for name in convolutions)
