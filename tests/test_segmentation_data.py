@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from repvgg_jax.data.decoding import UndecodableError
-from repvgg_jax.data.joint_crop import JointCrop
+from repvgg_jax.data.joint_crop import JointCrop, WholeImage
 from repvgg_jax.data.masks import (
     CITYSCAPES,
     IGNORE,
@@ -287,3 +287,23 @@ def test_scales_cover_the_range(rng):
     assert max(heights) <= 40
     assert min(heights) < 14
     assert max(heights) > 34
+
+
+def test_crops_may_be_rectangular(rng):
+    image, label = JointCrop()(example(rng), (20, 33), rng)
+    assert image.shape == (20, 33, 3)
+    assert label.shape == (20, 33)
+
+
+def test_evaluation_images_have_one_size(rng):
+    """The image is in the corner, as it is; the border is ignored."""
+    scene = example(rng, 10, 12)
+    whole = WholeImage((12, 16), fill=(5.0, 6.0, 7.0))
+    image, label = whole(scene)
+    assert image.shape == (12, 16, 3)
+    np.testing.assert_array_equal(image[:10, :12], scene["image"])
+    np.testing.assert_array_equal(label[:10, :12], scene["label"])
+    assert (label == IGNORE).sum() == 12 * 16 - 10 * 12
+    assert (image[label == IGNORE] == (5, 6, 7)).all()
+    with pytest.raises(UndecodableError, match=r"b\.png has 13x12 pixels, more than 12x16"):
+        whole({**example(rng, 13, 12), "name": "b.png"})
