@@ -34,7 +34,13 @@ def tiny(variant=TINY, **options):
     return rv.create_segmenter(variant, CLASSES, **options)
 
 
-@pytest.fixture(params=BACKBONES)
+# The core tests take the first one alone.
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.core] if name == "plain" else [])
+        for name in BACKBONES
+    ]
+)
 def network(request):
     variant, options = BACKBONES[request.param]
     return tiny(variant, **options)
@@ -43,7 +49,6 @@ def network(request):
 # The network.
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_the_fused_segmenter_computes_the_same(network, dtype, tolerance):
     """Of whole images whose sizes are neither square nor 8 k + 1."""
@@ -60,7 +65,6 @@ def test_the_fused_segmenter_computes_the_same(network, dtype, tolerance):
     assert abs(trained - deployed).max() <= tolerance * abs(trained).max()
 
 
-@pytest.mark.core
 def test_fuse_params_needs_no_model(network):
     """It folds every convolution with a norm, and drops the auxiliary head alone."""
     variables = random_variables(network, size=33)
@@ -78,7 +82,6 @@ def test_fuse_params_needs_no_model(network):
     jax.tree.map(np.testing.assert_array_equal, fused, as_model)
 
 
-@pytest.mark.core
 def test_fuse_model_drops_the_auxiliary_head():
     network = tiny()
     variables = random_variables(network, size=33)
@@ -87,7 +90,6 @@ def test_fuse_model_drops_the_auxiliary_head():
     jax.tree.map(np.testing.assert_array_equal, fused, network.fuse(variables))
 
 
-@pytest.mark.core
 def test_a_fused_segmenter_becomes_trainable_again():
     network = tiny()
     variables = random_variables(network, size=33)
