@@ -10,7 +10,9 @@ import pytest
 from repvgg_jax.segmentation.inference import MMSEG, PROTOCOLS, SEMSEG, Protocol, predict, scores
 from repvgg_jax.segmentation.loss import IGNORE, pixel_cross_entropy, segmentation_loss
 from repvgg_jax.segmentation.metrics import Scores, confusion
+from repvgg_jax.segmentation.pictures import colorize, default_colors, grid, overlay
 from repvgg_jax.segmentation.task import Segmentation
+from tests.helpers.jit import quick_jit
 
 CLASSES = 4
 
@@ -20,10 +22,10 @@ CLASSES = 4
 
 def test_ignored_pixels_do_not_count(rng):
     """The loss and its gradient are those of the labeled pixels alone."""
-    logits = jnp.asarray(rng.normal(size=(2, 5, 7, CLASSES)), jnp.float32)
+    logits = rng.normal(size=(2, 5, 7, CLASSES)).astype(np.float32)
     labels = rng.integers(0, CLASSES, (2, 5, 7)).astype(np.uint8)
     labels[0, :3] = IGNORE
-    value, gradient = jax.value_and_grad(pixel_cross_entropy)(logits, labels)
+    value, gradient = quick_jit(jax.value_and_grad(pixel_cross_entropy))(logits, labels)
     kept = np.asarray(logits)[labels != IGNORE].astype(np.float64)
     of_label = kept[np.arange(len(kept)), labels[labels != IGNORE]]
     expected = np.mean(np.log(np.exp(kept).sum(-1)) - of_label)
@@ -33,21 +35,23 @@ def test_ignored_pixels_do_not_count(rng):
 
 
 def test_a_batch_without_labels_has_loss_zero():
-    labels = jnp.full((1, 3, 3), IGNORE, jnp.uint8)
-    logits = jnp.full((1, 3, 3, CLASSES), 30.0)
-    value, gradient = jax.value_and_grad(
-        lambda x: segmentation_loss(x, {"aux": x}, labels, auxiliary_weight=0.4)
-    )(logits)
+    labels = np.full((1, 3, 3), IGNORE, np.uint8)
+    logits = np.full((1, 3, 3, CLASSES), 30.0, np.float32)
+    loss = jax.value_and_grad(lambda x: segmentation_loss(x, {"aux": x}, labels))
+    value, gradient = quick_jit(loss)(logits)
     assert value == 0
     assert not np.asarray(gradient).any()
 
 
 def test_the_auxiliary_head_has_its_weight(rng):
-    main, head = (jnp.asarray(rng.normal(size=(1, 3, 3, CLASSES))) for _ in range(2))
+    main, head = rng.normal(size=(2, 1, 3, 3, CLASSES)).astype(np.float32)
     labels = rng.integers(0, CLASSES, (1, 3, 3))
     labels[0, 0, 0] = 9
-    parts = [pixel_cross_entropy(x, labels, ignore=9) for x in (main, head)]
-    both = segmentation_loss(main, {"head": head}, labels, auxiliary_weight=0.25, ignore=9)
+    alone = quick_jit(lambda x: pixel_cross_entropy(x, labels, ignore=9))
+    parts = [alone(x) for x in (main, head)]
+    both = quick_jit(
+        lambda x, y: segmentation_loss(x, {"head": y}, labels, auxiliary_weight=0.25, ignore=9)
+    )(main, head)
     np.testing.assert_allclose(both, parts[0] + 0.25 * parts[1], rtol=1e-6)
 
 
@@ -66,7 +70,7 @@ def counted(predictions, labels):
 def test_confusion_counts_pixels(rng):
     labels = rng.choice([0, 1, 2, IGNORE], (2, 9, 11)).astype(np.uint8)
     predictions = rng.integers(0, CLASSES, labels.shape)
-    matrix = jax.jit(confusion, static_argnums=2)(predictions, labels, CLASSES)
+    matrix = quick_jit(confusion, static_argnums=2)(predictions, labels, CLASSES)
     np.testing.assert_array_equal(matrix, counted(predictions, labels))
 
 
@@ -135,10 +139,14 @@ def test_scores_are_those_of_the_cityscapes_evaluator(rng, monkeypatch):
 
 def network(images):
     """Logits that depend on every pixel's neighborhood, and on left and right."""
-    shifted = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return by_hand(images, jnp)
+
+
+def by_hand(images, np=np):
+    shifted = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     right = shifted[:, 1:-1, 2:]
     below = shifted[:, 2:, 1:-1]
-    return jnp.concatenate([images.sum(-1, keepdims=True), right - below], axis=-1)
+    return np.concatenate([images.sum(-1, keepdims=True), right - below], axis=-1)
 
 
 @pytest.fixture
@@ -155,7 +163,7 @@ def softmax(x):
 def test_windows_are_averaged_where_they_overlap(images, window):
     """Also of images smaller than a window along one axis or both."""
     protocol = Protocol(window=window, average="logits")
-    ours = jax.jit(lambda x: scores(network, x, CLASSES, protocol))(images)
+    ours = quick_jit(lambda x: scores(network, x, CLASSES, protocol))(images)
     missing = [max(0, window - side) for side in (20, 31)]
     border = [(n // 2, n - n // 2) for n in missing]
     padded = np.pad(images, ((0, 0), *border, (0, 0)))
@@ -169,7 +177,7 @@ def test_windows_are_averaged_where_they_overlap(images, window):
     for row in rows:
         for column in columns:
             part = np.s_[row : row + window, column : column + window]
-            total[:, part[0], part[1]] += network(padded[:, part[0], part[1]])
+            total[:, part[0], part[1]] += by_hand(padded[:, part[0], part[1]])
             times[part] += 1
     expected = (total / times[..., None])[
         :, border[0][0] : border[0][0] + 20, border[1][0] : border[1][0] + 31
@@ -179,21 +187,23 @@ def test_windows_are_averaged_where_they_overlap(images, window):
 
 
 def test_mirror_images_are_averaged_as_probabilities(images):
-    ours = scores(network, jnp.asarray(images), CLASSES, Protocol(flip=True))
-    mirrored = softmax(np.asarray(network(images[:, :, ::-1])))[:, :, ::-1]
-    expected = (softmax(np.asarray(network(images))) + mirrored) / 2
+    protocol = Protocol(flip=True)
+    ours = np.asarray(quick_jit(lambda x: scores(network, x, CLASSES, protocol))(images))
+    mirrored = softmax(by_hand(images[:, :, ::-1]))[:, :, ::-1]
+    expected = (softmax(by_hand(images)) + mirrored) / 2
     np.testing.assert_allclose(ours, expected, atol=1e-6)
     np.testing.assert_allclose(ours.sum(-1), 1, atol=1e-5)
 
 
 def test_scales_are_averaged_at_the_size_of_the_image():
     """A constant image has the same scores at every scale."""
-    flat = jnp.full((1, 12, 18, 3), 0.7)
+    flat = np.full((1, 12, 18, 3), 0.7, np.float32)
 
     def everywhere(images):
         return images.mean(-1, keepdims=True) * jnp.arange(CLASSES).reshape(1, 1, 1, -1)
 
-    ours = scores(everywhere, flat, CLASSES, Protocol(scales=(0.5, 1.0, 1.75), window=9))
+    protocol = Protocol(scales=(0.5, 1.0, 1.75), window=9)
+    ours = quick_jit(lambda x: scores(everywhere, x, CLASSES, protocol))(flat)
     expected = softmax(0.7 * np.arange(CLASSES))
     assert ours.shape == (1, 12, 18, CLASSES)
     np.testing.assert_allclose(ours, np.broadcast_to(expected, ours.shape), atol=1e-6)
@@ -244,33 +254,67 @@ def test_protocols_that_cannot_be(options):
 def test_metrics_do_not_depend_on_the_batches(rng):
     """Blanks that fill the last batch count nowhere; unlabeled images only as images."""
     task = Segmentation(num_classes=CLASSES)
-    logits = jnp.asarray(rng.normal(size=(4, 6, 7, CLASSES)), jnp.float32)
+    logits = rng.normal(size=(4, 6, 7, CLASSES)).astype(np.float32)
     labels = rng.choice([0, 1, 2, IGNORE], (4, 6, 7)).astype(np.uint8)
     labels[2] = IGNORE
-    outputs = task.outputs(lambda images: images, logits)
+    outputs = np.asarray(quick_jit(lambda x: task.outputs(lambda images: images, x))(logits))
+    evaluate = quick_jit(task.evaluate)
 
     def counts(*images, mask):
         batch = {"label": labels[list(images)], "mask": np.array(mask)}
-        return jax.device_get(task.evaluate(outputs[jnp.array(images)], batch))
+        return jax.device_get(evaluate(outputs[list(images)], batch))
 
     whole = task.means([counts(0, 1, 2, mask=[True] * 3)])
     split = task.means([counts(0, 1, mask=[True, True]), counts(2, 3, mask=[True, False])])
-    expected = Scores(counted(np.asarray(logits[:2]).argmax(-1), labels[:2]))
+    expected = Scores(counted(logits[:2].argmax(-1), labels[:2]))
     for means in (whole, split):
         assert means["miou"] == expected.miou()
         assert means["accuracy"] == expected.pixel_accuracy
         np.testing.assert_array_equal(means["class_iou"], expected.iou)
         assert means["images"] == 3
-        loss = pixel_cross_entropy(logits[:3], labels[:3])
+        loss = quick_jit(pixel_cross_entropy)(logits[:3], labels[:3])
         assert means["loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_training_metrics_are_of_labeled_pixels(rng):
     task = Segmentation(num_classes=CLASSES, auxiliary_weight=0.5)
     labels = rng.choice([0, 1, IGNORE], (1, 4, 4)).astype(np.uint8)
-    targets = task.targets(labels)
-    right = 10 * jax.nn.one_hot(targets, CLASSES)
-    loss, metrics = task.loss(right, {"aux": jnp.zeros_like(right)}, targets)
+    targets = np.asarray(task.targets(labels))
+    right = 10 * (targets[..., None] == np.arange(CLASSES)).astype(np.float32)
+    loss, metrics = quick_jit(task.loss)(right, {"aux": np.zeros_like(right)}, targets)
     assert metrics["accuracy"] == 1
     assert metrics["loss"] == loss
     assert float(loss) == pytest.approx(0.5 * np.log(CLASSES), abs=1e-3)
+
+
+# Pictures.
+
+
+def test_every_class_has_a_color_of_its_own():
+    colors = default_colors(200)
+    assert len({tuple(color) for color in colors}) == 200
+    np.testing.assert_array_equal(colors[:4], [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]])
+
+
+def test_overlays_keep_ignored_pixels():
+    image = np.full((2, 2, 1), 100, np.uint8)
+    mask = np.array([[0, 1], [IGNORE, 1]], np.uint8)
+    shown = overlay(image, mask, np.array([[0, 0, 0], [200, 0, 0]], np.uint8))
+    np.testing.assert_array_equal(shown[1, 0], [100] * 3)
+    np.testing.assert_array_equal(shown[0, 0], [40] * 3)
+    np.testing.assert_array_equal(shown[0, 1], [160, 40, 40])
+    assert (colorize(mask, default_colors(2))[1, 0] == 255).all()
+
+
+def test_the_grid_shows_errors(rng):
+    images = rng.integers(0, 255, (2, 6, 8, 3)).astype(np.uint8)
+    labels = rng.integers(0, 3, (2, 6, 8)).astype(np.uint8)
+    predictions = labels.copy()
+    predictions[0, 2, 3] = (labels[0, 2, 3] + 1) % 3
+    figure = grid(images, labels, predictions, ("road", "sky", "car"))
+    assert len(figure.axes) == 8
+    error = np.asarray(figure.axes[3].images[0].get_array())
+    changed = (error != images[0]).any(-1)
+    assert changed.sum() == 1
+    assert changed[2, 3]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["road", "sky", "car"]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from repvgg_jax.data.decoding import UndecodableError
-from repvgg_jax.data.joint_crop import JointCrop
+from repvgg_jax.data.joint_crop import JointCrop, WholeImage
 from repvgg_jax.data.masks import (
     CITYSCAPES,
     IGNORE,
@@ -64,11 +64,7 @@ def test_labels_are_where_the_digits_are():
     for index in range(5):
         scene = train[index]
         label = scene["label"]
-        same = np.ones_like(label, bool)
-        for axis in (0, 1):
-            for step in (-1, 1):
-                same &= np.roll(label, step, axis) == label
-        inner = same & (label > 0)
+        inner = uniform(label, reach=1) & (label > 0)
         for digit in np.unique(label[inner]):
             colors = scene["image"][inner & (label == digit)].astype(float)
             if len(colors) > 20 and (label == digit).sum() < 400:
@@ -214,6 +210,13 @@ def example(rng, height=40, width=60):
     return {"image": np.stack([100 * label] * 3, axis=-1), "label": label}
 
 
+def uniform(label, reach):
+    """Whether all pixels of a square around a pixel have its label."""
+    padded = np.pad(label, reach, constant_values=254)  # what is beyond the crop is unknown
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1,) * 2)
+    return (windows == label[..., None, None]).all(axis=(2, 3))
+
+
 @pytest.mark.parametrize("size", [24, 90])
 def test_image_and_label_move_together(rng, size):
     crop = JointCrop(blur=0.0, fill=(251.0,) * 3)
@@ -224,7 +227,9 @@ def test_image_and_label_move_together(rng, size):
         inside = label != IGNORE
         wrong = np.abs(image[..., 0].astype(int) - np.where(inside, 100 * label.astype(int), 251))
         # Bilinear and nearest differ at edges alone.
-        assert (wrong > 20).mean() < 0.12
+        away = uniform(label, reach=4)
+        assert wrong[away].max(initial=0) <= 2
+        assert away.any()
         assert set(np.unique(label)) <= {0, 1, 2, IGNORE}
 
 
@@ -282,3 +287,23 @@ def test_scales_cover_the_range(rng):
     assert max(heights) <= 40
     assert min(heights) < 14
     assert max(heights) > 34
+
+
+def test_crops_may_be_rectangular(rng):
+    image, label = JointCrop()(example(rng), (20, 33), rng)
+    assert image.shape == (20, 33, 3)
+    assert label.shape == (20, 33)
+
+
+def test_evaluation_images_have_one_size(rng):
+    """The image is in the corner, as it is; the border is ignored."""
+    scene = example(rng, 10, 12)
+    whole = WholeImage((12, 16), fill=(5.0, 6.0, 7.0))
+    image, label = whole(scene)
+    assert image.shape == (12, 16, 3)
+    np.testing.assert_array_equal(image[:10, :12], scene["image"])
+    np.testing.assert_array_equal(label[:10, :12], scene["label"])
+    assert (label == IGNORE).sum() == 12 * 16 - 10 * 12
+    assert (image[label == IGNORE] == (5, 6, 7)).all()
+    with pytest.raises(UndecodableError, match=r"b\.png has 13x12 pixels, more than 12x16"):
+        whole({**example(rng, 13, 12), "name": "b.png"})

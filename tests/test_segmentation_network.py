@@ -34,7 +34,13 @@ def tiny(variant=TINY, **options):
     return rv.create_segmenter(variant, CLASSES, **options)
 
 
-@pytest.fixture(params=BACKBONES)
+# The core tests take the first one alone.
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.core] if name == "plain" else [])
+        for name in BACKBONES
+    ]
+)
 def network(request):
     variant, options = BACKBONES[request.param]
     return tiny(variant, **options)
@@ -43,7 +49,6 @@ def network(request):
 # The network.
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_the_fused_segmenter_computes_the_same(network, dtype, tolerance):
     """Of whole images whose sizes are neither square nor 8 k + 1."""
@@ -60,7 +65,6 @@ def test_the_fused_segmenter_computes_the_same(network, dtype, tolerance):
     assert abs(trained - deployed).max() <= tolerance * abs(trained).max()
 
 
-@pytest.mark.core
 def test_fuse_params_needs_no_model(network):
     """It folds every convolution with a norm, and drops the auxiliary head alone."""
     variables = random_variables(network, size=33)
@@ -78,7 +82,6 @@ def test_fuse_params_needs_no_model(network):
     jax.tree.map(np.testing.assert_array_equal, fused, as_model)
 
 
-@pytest.mark.core
 def test_fuse_model_drops_the_auxiliary_head():
     network = tiny()
     variables = random_variables(network, size=33)
@@ -87,7 +90,6 @@ def test_fuse_model_drops_the_auxiliary_head():
     jax.tree.map(np.testing.assert_array_equal, fused, network.fuse(variables))
 
 
-@pytest.mark.core
 def test_a_fused_segmenter_becomes_trainable_again():
     network = tiny()
     variables = random_variables(network, size=33)
@@ -363,3 +365,52 @@ def test_a_resnet_starts_from_semseg_weights(rng):
         start_from_classifier(load_resnet(saved, variant="ResNet-50"), fresh)
     with pytest.raises(ValueError, match="deep stem"):
         load_resnet({"features.0.weight": kernel}, variant="ResNet-50")
+
+
+# Names, which checkpoints outlive.
+
+
+@pytest.mark.core
+def test_names_outside_the_backbone_never_change():
+    """Those of the backbone are the classifier's (tests/test_model.py)."""
+    network = rv.create_segmenter("A0", 19)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 33, 33, 3)))
+    found = {
+        f"{path} {list(leaf.shape)}"
+        for path, leaf in zip(paths(shapes), jax.tree.leaves(shapes), strict=True)
+        if "/backbone/" not in path
+    }
+    expected = {
+        "params/aux_backbone/conv/kernel [3, 3, 192, 256]",
+        "params/aux_backbone/logits/bias [19]",
+        "params/aux_backbone/logits/kernel [1, 1, 256, 19]",
+        "params/decoder/conv_single/kernel [3, 3, 2560, 512]",
+        "params/head/bias [19]",
+        "params/head/kernel [1, 1, 512, 19]",
+        *(f"params/pyramid{bins}/conv_single/kernel [1, 1, 1280, 320]" for bins in (1, 2, 3, 6)),
+    }
+    for norm, width in (
+        ("aux_backbone/bn", 256),
+        ("decoder/bn_single", 512),
+        *((f"pyramid{bins}/bn_single", 320) for bins in (1, 2, 3, 6)),
+    ):
+        expected |= {f"params/{norm}/{leaf} [{width}]" for leaf in ("scale", "bias")}
+        expected |= {f"batch_stats/{norm}/{leaf} [{width}]" for leaf in ("mean", "var")}
+    assert found == expected
+    backbone = shapes["params"]["backbone"]
+    classifier = jax.eval_shape(
+        rv.create_model("A0", num_classes=0).init, jax.random.key(0), jnp.zeros((1, 33, 33, 3))
+    )
+    assert paths(backbone) == paths(classifier["params"])
+
+
+def test_names_of_a_resnet_never_change():
+    network = tiny(TINY_RESNET)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 33, 33, 3)))
+    kernels = [path for path in paths(shapes["params"]["backbone"]) if path.endswith("kernel")]
+    convolutions = [f"stem{index}" for index in range(3)]
+    for block in ("stage1_block0", "stage2_block0", "stage2_block1", "stage3_block0"):
+        convolutions += [f"{block}/conv{index}" for index in range(3)]
+    convolutions += [f"stage4_block0/conv{index}" for index in range(3)]
+    convolutions += [f"stage{stage}_block0/shortcut" for stage in (1, 2, 3, 4)]
+    assert sorted(kernels) == sorted(f"{name}/conv_single/kernel" for name in convolutions)

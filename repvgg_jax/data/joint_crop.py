@@ -5,13 +5,15 @@ the work there and here; the difference is that pixels stay uint8 between two op
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 
+from repvgg_jax.data.decoding import UndecodableError
 from repvgg_jax.data.masks import IGNORE
+from repvgg_jax.data.settings import Size, height_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +40,19 @@ class JointCrop:
     fill: tuple[float, float, float] = (123.675, 116.28, 103.53)
 
     def __call__(
-        self, example: Mapping[str, Any], size: int, rng: np.random.Generator
+        self, example: Mapping[str, Any], size: Size, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """The crop that `rng` samples.
 
         Args:
           example: `image` uint8 (height, width, 3) and `label` uint8 (height, width).
-          size: height and width of the crop, in pixels.
+          size: height and width of the crop, in pixels; one number for squares.
           rng: source of the random numbers; the same ones are drawn for every image.
 
         Returns:
-          uint8 (size, size, 3) and (size, size).
+          uint8 (height, width, 3) and (height, width).
         """
+        size = height_width(size)
         image, label = np.asarray(example["image"]), np.asarray(example["label"])
         factor, turns, angle, blurs, flips, down, across = rng.uniform(size=7)
         image, label = self._scaled(image, label, factor)
@@ -59,13 +62,15 @@ class JointCrop:
             image = cv2.GaussianBlur(image, (5, 5), 0)
         if flips < self.flip:
             image, label = image[:, ::-1], label[:, ::-1]
-        image, label = self._padded(image, label, size)
+        missing = [max(0, side - have) for side, have in zip(size, label.shape, strict=True)]
+        # Half of the border on each side.
+        image, label = _padded(image, label, missing, [n // 2 for n in missing], self.fill)
         # As an integer from 0 to the last place, all equally likely.
         top, left = (
-            int(share * (length - size + 1))
-            for share, length in zip((down, across), label.shape, strict=True)
+            int(share * (length - side + 1))
+            for share, length, side in zip((down, across), label.shape, size, strict=True)
         )
-        part = np.s_[top : top + size, left : left + size]
+        part = np.s_[top : top + size[0], left : left + size[1]]
         return np.ascontiguousarray(image[part]), np.ascontiguousarray(label[part])
 
     def _scaled(
@@ -75,7 +80,7 @@ class JointCrop:
         factor = low + (high - low) * factor
         if factor == 1:
             return image, label
-        height, width = (max(1, int(side * factor)) for side in label.shape)
+        height, width = (max(1, round(side * factor)) for side in label.shape)
         size = (width, height)
         return (
             cv2.resize(image, size, interpolation=cv2.INTER_LINEAR),
@@ -92,24 +97,60 @@ class JointCrop:
             return cv2.warpAffine(array, matrix, (width, height), flags=how, borderValue=outside)
 
         return (
-            turned(image, cv2.INTER_LINEAR, self._outside),
+            turned(image, cv2.INTER_LINEAR, _color(self.fill)),
             turned(label, cv2.INTER_NEAREST, IGNORE),
         )
 
-    def _padded(
-        self, image: np.ndarray, label: np.ndarray, size: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """At least as large as the crop, with half of the border on each side."""
-        missing = [max(0, size - side) for side in label.shape]
-        if not any(missing):
-            return image, label
-        (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in missing)
-        borders = (top, bottom, left, right)
-        return (
-            cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=self._outside),
-            cv2.copyMakeBorder(label, *borders, cv2.BORDER_CONSTANT, value=IGNORE),
-        )
 
-    @property
-    def _outside(self) -> tuple[int, ...]:
-        return tuple(round(value) for value in self.fill)
+@dataclasses.dataclass(frozen=True)
+class WholeImage:
+    """An image and its labels at the one size of all evaluation images.
+
+    Smaller ones get a border of the mean color with the label 255, to the right and below.
+
+    Attributes:
+      size: height and width, in pixels.
+      fill: color of the border, 0 … 255.
+    """
+
+    size: tuple[int, int]
+    fill: tuple[float, float, float] = (123.675, 116.28, 103.53)
+
+    def __call__(self, example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 (height, width, 3) and (height, width).
+
+        Raises:
+          UndecodableError: the image is larger.
+        """
+        image, label = np.asarray(example["image"]), np.asarray(example["label"])
+        missing = [side - have for side, have in zip(self.size, label.shape, strict=True)]
+        if min(missing) < 0:
+            wanted, have = ("x".join(map(str, sides)) for sides in (self.size, label.shape))
+            raise UndecodableError(
+                f"{example.get('name', 'an image')} has {have} pixels, more than {wanted}, the "
+                "size of evaluation; set config.data.eval_size to that of the largest image"
+            )
+        return _padded(image, label, missing, [0, 0], self.fill)
+
+
+def _padded(
+    image: np.ndarray,
+    label: np.ndarray,
+    missing: Sequence[int],
+    before: Sequence[int],
+    fill: Sequence[float],
+) -> tuple[np.ndarray, np.ndarray]:
+    """With so many more rows and columns, some of them before the first."""
+    if not any(missing):
+        return image, label
+    borders = [
+        n for first, whole in zip(before, missing, strict=True) for n in (first, whole - first)
+    ]
+    return (
+        cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=_color(fill)),
+        cv2.copyMakeBorder(label, *borders, cv2.BORDER_CONSTANT, value=IGNORE),
+    )
+
+
+def _color(fill: Sequence[float]) -> tuple[int, ...]:
+    return tuple(round(value) for value in fill)

@@ -59,16 +59,15 @@ class RepVGGStages(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    def __init__(self, inputs, width, stride, dilation):
+    def __init__(self, inputs, width, stride, dilation, projects):
         super().__init__()
         self.convs = nn.Sequential(
             ConvNorm(inputs, width, 1),
             ConvNorm(width, width, 3, stride, dilation),
             ConvNorm(width, 4 * width, 1, relu=False),
         )
-        self.shortcut = None
-        if inputs != 4 * width or stride != 1:
-            self.shortcut = ConvNorm(inputs, 4 * width, 1, stride, relu=False)
+        shortcut = ConvNorm(inputs, 4 * width, 1, stride, relu=False)
+        self.shortcut = shortcut if projects else None
 
     def forward(self, x):
         return F.relu(self.convs(x) + (x if self.shortcut is None else self.shortcut(x)))
@@ -88,7 +87,8 @@ class ResNetStages(nn.Module):
         for blocks in stages:
             made = []
             for width, stride, dilation in blocks:
-                made.append(Bottleneck(inputs, width, stride, dilation))
+                # The first of a stage projects, as with its stride in the classifier.
+                made.append(Bottleneck(inputs, width, stride, dilation, projects=not made))
                 inputs = 4 * width
             self.stages.append(nn.Sequential(*made))
 

@@ -1,0 +1,158 @@
+"""Table 8 of the RepVGG paper side by side: PSPNet on six backbones, as trained and fused.
+
+Parameters and MACs are counted from the programs that JAX traces, without computing anything; MACs
+are those of convolutions. With `--time`, both forms run in turn, each in its own process, on
+images of `--time-size` pixels; "time x" is relative to the first row's fused form. The paper's
+columns are what its authors measured on Cityscapes, with 713x713 pixels and batch 16 on a 1080Ti.
+
+    python benchmarks/segmentation.py
+    python benchmarks/segmentation.py --time --time-size 257 --write
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import repvgg_jax as rv
+
+CLASSES = 19
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of Table 8.
+
+    Attributes:
+      backbone: as `create_segmenter` calls it.
+      fast: whether its dilation is "fast".
+      miou: mean intersection over union in percent, of the paper.
+      accuracy: pixel accuracy in percent, of the paper.
+      speed: images per second, of the paper.
+    """
+
+    backbone: str
+    fast: bool
+    miou: float
+    accuracy: float
+    speed: float
+
+    @property
+    def name(self) -> str:
+        """As in the paper."""
+        prefix = "" if self.backbone.startswith("ResNet") else "RepVGG-"
+        return f"{prefix}{self.backbone}{'-fast' if self.fast else ''}"
+
+
+ROWS = (
+    Row("B1g2", True, 78.88, 96.19, 10.9),
+    Row("ResNet-50", False, 77.17, 95.99, 10.4),
+    Row("B1g2", False, 78.70, 96.27, 8.0),
+    Row("B2", True, 79.52, 96.36, 6.9),
+    Row("ResNet-101", False, 78.51, 96.30, 6.7),
+    Row("B2", False, 80.57, 96.50, 4.5),
+)
+
+
+def segmenter(row: Row, *, deploy: bool, **options: Any) -> rv.Segmenter:
+    """The network of a row; without the auxiliary head, which inference never runs."""
+    return rv.create_segmenter(
+        row.backbone, CLASSES, fast=row.fast, deploy=deploy, auxiliary_width=0, **options
+    )
+
+
+def count(row: Row, size: int, *, deploy: bool) -> tuple[int, int]:
+    """Parameters, and MACs of the convolutions for one image of that height and width."""
+    model = segmenter(row, deploy=deploy, lowering="plain")
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+    return parameters, macs(jax.make_jaxpr(model.apply)(variables, images).jaxpr)
+
+
+def macs(jaxpr: Any) -> int:
+    """Multiply-accumulates of the convolutions of a program and of the programs inside it."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            out_channel = equation.params["dimension_numbers"].rhs_spec[0]
+            kernel = equation.invars[1].aval.shape
+            taps = math.prod(kernel) // kernel[out_channel]
+            total += taps * math.prod(equation.outvars[0].aval.shape)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")
+        ):
+            if hasattr(inner, "eqns"):
+                total += macs(inner)
+            elif hasattr(inner, "jaxpr"):
+                total += macs(inner.jaxpr)
+    return total
+
+
+def build(name: str, size: int, batch: int) -> tuple[Callable[[], Any], None]:
+    """A run of one form of one row, called `NAME fused` or `NAME trained`."""
+    row_name, _, form = name.rpartition(" ")
+    row = next(row for row in ROWS if row.name == row_name)
+    images = np.random.default_rng(0).normal(size=(batch, size, size, 3)).astype(np.float32)
+    model = segmenter(row, deploy=form == "fused")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images[:1])
+    # Speed does not depend on the values, as long as they stay finite.
+    variables = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 1e-3, leaf.dtype), shapes)
+    run = jax.jit(lambda x: model.apply(variables, x))
+    x = jax.device_put(images)
+    return lambda: jax.block_until_ready(run(x)), None
+
+
+def main() -> None:
+    """Counts, measures what the flags select, and reports."""
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--image-size", type=int, default=713, help="pixels, for MACs")
+    parser.add_argument("--time", action="store_true", help="also time both forms")
+    parser.add_argument("--time-size", type=int, default=257, help="pixels, for times")
+    parser.add_argument("--batch", type=int, default=1, help="images, for times")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    took = {}
+    if args.time:
+        names = [f"{row.name} {form}" for row in ROWS for form in ("trained", "fused")]
+        times, _ = harness.take_turns_apart(
+            build, names, (args.time_size, args.batch), rounds=args.rounds
+        )
+        took = {name: harness.summary(seconds) for name, seconds in times.items()}
+    table = []
+    for row in ROWS:
+        trained, fused = (count(row, args.image_size, deploy=deploy) for deploy in (False, True))
+        cells = {
+            "backbone": row.name,
+            "params trained M": trained[0] / 1e6,
+            "params fused M": fused[0] / 1e6,
+            "MACs trained G": trained[1] / 1e9,
+            "MACs fused G": fused[1] / 1e9,
+            "paper mIoU %": f"{row.miou:.2f}",
+            "paper accuracy %": f"{row.accuracy:.2f}",
+            "paper images/s": row.speed,
+        }
+        for form in ("trained", "fused") if args.time else ():
+            name = f"{row.name} {form}"
+            cells[f"{form} ms"] = 1e3 * took[name]["median"] if name in took else None
+            cells[f"{form} time x"] = (
+                harness.ratio(took, name, f"{ROWS[0].name} fused") if name in took else None
+            )
+        table.append(cells)
+    harness.report(
+        "segmentation",
+        table,
+        note=__doc__ or "",
+        write=args.write,
+        image_size=args.image_size,
+        **({"time_size": args.time_size, "batch": args.batch} if args.time else {}),
+    )
+
+
+if __name__ == "__main__":
+    main()
