@@ -18,11 +18,17 @@ _MODES = {
     "light": {"background": "#ffffff", "text": "#1f2328", "grid": "#d8dee4", "rest": "#6e7781"},
     "dark": {"background": "#0d1117", "text": "#e6edf3", "grid": "#30363d", "rest": "#9198a1"},
 }
-_SERIES = {  # of the picture: which rows are joined by a line, and its color
-    "RepVGG-A": (("A0", "A1", "A2"), "#d1495b"),
-    "RepVGG-B": (("B0", "B1", "B2", "B3"), "#d1495b"),
-    "RepVGG-Bg4": (("B1g4", "B2g4", "B3g4"), "#e08e45"),
-    "ResNet": (("ResNet-18", "ResNet-34", "ResNet-50", "ResNet-101", "ResNet-152"), "#3d7ebd"),
+_SERIES = (  # of the picture: rows joined by a line, its color, and where their names stand
+    (("A0", "A1", "A2"), "#d1495b", "above"),
+    (("B0", "B1", "B2", "B3"), "#d1495b", "above"),
+    (("B1g4", "B2g4", "B3g4"), "#e08e45", "above"),
+    (("B1g2",), "#e08e45", "above"),
+    (("B1g2-fast", "B2-fast"), "#e08e45", "above"),
+    (("ResNet-18", "ResNet-34", "ResNet-50", "ResNet-101", "ResNet-152"), "#3d7ebd", "below"),
+)
+_OFFSETS: dict[str, dict[str, Any]] = {
+    "above": {"xytext": (3, 3), "ha": "left", "va": "bottom"},
+    "below": {"xytext": (-4, -3), "ha": "right", "va": "top"},
 }
 
 
@@ -78,7 +84,7 @@ def draw(folder: pathlib.Path, table: str, timed: Sequence[Record]) -> bool:
     panels = {title: points for title, points in panels.items() if points}
     if not any(row in printed for points in panels.values() for row in points):
         return False
-    columns = min(3, len(panels))
+    columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     for mode, colors in _MODES.items():
         style = {
@@ -94,7 +100,7 @@ def draw(folder: pathlib.Path, table: str, timed: Sequence[Record]) -> bool:
         }
         with rc_context(style):
             figure = Figure(
-                figsize=(4.2 * columns, 3.4 * lines),
+                figsize=(5.2 * columns, 4.2 * lines),
                 layout="constrained",
                 facecolor=colors["background"],
             )
@@ -111,21 +117,26 @@ def draw(folder: pathlib.Path, table: str, timed: Sequence[Record]) -> bool:
 def _panel(
     axis: Any, title: str, points: dict[str, float], table: str, colors: dict[str, str]
 ) -> None:
+    from matplotlib import ticker
+
     printed = paper.TABLES[table].rows
     places = {row: (speed, printed[row].accuracy) for row, speed in points.items()}
-    joined = {}
-    for rows, color in _SERIES.values():
+    looks = {}
+    for rows, color, side in _SERIES:
         there = [row for row in rows if row in places]
-        joined |= dict.fromkeys(there, color)
-        axis.plot(
-            *zip(*(places[row] for row in there), strict=True), color=color
-        ) if there else None
-    for row, (speed, accuracy) in places.items():
-        color = joined.get(row, colors["rest"])
-        axis.plot(speed, accuracy, "o", color=color, markersize=4)
-        axis.annotate(row, (speed, accuracy), xytext=(3, 3), textcoords="offset points", fontsize=6)
+        looks |= dict.fromkeys(there, (color, side))
+        if there:
+            axis.plot(*zip(*(places[row] for row in there), strict=True), color=color)
+    for row, place in places.items():
+        color, side = looks.get(row, (colors["rest"], "below"))
+        axis.plot(*place, "o", color=color, markersize=4)
+        offset = _OFFSETS[side]
+        axis.annotate(row, place, textcoords="offset points", fontsize=7, color=color, **offset)
     axis.set_xscale("log")
-    axis.margins(x=0.15, y=0.1)
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.margins(x=0.2, y=0.1)
     axis.grid(color=colors["grid"], linewidth=0.5)
     axis.set_axisbelow(True)
     axis.set_title(title)
@@ -158,7 +169,7 @@ def _costs(table: str, rows: Sequence[str]) -> list[str]:
     printed = paper.TABLES[table]
     if table == "1":
         return _density_printed(rows)
-    base = printed.rows.get(printed.reference) or paper.TABLES["4"].rows.get(printed.reference)
+    base = printed.rows.get(printed.reference) or paper.TABLES["4"].rows[printed.reference]
     cells = []
     for row in rows:
         cell: dict[str, Any] = {"": row}
@@ -176,10 +187,11 @@ def _costs(table: str, rows: Sequence[str]) -> list[str]:
             }
         here = printed.rows[row]
         cell |= {
-            f"paper: {printed.measure}": here.accuracy,
+            f"paper: {printed.measure}": f"{here.accuracy:.2f}",
             "paper: 1080Ti images/s": here.speed,
-            f"x {printed.reference}": here.speed / base.speed if here.speed and base else None,
         }
+        if here.speed:
+            cell[f"paper: x {printed.reference}"] = f"{here.speed / base.speed:.2f}"
         if table in "45":
             cell |= {"paper: G MACs": here.macs, "paper: G Winograd": here.winograd}
         cells.append(cell)
@@ -187,8 +199,6 @@ def _costs(table: str, rows: Sequence[str]) -> list[str]:
 
 
 def _segmenter_costs(row: str) -> dict[str, Any]:
-    if paper_rows.segmentation_missing():
-        return {}
     found = paper_rows.segmenter_cost(row)
     return {
         "pixels": paper.SEGMENTED_SIZE,

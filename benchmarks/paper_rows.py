@@ -17,6 +17,8 @@ import paper
 import torch_peer
 from baselines import Network, random_params
 
+from repvgg_jax.train.targets import Target
+
 Run = Callable[[], Any]
 RUNNERS = {
     "JAX": (),
@@ -101,18 +103,7 @@ def not_measurable(table: str, kind: str) -> str | None:
     """Why a runner cannot measure a table here; None if it can."""
     if package := missing(kind):
         return f"{package} is not installed"
-    if table == "8" and kind != "JAX":
-        return "segmenters are measured in JAX only"
-    return segmentation_missing() if table == "8" else None
-
-
-def segmentation_missing() -> str | None:
-    """Why Table 8 cannot be measured; None if it can."""
-    import repvgg_jax as rv
-
-    if hasattr(rv, "create_segmenter"):
-        return None
-    return "not available: this version of repvgg_jax has no create_segmenter"
+    return "segmenters are measured in JAX only" if table == "8" and kind != "JAX" else None
 
 
 def compile_ahead(job: dict[str, Any]) -> dict[str, Any]:
@@ -129,14 +120,19 @@ def compile_ahead(job: dict[str, Any]) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from repvgg_jax.train import hlo, targets
+    from repvgg_jax.train import hlo
 
-    device = targets.Target.parse(TARGETS[job["ahead"]]).devices()[0]
+    device = target_of(job["ahead"]).devices()[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
-    network = paper.network_of(job["table"], job["row"], channels=job["channels"])
-    size, dtype = job["image_size"] or network.image_size, jnp.dtype(job["dtype"])
-    model = _module(job["row"], network, job).clone(dtype=dtype)
-    shape = (job["batch"], size, size, network.channels)
+    dtype = jnp.dtype(job["dtype"])
+    if job["table"] == "8":
+        model, size, channels = segmenter_of(job["row"]), paper.SEGMENTED_SIZE, 3
+    else:
+        network = paper.network_of(job["table"], job["row"], channels=job["channels"])
+        model = _module(job["row"], network, job)
+        size, channels = network.image_size, network.channels
+    size = job["image_size"] or size
+    model, shape = model.clone(dtype=dtype), (job["batch"], size, size, channels)
     images = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     variables = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -152,18 +148,9 @@ def compile_ahead(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def why_not_ahead(target: str) -> tuple[str | None, dict[str, str]]:
-    """Why no program can be compiled for a target here, and the environment to compile one in."""
-    try:
-        from repvgg_jax.train import targets
-    except ImportError:
-        return "this version of repvgg_jax cannot compile for it ahead of time", {}
-    found = targets.Target.parse(TARGETS[target])
-    try:
-        found.check_installed()
-    except ValueError as error:
-        return str(error), {}
-    return None, found.environment
+def target_of(name: str) -> Target:
+    """The devices that a key of `TARGETS` stands for."""
+    return Target.parse(TARGETS[name])
 
 
 def _module(row: str, network: Network, job: dict[str, Any]) -> Any:

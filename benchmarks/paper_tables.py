@@ -14,7 +14,8 @@ compile. PyTorch is channels_last. Weights are random: times do not depend on th
 On a CPU everything is float32 at batch 8; on a GPU float32 and bfloat16 at batch 128 and 256. Ahead
 of time, each network is compiled for a TPU v5e and an H100 in bfloat16 at batch 128: gigabytes
 moved to and from main memory, and kernels. Neither has to be there, but their compilers have to be
-installed (requirements-tpu.txt, requirements-cuda.txt).
+installed (requirements-tpu.txt, requirements-cuda.txt). Table 8 is in JAX only, at batch 1 on a CPU
+and at the paper's 16 on a GPU and ahead of time.
 
 Results are kept in --output as they are found, and the same command continues where it stopped. It
 writes a page of Markdown and the paper's figure, accuracy over speed, in light and dark.
@@ -40,9 +41,9 @@ from repvgg_jax.files import write_text
 from repvgg_jax.text import did_you_mean
 
 Job = dict[str, Any]
-CPU_CASES = ((8, "float32"),)
-GPU_CASES = tuple(itertools.product((128, 256), ("float32", "bfloat16")))
-AHEAD_CASE = (128, "bfloat16")
+BATCHES = {"cpu": (8,), "gpu": (128, 256), "ahead": (128,)}
+SEGMENTED_BATCHES = {"cpu": (1,), "gpu": (16,), "ahead": (16,)}  # of Table 8
+DTYPES = {"cpu": ("float32",), "gpu": ("float32", "bfloat16"), "ahead": ("bfloat16",)}
 FOLDER = pathlib.Path("runs", "paper_tables")
 
 
@@ -71,7 +72,10 @@ class Store:
         self._found: dict[str, Job] = {}
         if self.path.exists():
             for line in self.path.read_text().splitlines():
-                record = json.loads(line)
+                try:
+                    record = json.loads(line)
+                except ValueError:  # the process ended while it wrote this line
+                    continue
                 if record["versions"] == self.versions:
                     self._found[_key(record["job"])] = record
 
@@ -89,7 +93,7 @@ class Store:
         self._found[_key(job)] = record
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(f"\n{json.dumps(record)}")  # an earlier line may be cut short
 
 
 def _key(job: Job) -> str:
@@ -98,11 +102,8 @@ def _key(job: Job) -> str:
 
 def jobs_of(args: argparse.Namespace, rows: list[str], device: str) -> Iterator[Job]:
     """Everything that there is to measure and to compile, row by row."""
-    cases = GPU_CASES if device == "gpu" else CPU_CASES
-    if args.batch or args.dtypes:
-        batches = args.batch or sorted({batch for batch, _ in cases})
-        dtypes = args.dtypes or list(dict.fromkeys(dtype for _, dtype in cases))
-        cases = tuple(itertools.product(batches, dtypes))
+    batches = SEGMENTED_BATCHES if args.table == "8" else BATCHES
+    cases = tuple(itertools.product(args.batch or batches[device], args.dtypes or DTYPES[device]))
     runners = args.runners or (paper_rows.ON_GPU if device == "gpu" else paper_rows.RUNNERS)
     channels = args.channels or (paper.DENSITY_SHAPE[1] if device == "gpu" else 256)
     shared = {"table": args.table, "image_size": args.image_size, "channels": channels}
@@ -111,7 +112,7 @@ def jobs_of(args: argparse.Namespace, rows: list[str], device: str) -> Iterator[
         for (batch, dtype), runner in itertools.product(cases, runners):
             case = {"row": row, "batch": batch, "dtype": dtype, "runner": runner}
             yield shared | timed | case
-        batch, dtype = (args.batch or AHEAD_CASE[:1])[-1], AHEAD_CASE[1]
+        (batch,), (dtype,) = batches["ahead"], DTYPES["ahead"]
         for target in args.ahead:
             yield shared | {"row": row, "batch": batch, "dtype": dtype, "ahead": target}
 
@@ -119,15 +120,16 @@ def jobs_of(args: argparse.Namespace, rows: list[str], device: str) -> Iterator[
 def do(job: Job, timeout: float) -> Job:
     """The result of a job, or why there is none."""
     if "ahead" in job:
-        if job["table"] == "8":
-            return {"error": "segmenters are not compiled ahead of time here"}
-        reason, environment = paper_rows.why_not_ahead(job["ahead"])
-    else:
-        reason = paper_rows.not_measurable(job["table"], job["runner"])
-        on_cpu = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        environment = on_cpu if job["device"] == "cpu" else {}
-    if reason:
+        target = paper_rows.target_of(job["ahead"])
+        try:
+            target.check_installed()
+        except ValueError as error:
+            return {"error": str(error)}
+        return harness.in_subprocess(__file__, job, timeout=timeout, **target.environment)
+    if reason := paper_rows.not_measurable(job["table"], job["runner"]):
         return {"error": reason}
+    on_cpu = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment = on_cpu if job["device"] == "cpu" else {}
     return harness.in_subprocess(__file__, job, timeout=timeout, **environment)
 
 
@@ -194,13 +196,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--image-size", type=_positive, help="pixels, by default the paper's")
     parser.add_argument("--channels", type=_positive, help="of Table 1; 256 on CPUs, else 2048")
     parser.add_argument("--rounds", type=_positive, default=5)
-    parser.add_argument("--seconds", type=float, default=0.2, help="the least for one round")
+    parser.add_argument("--seconds", type=_seconds, default=0.2, help="the least for one round")
     parser.add_argument(
         "--ahead", nargs="*", choices=paper_rows.TARGETS, default=list(paper_rows.TARGETS),
         metavar="TARGET", help="compile for these ahead of time: v5e, h100 or nothing",
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "gpu"), help="by default the GPU if present")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one measurement")
+    parser.add_argument("--timeout", type=_seconds, default=1800, help="seconds per measurement")
     parser.add_argument("--output", type=pathlib.Path, help=f"a folder, by default {FOLDER}")
     parser.add_argument(
         "--write", action="store_true", help="keep results under benchmarks/results/paper_tables"
@@ -227,6 +229,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more seconds")
     return number
 
 
