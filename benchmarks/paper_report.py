@@ -160,7 +160,8 @@ def _facts(records: Sequence[Record]) -> list[str]:
     if dates:
         facts["measured"] = " to ".join(dict.fromkeys((dates[0], dates[-1])))
         facts["commits"] = ", ".join(commits)
-    facts["versions"] = ", ".join(f"{k} {v}" for k, v in harness.versions().items())
+    versions = {name: v for record in records for name, v in record["versions"].items()}
+    facts["versions"] = ", ".join(f"{name} {v}" for name, v in sorted(versions.items()))
     return [f"- {name}: {value}" for name, value in facts.items() if value is not None]
 
 

@@ -33,6 +33,23 @@ TARGETS = {"v5e": "v5e:2x2", "h100": "h100"}
 """What programs are compiled for ahead of time; of the TPU slice one chip is used."""
 
 
+_VERSIONS = {
+    "JAX": ("jax", "jaxlib", "flax"),
+    "onnxruntime": ("onnxruntime",),
+    "OpenVINO": ("openvino",),
+    "PyTorch": ("torch",),
+    "PyTorch compiled": ("torch",),
+    "v5e": ("jax", "jaxlib", "flax", "libtpu"),
+    "h100": ("jax", "jaxlib", "flax"),
+}
+
+
+def versions(job: dict[str, Any]) -> dict[str, str]:
+    """Versions of what a job's result depends on, of those installed."""
+    wanted = ("python", *_VERSIONS[job.get("runner") or job["ahead"]])
+    return {name: found for name, found in harness.versions().items() if name in wanted}
+
+
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Times a row in one framework.
 

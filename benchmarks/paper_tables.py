@@ -68,7 +68,6 @@ class Store:
 
     def __init__(self, folder: pathlib.Path, table: str):
         self.path = folder / f"table{table}.jsonl"
-        self.versions = harness.versions()
         self._found: dict[str, Job] = {}
         if self.path.exists():
             for line in self.path.read_text().splitlines():
@@ -76,12 +75,12 @@ class Store:
                     record = json.loads(line)
                 except ValueError:  # the process ended while it wrote this line
                     continue
-                if record["versions"] == self.versions:
-                    self._found[_key(record["job"])] = record
+                self._found[_key(record["job"])] = record
 
     def get(self, job: Job) -> Job | None:
-        """The result of a job, measured with the versions that are installed now."""
-        return self._found.get(_key(job))
+        """The result of a job, if it is of the versions that are installed now."""
+        found = self._found.get(_key(job))
+        return found if found and found["versions"] == paper_rows.versions(job) else None
 
     def has(self, job: Job) -> bool:
         """Whether a job is done; one that failed is tried again."""
@@ -89,7 +88,8 @@ class Store:
 
     def add(self, job: Job, result: Job) -> None:
         """Keeps a result."""
-        record = {"job": job, "result": result, "versions": self.versions} | harness.origin()
+        record = {"job": job, "result": result, "versions": paper_rows.versions(job)}
+        record |= harness.origin()
         self._found[_key(job)] = record
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
@@ -104,7 +104,8 @@ def jobs_of(args: argparse.Namespace, rows: list[str], device: str) -> Iterator[
     """Everything that there is to measure and to compile, row by row."""
     batches = SEGMENTED_BATCHES if args.table == "8" else BATCHES
     cases = tuple(itertools.product(args.batch or batches[device], args.dtypes or DTYPES[device]))
-    runners = args.runners or (paper_rows.ON_GPU if device == "gpu" else paper_rows.RUNNERS)
+    runners = paper_rows.ON_GPU if device == "gpu" else paper_rows.RUNNERS
+    runners = runners if args.runners is None else args.runners
     channels = args.channels or (paper.DENSITY_SHAPE[1] if device == "gpu" else 256)
     shared = {"table": args.table, "image_size": args.image_size, "channels": channels}
     timed = {"device": device, "rounds": args.rounds, "seconds": args.seconds}
@@ -190,7 +191,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="by default all of the table")
     parser.add_argument("--counts", action="store_true", help="count every network, time nothing")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="of --counts")
-    parser.add_argument("--runners", nargs="+", choices=paper_rows.RUNNERS, help="frameworks")
+    parser.add_argument(
+        "--runners", nargs="*", choices=paper_rows.RUNNERS, metavar="NAME",
+        help=f"frameworks, of {', '.join(paper_rows.RUNNERS)}, or nothing",
+    )  # fmt: skip
     parser.add_argument("--batch", nargs="+", type=_positive, help="images (default: see above)")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"))
     parser.add_argument("--image-size", type=_positive, help="pixels, by default the paper's")

@@ -21,6 +21,7 @@ from baselines import BASELINES, cost, from_variant, random_params, resnet, unco
 from baselines.linen import Baseline
 from baselines.network import Conv, Dense, Flatten, MaxPool, Network, shapes
 from baselines.zoo import efficientnet, regnetx, residual
+from models_page import TIMM
 
 # Trainable and folded parameters; M parameters, G MACs and G Winograd multiplications as the paper
 # prints them in Tables 4 and 5. Parameters are truncated there (EfficientNet-B3's are rounded).
@@ -211,21 +212,6 @@ def _check_frameworks(network: Network, folder: pathlib.Path) -> None:
         pytest.skip("neither PyTorch nor onnxruntime is installed")
 
 
-TIMM = {
-    "ResNet-18": "resnet18",
-    "ResNet-34": "resnet34",
-    "ResNet-50": "resnet50",
-    "ResNet-101": "resnet101",
-    "ResNet-152": "resnet152",
-    "ResNeXt-50": "resnext50_32x4d",
-    "ResNeXt-101": "resnext101_32x4d",
-    "VGG-16": "vgg16",
-    "VGG-16-BN": "vgg16_bn",
-    "EfficientNet-B0": "efficientnet_b0",
-    "EfficientNet-B3": "efficientnet_b3",
-    "RegNetX-3.2GF": "regnetx_032",
-    "RegNetX-12GF": "regnetx_120",
-}
 TORCHVISION = {
     name: TIMM[name] for name in ("ResNet-18", "ResNet-50", "ResNeXt-50", "VGG-16", "VGG-16-BN")
 }  # whose layers are in the same order; its EfficientNet and RegNet are timm's

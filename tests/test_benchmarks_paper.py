@@ -17,6 +17,7 @@ sys.path.append(str(FOLDER))
 
 import convolutions  # noqa: E402
 import harness  # noqa: E402
+import models_page  # noqa: E402
 import paper  # noqa: E402
 import paper_report  # noqa: E402
 import paper_rows  # noqa: E402
@@ -147,7 +148,10 @@ def test_a_rerun_continues_and_tries_again_what_failed(monkeypatch, tmp_path, ca
     paper_tables.work(jobs, paper_tables.Store(tmp_path, "4"), timeout=1)
     assert done == ["A0", "ResNet-18", "A0"]
     # Other versions are other results.
-    monkeypatch.setattr(harness, "versions", lambda: {"jax": "another"})
+    now = harness.versions()
+    monkeypatch.setattr(harness, "versions", lambda: now | {"torch": "another", "libtpu": "0"})
+    assert paper_tables.Store(tmp_path, "4").has(jobs[0])  # which depends on neither
+    monkeypatch.setattr(harness, "versions", lambda: now | {"jax": "another"})
     assert not paper_tables.Store(tmp_path, "4").has(jobs[0])
 
 
@@ -227,6 +231,25 @@ def test_a_program_that_hangs_ends_with_its_processes(tmp_path):
     assert "5 s" in found["error"]
     state = pathlib.Path("/proc", (tmp_path / "pid").read_text(), "stat")
     assert not state.exists() or state.read_text().split()[2] in "ZX"
+
+
+def test_the_page_of_models_is_up_to_date():
+    """Otherwise run `python benchmarks/models_page.py`."""
+    assert models_page.PAGE.read_text() == models_page.page()
+
+
+def test_the_page_of_models_names_every_network():
+    lines = models_page.page().splitlines()
+    rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+    assert rows.keys() >= {*rv.VARIANTS, *BASELINES}
+    for name in rv.VARIANTS:
+        found = rv.cost(name)
+        assert f"{found.params_train:,}" in rows[name]
+        assert f"{found.params_deploy:,}" in rows[name]
+        assert "official" in rows[name]
+    assert "not at all" not in rows["A0"]
+    assert models_page._loaded(()) == "not at all"
+    assert models_page.TIMM.keys() == BASELINES.keys()
 
 
 @pytest.mark.system
