@@ -154,12 +154,15 @@ def _picture(table: str) -> str:
 
 def _facts(records: Sequence[Record]) -> list[str]:
     """Where and when the results come from."""
-    dates = sorted({record["date"] for record in records})
-    commits = sorted({record["commit"] or "no commit" for record in records})
-    facts: dict[str, Any] = harness.hardware()
-    if dates:
+    facts: dict[str, Any] = {}
+    if timed := [record for record in records if "runner" in record["job"]]:
+        facts |= timed[-1]["machine"]
+        loads = [record["machine"]["load_average"][0] for record in timed]
+        facts["load_average"] = f"{min(loads)} to {max(loads)} after a measurement"
+    if records:
+        dates = sorted({record["date"] for record in records})
         facts["measured"] = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-        facts["commits"] = ", ".join(commits)
+        facts["commits"] = ", ".join(sorted({record["commit"] or "none" for record in records}))
     versions = {name: v for record in records for name, v in record["versions"].items()}
     facts["versions"] = ", ".join(f"{name} {v}" for name, v in sorted(versions.items()))
     return [f"- {name}: {value}" for name, value in facts.items() if value is not None]

@@ -17,8 +17,9 @@ moved to and from main memory, and kernels. Neither has to be there, but their c
 installed (requirements-tpu.txt, requirements-cuda.txt). Table 8 is in JAX only, at batch 1 on a CPU
 and at the paper's 16 on a GPU and ahead of time.
 
-Results are kept in --output as they are found, and the same command continues where it stopped. It
-writes a page of Markdown and the paper's figure, accuracy over speed, in light and dark.
+Results are kept in --output as they are found, and the same command continues where it stopped;
+another folder starts anew. It writes a page of Markdown and the paper's figure, accuracy over
+speed, in light and dark.
 """
 
 import argparse
@@ -68,6 +69,7 @@ class Store:
 
     def __init__(self, folder: pathlib.Path, table: str):
         self.path = folder / f"table{table}.jsonl"
+        self.machine = harness.hardware()
         self._found: dict[str, Job] = {}
         if self.path.exists():
             for line in self.path.read_text().splitlines():
@@ -78,9 +80,15 @@ class Store:
                 self._found[_key(record["job"])] = record
 
     def get(self, job: Job) -> Job | None:
-        """The result of a job, if it is of the versions that are installed now."""
+        """The result of a job, if it is of these versions and, if timed, of this machine.
+
+        A compiler or a framework that is not installed now does not make it invalid.
+        """
         found = self._found.get(_key(job))
-        return found if found and found["versions"] == paper_rows.versions(job) else None
+        if not found or not found["versions"].items() >= paper_rows.versions(job).items():
+            return None
+        parts = () if "ahead" in job else ("cpu", "cores", "gpu")
+        return found if all(found["machine"][p] == self.machine[p] for p in parts) else None
 
     def has(self, job: Job) -> bool:
         """Whether a job is done; one that failed is tried again."""
@@ -89,7 +97,7 @@ class Store:
     def add(self, job: Job, result: Job) -> None:
         """Keeps a result."""
         record = {"job": job, "result": result, "versions": paper_rows.versions(job)}
-        record |= harness.origin()
+        record |= harness.origin() | {"machine": harness.hardware()}
         self._found[_key(job)] = record
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:

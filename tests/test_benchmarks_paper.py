@@ -151,8 +151,14 @@ def test_a_rerun_continues_and_tries_again_what_failed(monkeypatch, tmp_path, ca
     now = harness.versions()
     monkeypatch.setattr(harness, "versions", lambda: now | {"torch": "another", "libtpu": "0"})
     assert paper_tables.Store(tmp_path, "4").has(jobs[0])  # which depends on neither
+    monkeypatch.setattr(harness, "versions", lambda: {"python": now["python"]})
+    assert paper_tables.Store(tmp_path, "4").has(jobs[0])  # measured where JAX is installed
     monkeypatch.setattr(harness, "versions", lambda: now | {"jax": "another"})
     assert not paper_tables.Store(tmp_path, "4").has(jobs[0])
+    monkeypatch.setattr(harness, "versions", lambda: now)
+    here = harness.hardware()
+    monkeypatch.setattr(harness, "hardware", lambda: here | {"cores": 99})
+    assert not paper_tables.Store(tmp_path, "4").has(jobs[0])  # timed on another machine
 
 
 def test_a_line_cut_short_does_not_lose_the_others(monkeypatch, tmp_path):
@@ -170,7 +176,8 @@ def test_a_line_cut_short_does_not_lose_the_others(monkeypatch, tmp_path):
 def _records(monkeypatch, table, *flags):
     args = _parse(monkeypatch, "--table", table, *flags)
     args.rows = args.rows or list(paper.TABLES[table].rows)
-    origin = {"versions": {}, "date": "2026-01-02", "commit": "abc1234"}
+    machine = {"cpu": "a processor", "cores": 2, "gpu": None, "load_average": [0.5, 0.4, 0.3]}
+    origin = {"versions": {}, "date": "2026-01-02", "commit": "abc1234", "machine": machine}
     return [{"job": job, "result": _result(), **origin} for job in _jobs(args)]
 
 
@@ -186,6 +193,8 @@ def test_the_page_reports_what_failed(monkeypatch, tmp_path):
     assert "3256" in text
     assert "| A0        | failed" in text
     assert "10 (5 to 20)" in text
+    assert "a processor" in text
+    assert "abc1234" in text
     assert "JAX: not done after 5 s (A0)" in text
     assert "1.25" in text
     assert "42" in text
