@@ -215,8 +215,8 @@ def _segmenter_costs(row: str) -> dict[str, Any]:
 def _density_printed(rows: Sequence[str]) -> list[str]:
     images, channels, size = paper.DENSITY_SHAPE
     cells = [
-        dict(zip(("", "G MACs", "ms", "TFLOPS"), (row, *paper.DENSITY[row]), strict=True))
-        for row in rows
+        {"": row, "G MACs": f"{macs:.1f}", "ms": f"{took:.1f}", "TFLOPS": f"{speed:.2f}"}
+        for row, (macs, took, speed) in ((row, paper.DENSITY[row]) for row in rows)
     ]
     title = f"## As printed: 1080Ti, batch {images}, {channels} channels, {size}x{size} pixels"
     return [title, "", _markdown(cells), ""]
@@ -243,7 +243,7 @@ def _speeds(table: str, rows: Sequence[str], records: Sequence[Record], case: st
     def density(record: Record) -> str:
         job = record["job"]
         macs = cost(_network(record), image_size=job["image_size"]).macs_deploy
-        return f"{2 * macs * record['result']['images_per_second']['median'] / 1e12:.3f}"
+        return _number(2 * macs * record["result"]["images_per_second"]["median"] / 1e12)
 
     lines = [f"## {case}", ""]
     if table == "1":
@@ -327,8 +327,12 @@ def _cell(record: Record, show: Callable[[Record], str]) -> str:
 def _spread(found: dict[str, float] | None) -> str:
     if found is None:
         return "-"
-    middle, low, high = (f"{found[key]:.3g}" for key in ("median", "min", "max"))
+    middle, low, high = (_number(found[key]) for key in ("median", "min", "max"))
     return f"{middle} ({low} to {high})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _markdown(rows: Iterable[dict[str, Any]]) -> str:

@@ -219,6 +219,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--write", action="store_true", help="keep results under benchmarks/results/paper_tables"
     )
+    parser.add_argument(
+        "--report", action="store_true", help="only write the page of what is there"
+    )
     parser.add_argument("--job", type=json.loads, help="internal: measure this one here")
     args = parser.parse_args()
     if args.job is not None:
@@ -229,10 +232,15 @@ def parse() -> argparse.Namespace:
         parser.error("--json belongs to --counts")
     if args.table:
         known = paper.TABLES[args.table].rows
-        for row in args.rows or ():
-            if row not in known:
+        names = {row.lower(): row for row in known}
+        for index, row in enumerate(args.rows or ()):
+            key = row.lower().removeprefix("repvgg-")
+            if key not in names:
                 hint = did_you_mean(row, known)
-                parser.error(f"Table {args.table} has no row {row!r}; {hint}It has: {[*known]}")
+                parser.error(
+                    f"Table {args.table} has no row {row!r}; {hint}It has: {', '.join(known)}"
+                )
+            args.rows[index] = names[key]
     args.output = args.output or (harness.RESULTS / "paper_tables" if args.write else FOLDER)
     return args
 
@@ -255,24 +263,36 @@ def main() -> None:
     """Counts, or measures what the flags select and has no result yet, and reports."""
     args = parse()
     if args.job is not None:
-        run = paper_rows.compile_ahead if "ahead" in args.job else paper_rows.measure
-        print(json.dumps(run(args.job)))
+        do_job = paper_rows.compile_ahead if "ahead" in args.job else paper_rows.measure
+        print(json.dumps(do_job(args.job)))
         return
-    if args.counts:
-        text = json.dumps(counts(), indent=2) + "\n"
-        if args.json:
-            write_text(args.json, text)
-            print(f"saved {args.json}")
-        else:
-            print(text, end="")
-        return
+    run = count if args.counts else tabulate
+    try:
+        run(args)
+    except OSError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def count(args: argparse.Namespace) -> None:
+    """Writes or prints the counts."""
+    text = json.dumps(counts(), indent=2) + "\n"
+    if args.json:
+        write_text(args.json, text)
+        print(f"saved {args.json}")
+    else:
+        print(text, end="")
+
+
+def tabulate(args: argparse.Namespace) -> None:
+    """Measures what the flags select and has no result yet, and writes the page."""
     table = paper.TABLES[args.table]
     device = args.device or ("gpu" if harness.hardware()["gpu"] else "cpu")
     rows = [row for row in table.rows if row in (args.rows or table.rows)]
     jobs = list(jobs_of(args, rows, device))
     store = Store(args.output, args.table)
     try:
-        work(jobs, store, args.timeout)
+        if not args.report:
+            work(jobs, store, args.timeout)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", flush=True)
     found = [record for job in jobs if (record := store.get(job))]

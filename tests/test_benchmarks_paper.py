@@ -109,6 +109,19 @@ def test_jobs_follow_the_flags(monkeypatch):
     assert cases == {(b, d) for b in (128, 256) for d in ("float32", "bfloat16")}
 
 
+def test_rows_are_found_by_other_spellings(monkeypatch):
+    args = _parse(monkeypatch, "--table", "4", "--rows", "RepVGG-A0", "resnet-18")
+    assert args.rows == ["A0", "ResNet-18"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = ["--counts", "--json", str(tmp_path / "file" / "counts.json")]
+    monkeypatch.setattr(sys, "argv", ["paper_tables.py", *flags])
+    with pytest.raises(SystemExit, match=r"error: .*file"):
+        paper_tables.main()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -216,8 +229,9 @@ def test_density_counts_two_flop_per_mac(monkeypatch, tmp_path):
     flags = ("--rows", "3x3", "--runners", "JAX", "--channels", "64", "--ahead")
     page = paper_report.write(tmp_path, "1", ["3x3"], _records(monkeypatch, "1", *flags))
     text = page.read_text()
-    assert f"{2 * 9 * 64 * 64 * 56 * 56 * 10 / 1e12:.3f}" in text  # 10 images/s
-    assert "38.1" in text
+    assert f"| {2 * 9 * 64 * 64 * 56 * 56 * 10 / 1e12:.3g} " in text  # 10 images/s
+    assert "198.8" in text
+    assert "38.10" in text
 
 
 def test_what_is_not_installed_is_said(monkeypatch):
