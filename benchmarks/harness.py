@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -231,21 +232,26 @@ def in_subprocess(
       What it printed, or {"error": …} if it failed or timed out.
     """
     command = [sys.executable, script, "--job", json.dumps(job)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**os.environ, **environment},
-            check=False,
-        )
+        stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {timeout:.0f} s"}
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-        return {"error": f"exit {done.returncode}: {last[:300]}"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    finally:
+        if process.poll() is None:  # with the processes that it has started
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    if process.returncode:
+        last = (stderr.strip() or stdout.strip() or "no output").splitlines()[-1]
+        return {"error": f"exit {process.returncode}: {last[:300]}"}
+    return json.loads(stdout.strip().splitlines()[-1])
 
 
 def _serve(

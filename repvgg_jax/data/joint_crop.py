@@ -143,12 +143,12 @@ def _padded(
     """With so many more rows and columns, some of them before the first."""
     if not any(missing):
         return image, label
-    borders = [
-        n for first, whole in zip(before, missing, strict=True) for n in (first, whole - first)
-    ]
+    (top, left), (rows, columns) = before, missing
+    borders = (top, rows - top, left, columns - left)
+    constant = cv2.BORDER_CONSTANT
     return (
-        cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=_color(fill)),
-        cv2.copyMakeBorder(label, *borders, cv2.BORDER_CONSTANT, value=IGNORE),
+        cv2.copyMakeBorder(image, *borders, constant, value=_color(fill)),  # type: ignore[call-overload]
+        cv2.copyMakeBorder(label, *borders, constant, value=IGNORE),
     )
 
 

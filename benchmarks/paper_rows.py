@@ -1,0 +1,267 @@
+"""What is measured of one row of the paper's tables, in a process of its own.
+
+A measurement runs a network in one framework, alternating with the row that speeds are relative to
+in the same framework, so that what else the machine does hits both alike.
+"""
+
+import pathlib
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import numpy as np
+import paper
+import torch_peer
+from baselines import Network, random_params
+
+from repvgg_jax.train.targets import Target
+
+Run = Callable[[], Any]
+RUNNERS = {
+    "JAX": (),
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "OpenVINO": ("onnx", "openvino"),
+    "PyTorch": ("torch",),
+    "PyTorch compiled": ("torch",),
+}
+"""Frameworks, and the packages that each needs."""
+ON_GPU = ("JAX", "PyTorch", "PyTorch compiled")
+TARGETS = {"v5e": "v5e:2x2", "h100": "h100"}
+"""What programs are compiled for ahead of time; of the TPU slice one chip is used."""
+
+
+_VERSIONS = {
+    "JAX": ("jax", "jaxlib", "flax"),
+    "onnxruntime": ("onnxruntime",),
+    "OpenVINO": ("openvino",),
+    "PyTorch": ("torch",),
+    "PyTorch compiled": ("torch",),
+    "v5e": ("jax", "jaxlib", "flax", "libtpu"),
+    "h100": ("jax", "jaxlib", "flax"),
+}
+
+
+def versions(job: dict[str, Any]) -> dict[str, str]:
+    """Versions of what a job's result depends on, of those installed."""
+    wanted = ("python", *_VERSIONS[job.get("runner") or job["ahead"]])
+    return {name: found for name, found in harness.versions().items() if name in wanted}
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Times a row in one framework.
+
+    Args:
+      job: `table`, `row`, `runner`, `device` (cpu or gpu), `batch`, `dtype`, `image_size` (None
+        for the network's own), `channels` (of Table 1), `rounds` and `seconds`.
+
+    Returns:
+      Summaries of images per second and of the ratio to the reference in the same round, and MiB
+      of memory; or an error.
+    """
+    row, reference = job["row"], paper.TABLES[job["table"]].reference
+    names = list(dict.fromkeys((row, reference)))
+    times, memory = harness.take_turns_apart(
+        build, names, (job,), rounds=job["rounds"], seconds=job["seconds"]
+    )
+    if not times.get(row):
+        return {"error": "its process ended; see the output above"}
+    found = {
+        "images_per_second": harness.summary([job["batch"] / took for took in times[row]]),
+        "memory_mib": memory[row],
+    }
+    if len(times.get(reference, ())) == len(times[row]):
+        pairs = zip(times[reference], times[row], strict=True)
+        # Images may have other sizes, batches are equal: a ratio of times is one of images/s.
+        found["ratio"] = harness.summary([theirs / ours for theirs, ours in pairs])
+    return found
+
+
+def build(row: str, job: dict[str, Any]) -> tuple[Run, float | None]:
+    """What to time, run once, and the memory of this process or of the GPU in MiB."""
+    run = runner(row, job)
+    run()
+    return run, _memory_mib(job)
+
+
+def runner(row: str, job: dict[str, Any]) -> Run:
+    """A function that computes the logits of a batch and waits for them."""
+    kind = job["runner"]
+    if job["table"] == "8":
+        return _segmenter(row, job)
+    network = paper.network_of(job["table"], row, channels=job["channels"])
+    size = job["image_size"] or network.image_size
+    params = random_params(network, image_size=size)
+    shape = (job["batch"], size, size, network.channels)
+    images = np.random.default_rng(0).standard_normal(shape, np.float32)
+    if kind == "JAX":
+        return _in_jax(_module(row, network, job), {"params": params}, images, job)
+    if kind.startswith("PyTorch"):
+        from baselines import pytorch
+
+        return torch_peer.predictor(
+            pytorch.build(network, params),
+            images,
+            channels_last=True,
+            compile=kind == "PyTorch compiled",
+            bf16=job["dtype"] == "bfloat16",
+        )
+    return _exported(kind.lower(), network, params, images)
+
+
+def missing(kind: str) -> str | None:
+    """The first package that a runner needs and that is not installed."""
+    return next((p for p in RUNNERS[kind] if not torch_peer.installed(p)), None)
+
+
+def not_measurable(table: str, kind: str) -> str | None:
+    """Why a runner cannot measure a table here; None if it can."""
+    if package := missing(kind):
+        return f"{package} is not installed"
+    return "segmenters are measured in JAX only" if table == "8" and kind != "JAX" else None
+
+
+def compile_ahead(job: dict[str, Any]) -> dict[str, Any]:
+    """Compiles a row's program for hardware that need not be there, and counts.
+
+    Args:
+      job: `table`, `row`, `ahead` (a key of `TARGETS`), `batch`, `dtype`, `image_size` and
+        `channels`.
+
+    Returns:
+      Gigabytes that the program moves to and from main memory, its kernels, and how long compiling
+      took.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from repvgg_jax.train import hlo
+
+    device = target_of(job["ahead"]).devices()[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    dtype = jnp.dtype(job["dtype"])
+    if job["table"] == "8":
+        model, size, channels = segmenter_of(job["row"]), paper.SEGMENTED_SIZE, 3
+    else:
+        network = paper.network_of(job["table"], job["row"], channels=job["channels"])
+        model = _module(job["row"], network, job)
+        size, channels = network.image_size, network.channels
+    size = job["image_size"] or size
+    model, shape = model.clone(dtype=dtype), (job["batch"], size, size, channels)
+    images = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    variables = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(model.init, jax.random.key(0), images),
+    )
+    start = time.perf_counter()
+    compiled = jax.jit(model.apply).lower(variables, images).compile()
+    traffic = hlo.count(compiled.as_text())
+    return {
+        "gb": traffic.hbm / 1e9,
+        "kernels": traffic.kernels,
+        "compile_s": time.perf_counter() - start,
+    }
+
+
+def target_of(name: str) -> Target:
+    """The devices that a key of `TARGETS` stands for."""
+    return Target.parse(TARGETS[name])
+
+
+def _module(row: str, network: Network, job: dict[str, Any]) -> Any:
+    """A row as a Linen module in deploy form: an official variant is the library's own."""
+    from baselines.linen import Baseline
+
+    import repvgg_jax as rv
+
+    variant = paper.variant_of(job["table"], row)
+    return rv.create_model(variant, deploy=True) if variant else Baseline(network, deploy=True)
+
+
+def _in_jax(model: Any, variables: Any, images: np.ndarray, job: dict[str, Any]) -> Run:
+    import jax
+    import jax.numpy as jnp
+
+    model = model.clone(dtype=jnp.dtype(job["dtype"]))
+    x = jax.device_put(images.astype(jnp.dtype(job["dtype"])))
+    if job["device"] == "cpu":
+        # As deployed on CPUs: XLA transforms constant kernels once, at compile time.
+        predict = jax.jit(lambda images: model.apply(variables, images))
+        return lambda: jax.block_until_ready(predict(x))
+    apply, placed = jax.jit(model.apply), jax.device_put(variables)
+    return lambda: jax.block_until_ready(apply(placed, x))
+
+
+def _exported(kind: str, network: Network, params: Any, images: np.ndarray) -> Run:
+    """The network as ONNX in another runtime, in a process where JAX never runs."""
+    from baselines import graph
+
+    from repvgg_jax.export import get_format
+
+    runtime = next(runtime for runtime in get_format("onnx").runtimes if runtime.name == kind)
+    names = types.SimpleNamespace(
+        input_name=graph.INPUT, output_name=graph.OUTPUT, with_preprocessing=False
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "model.onnx")
+        graph.write(network, params, path, images.shape[1])
+        run = runtime.open(path, names)  # type: ignore[arg-type]
+    # The images have the runtime's memory layout before the clock runs, like PyTorch's.
+    nchw = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return lambda: run(nchw.transpose(0, 2, 3, 1))
+
+
+def segmenter_of(row: str) -> Any:
+    """The PSPNet of a row of Table 8, in deploy form."""
+    import repvgg_jax as rv
+
+    name, fast = row.removesuffix("-fast"), row.endswith("-fast")
+    return rv.create_segmenter(name, num_classes=19, fast=fast, deploy=True)
+
+
+def segmenter_cost(row: str) -> dict[str, int]:
+    """Parameters, MACs and Winograd multiplications of a row of Table 8 for one image."""
+    import convolutions
+    import jax
+
+    model = segmenter_of(row).clone(lowering="plain")
+    size = paper.SEGMENTED_SIZE
+    images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    found = convolutions.count(model.apply, variables, images)
+    return {
+        "params": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "macs": found.macs,
+        "winograd": found.winograd,
+    }
+
+
+def _segmenter(row: str, job: dict[str, Any]) -> Run:
+    """Predicts with a PSPNet of Table 8 with random parameters, in deploy form."""
+    import jax
+    import jax.numpy as jnp
+
+    size = job["image_size"] or paper.SEGMENTED_SIZE
+    model = segmenter_of(row)
+    images = np.random.default_rng(0).standard_normal((job["batch"], size, size, 3), np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.asarray(images))
+    return _in_jax(model, variables, images, job)
+
+
+def _memory_mib(job: dict[str, Any]) -> float | None:
+    """The most memory on the GPU so far, or the resident size of this process."""
+    if job["device"] == "gpu":
+        if job["runner"] == "JAX":
+            import jax
+
+            return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = pathlib.Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
