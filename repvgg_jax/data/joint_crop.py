@@ -147,7 +147,7 @@ def _padded(
     borders = (top, rows - top, left, columns - left)
     constant = cv2.BORDER_CONSTANT
     return (
-        cv2.copyMakeBorder(image, *borders, constant, value=_color(fill)),  # type: ignore[call-overload]
+        cv2.copyMakeBorder(image, *borders, constant, value=_color(fill)),
         cv2.copyMakeBorder(label, *borders, constant, value=IGNORE),
     )
 
