@@ -34,7 +34,7 @@ def maps_of(kind, images):
 class TestFeatureMaps:
     """What detectors and segmenters need."""
 
-    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_stablehlo(self, dynamic, tmp_path):
         network = network_of(
             feature_maps=STAGES[::-1], dynamic_size=dynamic, with_preprocessing=True
@@ -124,7 +124,7 @@ def own_network(own, **options):
 class TestModulesOfYourOwn:
     """Any Linen module with blocks in it."""
 
-    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_stablehlo_computes_what_the_training_form_does(self, own, dynamic, tmp_path):
         model, variables, _ = own
         network = own_network(own, with_preprocessing=True, dynamic_size=dynamic)
