@@ -170,8 +170,13 @@ def read_json(path: str | os.PathLike) -> Any:
       ValueError: it is not JSON, e.g. because it is damaged.
       OSError: it cannot be read.
     """
+    return parse_json(pathlib.Path(path).read_bytes())
+
+
+def parse_json(data: str | bytes) -> Any:
+    """JSON values; raises ValueError for anything else, also if it is nested too deeply."""
     try:
-        return json.loads(pathlib.Path(path).read_bytes())
+        return json.loads(data)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except UnicodeDecodeError as error:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from repvgg_jax import files
 from repvgg_jax.text import one_line
 
 _log = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def _read(file: pathlib.Path) -> str | None:
 
 def _parse(text: str) -> dict[str, Any]:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = files.parse_json(text)
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,13 +1,12 @@
 """The command `convert.py`, and `repvgg-convert` of an installed package."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
-from repvgg_jax import cli
+from repvgg_jax import cli, files
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Convert a checkpoint of this run.")
 STEP = flags.DEFINE_string(
@@ -170,7 +169,7 @@ def _names(text: str | None) -> tuple[str, ...] | None:
     names: Any = content.splitlines()
     if content.lstrip().startswith("["):
         try:
-            names = json.loads(content)
+            names = files.parse_json(content)
         except ValueError as error:
             raise ValueError(f"--classes={text} is not a JSON list: {error}") from error
     return tuple(str(name).strip() for name in names if str(name).strip())

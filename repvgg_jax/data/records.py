@@ -75,7 +75,7 @@ class Manifest:
                 f"repvgg_jax.data.prepare, or that has not finished; the same command continues"
             )
         try:
-            content = json.loads(path.read_text())
+            content = files.read_json(path)
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}, this is {VERSION}")
             splits = {

@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from repvgg_jax import files
 from repvgg_jax.export.network import Network
 from repvgg_jax.export.operators import ACTIVATIONS, activation_kind
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import one_line
+from repvgg_jax.typed import typed
 from repvgg_jax.variants import VARIANTS, Variant
 
 
@@ -57,18 +59,21 @@ def read_description(path: str | os.PathLike) -> Description | None:
         return None
     try:
         given: dict[str, Any] = {
-            name: json.loads(header[name])
+            name: files.parse_json(header[name])
             for name in ("image_size", "channels", "mean", "std", "labels")
         }
-        fields = json.loads(header.get("architecture", "{}"))
-        variant = Variant(**fields) if fields else VARIANTS.get(header["variant"])
-        height, width = map(int, given["image_size"])
+        fields = files.parse_json(header.get("architecture", "{}"))
+        variant = (
+            typed(Variant, fields, "architecture") if fields else VARIANTS.get(header["variant"])
+        )
+        height, width = typed(tuple[int, int], given["image_size"], "image_size")
+        mean, std = (typed(tuple[float, ...], given[name], name) for name in ("mean", "std"))
         activation = header.get("activation", "relu")
         return Description(
             variant=variant,
             activation=ACTIVATIONS[None if activation == "none" else activation],
-            image_shape=(height, width, int(given["channels"])),
-            normalize=Normalize(given["mean"], given["std"]),
+            image_shape=(height, width, typed(int, given["channels"], "channels")),
+            normalize=Normalize(mean, std),
             labels=tuple(map(str, given["labels"])),
         )
     except (KeyError, TypeError, ValueError) as error:

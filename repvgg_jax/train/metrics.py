@@ -13,6 +13,7 @@ import jax
 import rich.console
 import rich.live
 
+from repvgg_jax import files
 from repvgg_jax.files import write_text
 from repvgg_jax.text import first_few, named_leaves
 from repvgg_jax.train import report
@@ -270,8 +271,8 @@ def _rows_until(step: int, workdir: Workdir) -> list[Row]:
 def _row(line: bytes) -> Row | None:
     """A row of `metrics.jsonl`; None if it is damaged."""
     try:
-        row = typed(dict[str, int | float | None], json.loads(line), "row")
-    except (ValueError, RecursionError):
+        row = typed(dict[str, int | float | None], files.parse_json(line), "row")
+    except ValueError:
         return None
     return row if isinstance(row.get("step"), int) else None
 

@@ -100,7 +100,7 @@ def finished(job: Job) -> Done | None:
     """The result of the same job in an earlier call, if its file is still complete."""
     note = job.path.with_name(job.path.name + DONE)
     try:
-        content = json.loads(note.read_text())
+        content = files.read_json(note)
         shard = records.Shard(**content["shard"])
         whole = job.path.stat().st_size == shard.bytes
     except (OSError, ValueError, KeyError, TypeError):
