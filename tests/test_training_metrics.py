@@ -48,6 +48,7 @@ def test_a_clock_that_jumps_stops_nothing(tmp_path, monkeypatch):
     times = itertools.cycle((1.7e9, 1.7e9, -4e9, 3e11, 0.0))
     monkeypatch.setattr(time, "time", lambda: next(times))
     workdir, experiment = Workdir(tmp_path), small_experiment()
+    workdir.claim(experiment.settings)
     row = {"eval/accuracy": 0.5, "eval/loss": 1.0}
     for start in range(3):
         with MetricsWriter(workdir, experiment, start_step=start) as writer:
