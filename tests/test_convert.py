@@ -140,7 +140,7 @@ class TestConvert:
         metadata = json.loads((deploy / "metadata.json").read_text())
         assert metadata["classes"] == list(nets.LABELS)
         assert (metadata["mean"], metadata["std"]) == (list(nets.MEAN), list(nets.STD))
-        assert metadata["image_shape"] == [24, 24, 3]
+        assert metadata["image_shape"] == [nets.HEIGHT, nets.WIDTH, 3]
         assert metadata["source"] == {"weights": "none"}
         assert metadata["versions"].keys() >= {"jax", "flax", "repvgg-jax"}
         proof = json.loads((deploy / "proof.json").read_text())
@@ -560,7 +560,7 @@ class TestSource:
         assert given.model.activation == wanted.model.activation
         assert given.labels == network(kind).labels
         assert given.normalize == network(kind).normalize
-        assert given.images.shape[1:] == (24, 24, 3)
+        assert given.images.shape[1:] == (nets.HEIGHT, nets.WIDTH, 3)
         assert given.notes == ()
         chex.assert_trees_all_equal(given.variables, wanted.variables)
         convert(given, Output(tmp_path / "again"), targets=DEFAULT)
@@ -581,8 +581,8 @@ class TestSource:
 
     def test_a_damaged_header(self, deploy, tmp_path):
         content = (deploy / "model.safetensors").read_bytes()
-        assert content.count(b'"[24, 24]"') == 1
-        (tmp_path / "w.safetensors").write_bytes(content.replace(b'"[24, 24]"', b'"[24, 2a]"'))
+        assert content.count(b'"[24, 32]"') == 1
+        (tmp_path / "w.safetensors").write_bytes(content.replace(b'"[24, 32]"', b'"[24, 3a]"'))
         with pytest.raises(ValueError, match="header"):
             from_weights(str(tmp_path / "w.safetensors"))
 
@@ -634,7 +634,7 @@ class TestSource:
         assert given.image_source == "360 validation images of digits"
         with pytest.raises(ValueError, match=r"fake have the shape \(32, 32, 3\).*\(8, 8, 1\)"):
             from_run(small_run[0], data="fake")
-        with pytest.raises(ValueError, match=r"fake.*\(32, 32, 3\).*\(24, 24, 3\)"):
+        with pytest.raises(ValueError, match=r"fake.*\(32, 32, 3\).*\(24, 32, 3\)"):
             from_weights(str(deploy), data="fake")
         for missing in ("folder:/nothing/there", "nothing"):
             with pytest.raises(ValueError, match="nothing"):
