@@ -287,6 +287,16 @@ class TestRestoring:
             assert int(checkpoints.restore(make_state(0)).step) == 22
         assert (path.parent / "unsound" / "22").is_dir()
 
+    def test_a_kill_before_the_older_one_was_removed(self, path):
+        """It goes when the run resumes, but not before a newer one was found to be valid."""
+        with Checkpoints(path, keep=1) as checkpoints:
+            checkpoints.tidy()
+            assert (path / "11").exists()
+            checkpoints.restore(make_state(0))
+            checkpoints.tidy()
+            assert checkpoints.newest() == 22
+        assert [entry.name for entry in path.iterdir()] == ["22"]
+
     def test_topology_of_the_writer(self, path, restore):
         with Checkpoints(path) as checkpoints:
             checkpoints.restore(make_state(0))

@@ -64,6 +64,7 @@ class Checkpoints:
         self._keep, self._barrier = keep, SaveBarrier()
         self._pending: int | None = None  # the step that is being saved in the background
         self._corrupt: list[int] = []
+        self._restored: int | None = None
         self.saved_on: str | None = None
         self._manager = self._open()
 
@@ -114,7 +115,7 @@ class Checkpoints:
         found = self._newest_valid(read, step, like)
         if found is None:
             return None
-        _, manifest, state = found
+        self._restored, manifest, state = found
         self.saved_on = None if manifest.saved_on == topology() else manifest.saved_on
         return state
 
@@ -154,7 +155,8 @@ class Checkpoints:
     def tidy(self) -> None:
         """Moves what `restore` skipped to `unsound/`, so that its steps can be saved again.
 
-        Also removes what a process left that was killed while it saved. No other may be saving.
+        Also removes what a process left that was killed while it saved: half a checkpoint, or an
+        older one that was about to go. No other process may be saving.
         """
         self._remove_deleted()
         self._remove_unfinished()
@@ -163,7 +165,14 @@ class Checkpoints:
             aside.parent.mkdir(exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             (self._path / str(step)).replace(aside)
+        steps = self._on_disk()
+        if steps and steps[0] == self._restored and _is_first():  # the newest one is valid
+            for step in {*steps[self._keep :]} - {self._best_of(steps)}:
+                (self._path / _DELETED).mkdir(exist_ok=True)
+                (self._path / str(step)).replace(self._path / _DELETED / str(step))
+            self._remove_deleted()
         consensus.all_true(True)  # wait for process 0
+        self._manager.reload()
         if self._corrupt:
             self._corrupt.clear()
             self._manager.close()
