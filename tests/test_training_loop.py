@@ -362,14 +362,14 @@ def test_a_run_whose_images_grow(tmp_path, caplog):
 def test_out_of_memory_is_one_line(where, tmp_path, monkeypatch):
     """The error is XLA's own; the directory takes the settings that the line advises."""
 
-    def too_much(*_):
+    def too_much(*_, **__):
         jax.jit(lambda: jnp.zeros(1 << 45))().block_until_ready()
 
     if where == "step":
         monkeypatch.setattr(loop.CompiledStep, "__call__", too_much)
     else:
         monkeypatch.setattr(evaluate, "eval_batches", too_much)
-    config = small_config(train__accumulate=2, train__epochs=1)
+    config = small_config(train__accumulate=2, train__epochs=1, bn__group_size=16)
     with pytest.raises(ValueError, match=r"out of memory: .*RESOURCE_EXHAUSTED") as caught:
         train(config, tmp_path / "run")
     message = str(caught.value)
@@ -382,7 +382,9 @@ def test_out_of_memory_is_one_line(where, tmp_path, monkeypatch):
     needed = float(re.search(r"needs ([0-9.]+) MiB", message)[1])
     assert 0.05 < needed < 100
     assert "accumulate=4" in message
-    Workdir(tmp_path / "run").claim(small_settings(train__accumulate=4))
+    Workdir(tmp_path / "run").claim(small_settings(train__accumulate=4, bn__group_size=16))
+    whole = memory.advice_for_step(small_settings(model__remat=True))
+    assert whole.startswith("less: a smaller batch;")
 
 
 def test_other_errors_of_xla_stay_what_they_are():

@@ -150,7 +150,7 @@ class TestInitFrom:
         entries = {"model": 2.0, "ema": 1.0}
         saved = {
             entry: {
-                key: torch.from_numpy(array * np.array(factor, array.dtype))
+                key: torch.from_numpy(np.asarray(array * factor, array.dtype))
                 for key, array in state.items()
             }
             for entry, factor in entries.items()

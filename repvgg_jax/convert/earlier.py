@@ -4,6 +4,7 @@ Files that `convert.py` did not write stay in any case. Earlier formats stay if 
 network, to the bit; those of another network would be taken for this one's, and go.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -19,12 +20,14 @@ import safetensors.numpy
 from repvgg_jax import files
 from repvgg_jax.export import FORMATS, Artifact
 from repvgg_jax.text import first_few, named_leaves
+from repvgg_jax.typed import typed
+from repvgg_jax.variants import Variant
 
 WEIGHTS = "weights_sha256"
 """Key of `weights_digest` in `metadata.json`."""
 
 _DESCRIPTIONS = ("metadata.json", "proof.json")
-_OF_THE_NETWORK = ("variant", "num_classes", "activation", "classes", "image_shape", "mean", "std")
+_OF_THE_NETWORK = ("num_classes", "classes", "image_shape", "mean", "std")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +127,10 @@ def _why_not(
     now: Mapping[str, Any],
 ) -> str:
     """Why an earlier artifact cannot stay; empty if it can."""
-    if any(before.get(key) != now.get(key) for key in _OF_THE_NETWORK) or (
-        _digest_of(old, before) != now[WEIGHTS]
+    if (
+        _architecture(before) != _architecture(now)
+        or any(before.get(key) != now.get(key) for key in _OF_THE_NETWORK)
+        or _digest_of(old, before) != now[WEIGHTS]
     ):
         return "of another network"
     known = FORMATS.get(str(entry.get("format")))
@@ -138,6 +143,14 @@ def _why_not(
         if not (old / part).is_file() or files.sha256(old / part) != expected
     ]
     return f"damaged: {first_few(damaged)}" if damaged else ""
+
+
+def _architecture(metadata: Mapping[str, Any]) -> Any:
+    """Variant and activation; what an older version did not write has its default."""
+    variant = metadata.get("variant")
+    with contextlib.suppress(ValueError):  # of a version that is not known
+        variant = typed(Variant, variant, "variant")
+    return variant, metadata.get("activation", "relu")
 
 
 def _digest_of(old: pathlib.Path, metadata: Mapping[str, Any]) -> str | None:

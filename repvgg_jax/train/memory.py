@@ -68,6 +68,9 @@ def bytes_of(program: jax.stages.Compiled) -> int:
 
 def advice_for_step(settings: Settings) -> str:
     """What would need less memory."""
-    less = [f"config.train.accumulate={2 * settings.train.accumulate}"]
-    less += [] if settings.model.remat else ["config.model.remat=True"]
-    return f"less: {', '.join(less)}, or a smaller batch; when resuming, with --extend"
+    less = ["a smaller batch"]
+    if settings.bn.group_size is not None:  # microbatches exclude statistics of the whole batch
+        less.insert(0, f"config.train.accumulate={2 * settings.train.accumulate}")
+    if not settings.model.remat:
+        less.insert(0, "config.model.remat=True")
+    return f"less: {' or '.join(less)}; when resuming, with --extend"
