@@ -295,6 +295,15 @@ def test_a_program_that_hangs_ends_with_its_processes(tmp_path):
         time.sleep(0.05)
 
 
+def test_the_error_of_a_program_is_what_it_raised(tmp_path):
+    """Not the last line, if a message has several."""
+    script = tmp_path / "fails.py"
+    script.write_text("raise ValueError('batch 7 does not fit\\nsuspected location:\\n  here')\n")
+    assert "ValueError: batch 7" in harness.in_subprocess(str(script), {}, timeout=60)["error"]
+    script.write_text("import sys; sys.exit('just this')\n")
+    assert "just this" in harness.in_subprocess(str(script), {}, timeout=60)["error"]
+
+
 def test_the_page_of_models_is_up_to_date():
     """Otherwise run `python benchmarks/models_page.py`."""
     assert models_page.PAGE.read_text() == models_page.page()
