@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -249,8 +250,9 @@ def in_subprocess(
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     if process.returncode:
-        last = (stderr.strip() or stdout.strip() or "no output").splitlines()[-1]
-        return {"error": f"exit {process.returncode}: {last[:300]}"}
+        lines = (stderr.strip() or stdout.strip() or "no output").splitlines()
+        raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        return {"error": f"exit {process.returncode}: {[*lines[-1:], *raised][-1][:300]}"}
     return json.loads(stdout.strip().splitlines()[-1])
 
 

@@ -86,12 +86,6 @@ def exported(kind: str, name: str, images: np.ndarray) -> Callable[[], Any]:
     JAX's threads would stay beside the runtime's, who then takes 1.1 times as long. The images
     have the runtime's memory layout before the clock runs, like PyTorch's.
     """
-    from repvgg_jax.export import get_format
-
-    runtime = next(runtime for runtime in get_format("onnx").runtimes if runtime.name == kind)
-    names = types.SimpleNamespace(
-        input_name="images", outputs=("logits",), feature_maps=(), with_preprocessing=False
-    )
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "model.onnx")
         writer = multiprocessing.get_context("spawn").Process(
@@ -99,9 +93,20 @@ def exported(kind: str, name: str, images: np.ndarray) -> Callable[[], Any]:
         )
         writer.start()
         writer.join()
-        run = runtime.open(path, names)  # type: ignore[arg-type]
+        run = open_onnx(kind, path)
     nchw = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return lambda: run(nchw.transpose(0, 2, 3, 1))
+
+
+def open_onnx(kind: str, path: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
+    """An ONNX file of NCHW `images` to `logits` in a runtime, as a function of NHWC images."""
+    from repvgg_jax.export import get_format
+
+    runtime = next(runtime for runtime in get_format("onnx").runtimes if runtime.name == kind)
+    names = types.SimpleNamespace(
+        input_name="images", outputs=("logits",), feature_maps=(), with_preprocessing=False
+    )
+    return runtime.open(path, names)  # type: ignore[arg-type]
 
 
 def write_onnx(name: str, path: pathlib.Path, images: np.ndarray) -> None:

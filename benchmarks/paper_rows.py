@@ -7,16 +7,17 @@ in the same framework, so that what else the machine does hits both alike.
 import pathlib
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from typing import Any
 
 import harness
+import infer
 import numpy as np
 import paper
 import torch_peer
 from baselines import Network, random_params
 
+from repvgg_jax.text import one_line
 from repvgg_jax.train.targets import Target
 
 Run = Callable[[], Any]
@@ -67,22 +68,30 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         build, names, (job,), rounds=job["rounds"], seconds=job["seconds"]
     )
     if not times.get(row):
-        return {"error": "its process ended; see the output above"}
+        return {"error": "its process crashed"}
+    if isinstance(memory[row], str):
+        return {"error": memory[row]}
     found = {
         "images_per_second": harness.summary([job["batch"] / took for took in times[row]]),
         "memory_mib": memory[row],
     }
-    if len(times.get(reference, ())) == len(times[row]):
+    if len(times.get(reference, ())) == len(times[row]) and not isinstance(memory[reference], str):
         pairs = zip(times[reference], times[row], strict=True)
         # Images may have other sizes, batches are equal: a ratio of times is one of images/s.
         found["ratio"] = harness.summary([theirs / ours for theirs, ours in pairs])
     return found
 
 
-def build(row: str, job: dict[str, Any]) -> tuple[Run, float | None]:
-    """What to time, run once, and the memory of this process or of the GPU in MiB."""
-    run = runner(row, job)
-    run()
+def build(row: str, job: dict[str, Any]) -> tuple[Run, float | str | None]:
+    """What to time, run once, and the memory of this process or of the GPU in MiB.
+
+    If it cannot be built or run, there is an error instead of the memory.
+    """
+    try:
+        run = runner(row, job)
+        run()
+    except Exception as error:  # whatever a framework raises
+        return (lambda: None), one_line(f"{type(error).__name__}: {error}")
     return run, _memory_mib(job)
 
 
@@ -139,8 +148,8 @@ def compile_ahead(job: dict[str, Any]) -> dict[str, Any]:
 
     from repvgg_jax.train import hlo
 
-    device = target_of(job["ahead"]).devices()[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    target = target_of(job["ahead"])
+    sharding = jax.sharding.SingleDeviceSharding(target.devices()[0])
     dtype = jnp.dtype(job["dtype"])
     if job["table"] == "8":
         model, size, channels = segmenter_of(job["row"]), paper.SEGMENTED_SIZE, 3
@@ -156,7 +165,13 @@ def compile_ahead(job: dict[str, Any]) -> dict[str, Any]:
         jax.eval_shape(model.init, jax.random.key(0), images),
     )
     start = time.perf_counter()
-    compiled = jax.jit(model.apply).lower(variables, images).compile()
+    options = {}
+    if job["table"] == "8" and target.platform == "cuda":
+        # XLA chooses Triton for the matrix products that resize maps, finds no tiles for them
+        # without tuning, and fails.
+        options["xla_gpu_enable_triton_gemm"] = False
+    lowered = jax.jit(model.apply).lower(variables, images)
+    compiled = lowered.compile(compiler_options=options)
     traffic = hlo.count(compiled.as_text())
     return {
         "gb": traffic.hbm / 1e9,
@@ -198,16 +213,10 @@ def _exported(kind: str, network: Network, params: Any, images: np.ndarray) -> R
     """The network as ONNX in another runtime, in a process where JAX never runs."""
     from baselines import graph
 
-    from repvgg_jax.export import get_format
-
-    runtime = next(runtime for runtime in get_format("onnx").runtimes if runtime.name == kind)
-    names = types.SimpleNamespace(
-        input_name=graph.INPUT, output_name=graph.OUTPUT, with_preprocessing=False
-    )
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "model.onnx")
         graph.write(network, params, path, images.shape[1])
-        run = runtime.open(path, names)  # type: ignore[arg-type]
+        run = infer.open_onnx(kind, path)
     # The images have the runtime's memory layout before the clock runs, like PyTorch's.
     nchw = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     return lambda: run(nchw.transpose(0, 2, 3, 1))

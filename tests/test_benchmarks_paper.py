@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree
 
 import jax
@@ -234,6 +235,41 @@ def test_density_counts_two_flop_per_mac(monkeypatch, tmp_path):
     assert "38.10" in text
 
 
+def test_what_a_framework_raises_is_the_error(monkeypatch):
+    (job, *_) = _jobs(_parse(monkeypatch, "--table", "4", "--rows", "A0"))
+
+    def raises(row, job):
+        raise RuntimeError(f"no memory for {row}\nand more")
+
+    monkeypatch.setattr(paper_rows, "runner", raises)
+    run, error = paper_rows.build("A0", job)
+    assert error == "RuntimeError: no memory for A0 and more"
+
+    def both(build, names, arguments, **_):
+        return {name: [0.1] for name in names}, {name: build(name, job)[1] for name in names}
+
+    monkeypatch.setattr(harness, "take_turns_apart", both)
+    assert paper_rows.measure(job) == {"error": error}
+    assert run() is None
+
+
+def test_a_crash_is_an_error(monkeypatch):
+    (job, *_) = _jobs(_parse(monkeypatch, "--table", "4", "--rows", "A0"))
+    monkeypatch.setattr(harness, "take_turns_apart", lambda *_, **__: ({}, {}))
+    assert "crashed" in paper_rows.measure(job)["error"]
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime", "OpenVINO", "PyTorch"])
+def test_every_framework_runs(kind):
+    """A batch goes through what is timed, in this process."""
+    if reason := paper_rows.not_measurable("1", kind):
+        pytest.skip(reason)
+    job = {"table": "1", "runner": kind, "batch": 2, "dtype": "float32", "image_size": 9}
+    run = paper_rows.runner("3x3", job | {"channels": 4, "device": "cpu"})
+    result = run()
+    assert result is None or result.shape == (2, 4)
+
+
 def test_what_is_not_installed_is_said(monkeypatch):
     monkeypatch.setattr(paper_rows.torch_peer, "installed", lambda name: name != "openvino")
     assert "openvino" in paper_rows.not_measurable("4", "OpenVINO")
@@ -252,8 +288,20 @@ def test_a_program_that_hangs_ends_with_its_processes(tmp_path):
     )
     found = harness.in_subprocess(str(script), {}, timeout=5)
     assert "5 s" in found["error"]
-    state = pathlib.Path("/proc", (tmp_path / "pid").read_text(), "stat")
-    assert not state.exists() or state.read_text().split()[2] in "ZX"
+    child = pathlib.Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    until = time.monotonic() + 60  # a busy machine takes a while to end a process
+    while child.exists() and child.read_text().split()[2] not in "ZX":
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_the_error_of_a_program_is_what_it_raised(tmp_path):
+    """Not the last line, if a message has several."""
+    script = tmp_path / "fails.py"
+    script.write_text("raise ValueError('batch 7 does not fit\\nsuspected location:\\n  here')\n")
+    assert "ValueError: batch 7" in harness.in_subprocess(str(script), {}, timeout=60)["error"]
+    script.write_text("import sys; sys.exit('just this')\n")
+    assert "just this" in harness.in_subprocess(str(script), {}, timeout=60)["error"]
 
 
 def test_the_page_of_models_is_up_to_date():
