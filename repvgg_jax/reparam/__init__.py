@@ -56,6 +56,7 @@ from repvgg_jax.reparam.linear import (
     macs,
 )
 from repvgg_jax.reparam.probe import fuse_linear
+from repvgg_jax.reparam.rep_optimizer import extract_scales, rep_init, rep_optimizer
 from repvgg_jax.reparam.tree import input_channels
 from repvgg_jax.reparam.unfuse import unfuse_params
 
@@ -97,6 +98,7 @@ __all__ = [
     "dilated_reparam",
     "ecb",
     "equivalent_l2",
+    "extract_scales",
     "fastvit",
     "fastvit_position",
     "fuse_block",
@@ -109,6 +111,8 @@ __all__ = [
     "macs",
     "mobileone",
     "parallel",
+    "rep_init",
+    "rep_optimizer",
     "repopt_search",
     "repvit",
     "unfuse_params",
