@@ -19,8 +19,6 @@ from repvgg_jax.reparam import REPVGG
 from tests.helpers.jit import quick_jit
 from tests.trees import random_images, randomise
 
-pytestmark = pytest.mark.core
-
 CHANNELS = 4
 DENSE = ({}, {"features": 8, "stride": 2, "groups": 2, "dilation": 2})
 DEPTHWISE = ({"groups": CHANNELS}, {"groups": CHANNELS, "stride": 2})
@@ -51,8 +49,14 @@ BLOCKS = {
     "ECB": (reparam.ecb(), DENSE[1:]),
     "ECB with identity": (reparam.ecb(3, identity=True), DENSE[:1]),
 }
+CORE = ("QARepVGG V1", "DBB depthwise", "RepViT", "FastViT", "OREPA", "ECB")
 CASES = [
-    pytest.param(spec, options, id=f"{name} {options or ''}".strip())
+    pytest.param(
+        spec,
+        options,
+        id=f"{name} {options or ''}".strip(),
+        marks=[pytest.mark.core] if name in CORE else [],
+    )
     for name, (spec, every) in BLOCKS.items()
     for options in every
 ]
@@ -243,6 +247,7 @@ def test_unfusing_inverts_fusing(name):
         chex.assert_trees_all_equal_shapes(again["params"], like["params"])
 
 
+@pytest.mark.core
 class TestRefused:
     """What cannot be one convolution says why, in one line."""
 
@@ -304,3 +309,61 @@ class TestRefused:
     def test_sizes_that_the_authors_did_not_use(self, size):
         with pytest.raises(ValueError, match=f"size={size} must be one of 5, 7"):
             reparam.dilated_reparam(size)
+
+
+class TestOtherConvolutions:
+    """`fuse_linear` for sequences and volumes, and for convolutions that enlarge."""
+
+    @pytest.mark.parametrize(
+        ("dims", "strides", "dilation"), [(1, 1, 2), (1, 4, 1), (3, 1, 1), (3, 2, 1)]
+    )
+    def test_one_and_three_axes(self, dims, strides, dilation):
+        layer = nn.Conv(
+            3, (3,) * dims, strides, ((dilation, dilation),) * dims, kernel_dilation=dilation
+        )
+        variables = quick_jit(layer.init)(jax.random.key(0), jnp.zeros((1, *(8,) * dims, 2)))
+        variables = randomise(variables)
+        found = fuse_linear(
+            quick_jit(lambda x: layer.apply(variables, x)),
+            in_channels=2,
+            spatial_dims=dims,
+            max_kernel=5 if dims == 1 else 3,
+        )
+        own = variables["params"]
+        spread = np.zeros((*(2 * dilation + 1,) * dims, 2, 3), np.float32)
+        spread[(slice(None, None, dilation),) * dims] = own["kernel"]
+        np.testing.assert_allclose(found.kernel, spread, atol=1e-5)
+        np.testing.assert_allclose(found.bias, own["bias"], atol=1e-5)
+
+    @pytest.mark.parametrize(("size", "stride"), [(2, 2), (4, 2), (3, 3), (3, 1)])
+    def test_transposed(self, size, stride):
+        """The kernel, applied as documented, is the layer."""
+        layer = nn.ConvTranspose(3, (size, size), (stride, stride), transpose_kernel=True)
+        variables = quick_jit(layer.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 2)))
+        apply = quick_jit(lambda x: layer.apply(variables, x))
+        found = fuse_linear(apply, in_channels=2, max_kernel=5)
+        side = found.kernel.shape[0]
+        assert side <= 5
+        x = random_images((1, 8, 8, 2))
+        got = jax.lax.conv_general_dilated(
+            x,
+            found.kernel,
+            (1, 1),
+            ((side // 2, side // 2 + stride - 1),) * 2,
+            lhs_dilation=(stride, stride),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        np.testing.assert_allclose(np.asarray(got) + found.bias, apply(x), atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("function", "dims", "message"),
+        [
+            (lambda x: jax.nn.relu(x), 1, "not affine"),
+            (lambda x: jnp.cumsum(x, axis=1), 1, "not a convolution"),
+            (lambda x: x[:, :, 0], 3, r"expected .*3 axes"),
+            (lambda x: jnp.repeat(x, 3, axis=1)[:, :, :5], 2, "multiple of the size"),
+        ],
+    )
+    def test_refused(self, function, dims, message):
+        with pytest.raises(ValueError, match=message):
+            fuse_linear(function, in_channels=1, spatial_dims=dims, max_kernel=3)
