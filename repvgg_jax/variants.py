@@ -211,6 +211,19 @@ class Variant:
         if unknown := [name for name in self.auxiliary if name not in names]:
             raise ValueError(f"{where}: auxiliary names no block: {', '.join(unknown)}")
 
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields as a config or a deploy directory saves them.
+
+        Raises:
+          ValueError: its `block` is a function, which no file can contain.
+        """
+        if callable(self.block):
+            raise ValueError(
+                f"variant {self.name!r} has a function as block, which cannot be saved; add it to "
+                "repvgg_jax.networks.BLOCKS and give its name"
+            )
+        return dataclasses.asdict(self)
+
     @property
     def stage_strides(self) -> tuple[int, ...]:
         """Stride of the first block of every stage."""

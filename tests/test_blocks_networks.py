@@ -16,8 +16,6 @@ from repvgg_jax.weights.tree import leaves
 from tests.helpers.jit import quick_jit
 from tests.trees import random_images, random_variables
 
-pytestmark = pytest.mark.core
-
 PARAMETERS = {  # training form, deploy form
     "mobileone_s0": (5_293_272, 2_078_504),
     "mobileone_s1": (4_825_192, 4_764_840),
@@ -43,6 +41,7 @@ def tiny(name):
     return dataclasses.replace(variant, stem_channels=8, se=se, **sizes)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_of_both_forms(name):
     found = rv.cost(name)
@@ -82,6 +81,7 @@ def test_fused_networks_are_the_networks_and_become_trainable_again(name):
     chex.assert_trees_all_close(model.fuse(again), fused, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.core
 def test_output_strides_keep_the_parameters():
     """The depthwise block that loses its stride keeps being without an identity."""
     layers = rv.get_variant("mobileone_s1").layers(output_stride=8)
@@ -91,6 +91,7 @@ def test_output_strides_keep_the_parameters():
     assert sum(layer.identity for layer in plain) == 17 + 17  # 21 of each, 4 change shape
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("spelling", "name"),
     [
@@ -122,6 +123,16 @@ def test_a_block_is_a_function_of_the_layer():
     chex.assert_trees_all_close(got, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.core
+def test_a_function_cannot_be_saved():
+    variant = rv.Variant("x", (1,), (8,), stem_channels=8, block=lambda layer: reparam.REPVGG)
+    with pytest.raises(ValueError, match="'x' has a function as block"):
+        variant.as_dict()
+    saved = rv.get_variant("mobileone_s4").as_dict()
+    assert rv.Variant(**saved) == rv.FAMILY["mobileone_s4"]
+
+
+@pytest.mark.core
 def test_an_unknown_block():
     with pytest.raises(ValueError, match="'mobilone'; did you mean 'mobileone'"):
         rv.Variant("x", (1,), (8,), stem_channels=8, block="mobilone")
@@ -142,6 +153,7 @@ class TestCheckpoints:
                 assert (found.deploy, found.family, found.epsilon) == (deploy, naming.family, 1e-3)
                 chex.assert_trees_all_equal(found.variables, variables)
 
+    @pytest.mark.core
     @pytest.mark.parametrize(
         "name", ["mobileone_s0", "qarepvgg_a0", "repopt_b1", "repopt_b1_search"]
     )
@@ -153,6 +165,7 @@ class TestCheckpoints:
                 found = detect({entry.key: entry.shape for entry in entries})
                 assert (found.variant.name, found.family) == (name, naming.family)
 
+    @pytest.mark.core
     @pytest.mark.parametrize(
         ("name", "family", "keys"),
         [

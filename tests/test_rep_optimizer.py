@@ -14,8 +14,6 @@ from repvgg_jax import reparam
 from tests.helpers.jit import quick_jit
 from tests.trees import random_images
 
-pytestmark = pytest.mark.core
-
 SEARCH = reparam.repopt_search()
 SCALES = ("scale_3x3", "scale_1x1")
 TINY = rv.Variant("tiny", (1,), (4,), stem_channels=4, stem_stride=1, strides=(1,), block="repopt")
@@ -135,6 +133,7 @@ def test_adamw_equals_the_branched_network():
         np.testing.assert_allclose(got, losses, rtol=1e-6)
 
 
+@pytest.mark.core
 def test_multipliers_are_the_authors():
     """s3^2 everywhere, s1^2 at the center, 1 on its diagonal where there is an identity."""
     transform = reparam.rep_optimizer(SEARCH, scales())
@@ -168,6 +167,7 @@ def test_kernels_start_as_those_of_the_branches():
     assert np.abs(drawn).min() > 0
 
 
+@pytest.mark.core
 class TestRefused:
     @pytest.mark.parametrize(
         "optimizer",

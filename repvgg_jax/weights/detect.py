@@ -168,7 +168,7 @@ def detect(
         architecture = _architecture(_found(shapes, naming, blocks))
         raise ValueError(f"{architecture} ({naming.family} names) does not fit {names}")
     # Authors who started from RepVGG's code named some children as it does.
-    fit = min(fits, key=lambda fit: fit.distance() if len(fits) > 1 else 0)
+    fit = min(fits, key=_Fit.distance) if len(fits) > 1 else fits[0]
     nearest, (_, naming, deploy, prefix), found, in_channels, shapes = fit
     unused = tuple(key for key in everything if key.removeprefix(prefix) not in shapes)
     num_classes = naming.num_classes(shapes)
@@ -213,8 +213,8 @@ class _Fit(NamedTuple):
     in_channels: int
     shapes: Shapes
 
-    def distance(self) -> int:
-        """How many keys are missing or unexpected."""
+    def distance(self) -> tuple[int, int]:
+        """How many keys are unexpected, and how many are missing."""
         naming = self.place.naming
         entries = naming.entries(
             self.variant,
@@ -222,7 +222,8 @@ class _Fit(NamedTuple):
             num_classes=naming.num_classes(self.shapes),
             in_channels=self.in_channels,
         )
-        return len({entry.key for entry in entries} ^ self.shapes.keys())
+        keys = {entry.key for entry in entries}
+        return len(self.shapes.keys() - keys), len(keys - self.shapes.keys())
 
 
 def _nearest(shapes: Shapes, considered: Iterable[Variant], place: _Place) -> _Fit | None:
