@@ -1,6 +1,7 @@
 """Networks of other blocks: their sizes, their forms, and checkpoints of other projects."""
 
 import dataclasses
+import hashlib
 
 import chex
 import jax
@@ -30,7 +31,14 @@ PARAMETERS = {  # training form, deploy form
     "repopt_l1": (76_037_928, 76_018_920),
     "repopt_l2": (118_132_776, 118_109_032),
 }
-KINDS = ("mobileone_s0", "mobileone_s4", "qarepvgg_b1g4", "repopt_b1", "repopt_b1_search")
+NAMES = {  # digests of names and shapes, which never change: checkpoints outlive versions
+    "mobileone_s0": ("f855bccbbc03", "95c55b1d32e1"),
+    "mobileone_s4": ("8581592791a4", "e16b48c70fa9"),
+    "qarepvgg_b1g4": ("8b7420568e87", "5ab888af8047"),
+    "repopt_b1": ("ddce3511e7c3", "8eac9218e97a"),
+    "repopt_b1_search": ("91319979329a", "8eac9218e97a"),
+}
+KINDS = tuple(NAMES)
 
 
 def tiny(name):
@@ -46,6 +54,15 @@ def tiny(name):
 def test_parameters_of_both_forms(name):
     found = rv.cost(name)
     assert (found.params_train, found.params_deploy) == PARAMETERS[name]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", NAMES)
+def test_tree_names_never_change(name):
+    for deploy, digest in zip((False, True), NAMES[name], strict=True):
+        ours = leaves(rv.get_variant(name), deploy=deploy, num_classes=1000)
+        lines = sorted(f"{'/'.join(leaf.path)} {list(leaf.shape)}" for leaf in ours)
+        assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12] == digest, lines[:20]
 
 
 @pytest.mark.parametrize("name", KINDS)
