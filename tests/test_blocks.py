@@ -148,6 +148,29 @@ def check_leaves_and_macs(spec, block, variables):
         assert reparam.macs(spec.train, geometry, 8, 8) == 64 * per_pixel
 
 
+@pytest.mark.parametrize("options", DENSE, ids=str)
+def test_orepa_trains_as_one_convolution(options):
+    """Values, statistics and gradients are those of its branches."""
+    with jax.enable_x64(True):
+        block = block_of(reparam.OREPA, {**options, "activation": nn.silu, "bn_group_size": 2})
+        variables = jax.tree.map(jnp.asarray, variables_of(block))
+        x = jnp.asarray(random_images((4, 8, 8, CHANNELS), dtype=np.float64))
+
+        def trained(params, form):
+            y, new = block.clone(train_form=form).apply(
+                {**variables, "params": params}, x, True, mutable=["batch_stats"]
+            )
+            return jnp.sin(y).sum(), (y, new)
+
+        results = [
+            quick_jit(jax.grad(functools.partial(trained, form=form), has_aux=True))(
+                variables["params"]
+            )
+            for form in ("branches", "covariance")
+        ]
+        chex.assert_trees_all_close(*results, atol=1e-10, rtol=1e-10)
+
+
 class TestInitial:
     """Blocks start as their authors'."""
 

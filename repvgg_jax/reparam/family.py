@@ -6,6 +6,7 @@ The authors' activation, epsilon and groups are arguments of `ReparamBlock`: YOL
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -24,6 +25,7 @@ from repvgg_jax.reparam.linear import (
     Scale,
     Sum,
 )
+from repvgg_jax.reparam.online import online_train
 
 REPCONV = dataclasses.replace(REPVGG, name="RepConv")
 """YOLOv7's RepConv, which is RepVGG's block: BN(K3 * x) + BN(K1 * x) + BN(x)."""
@@ -147,45 +149,41 @@ def _point(name: str) -> Conv:
     return Conv(f"conv_{name}", (1, 1), strided=False, initial="he")
 
 
-OREPA = BlockSpec(
-    "OREPA",
-    Chain(
-        (
-            Sum(
-                (
-                    _scaled("origin", 0.25, Conv("conv_origin", (3, 3), initial="he")),
-                    _scaled("avg", 0.25, _point("avg"), AvgPool((3, 3))),
-                    _scaled("prior", 0.0, _point("prior"), Filter(_frequency_prior)),
-                    _scaled(
-                        "kxk",
-                        0.5,
-                        Sum(
-                            (
-                                Conv("conv_inner", (1, 1), False, expansion=1, initial="zeros"),
-                                Identity(),
-                            )
-                        ),
-                        Conv("conv_kxk", (3, 3), initial="he"),
+_OREPA = Chain(
+    (
+        Sum(
+            (
+                _scaled("origin", 0.25, Conv("conv_origin", (3, 3), initial="he")),
+                _scaled("avg", 0.25, _point("avg"), AvgPool((3, 3))),
+                _scaled("prior", 0.0, _point("prior"), Filter(_frequency_prior)),
+                _scaled(
+                    "kxk",
+                    0.5,
+                    Sum(
+                        (
+                            Conv("conv_inner", (1, 1), False, expansion=1, initial="zeros"),
+                            Identity(),
+                        )
                     ),
-                    _scaled("1x1", 1.0, Conv("conv_1x1", (1, 1), initial="he")),
-                    _scaled(
-                        "separable",
-                        0.5,
-                        Conv(
-                            "conv_depthwise", (3, 3), groups="depthwise", expansion=8, initial="he"
-                        ),
-                        _point("pointwise"),
-                    ),
-                )
-            ),
-            Norm("bn"),
-        )
-    ),
-    keep=KEPT,
+                    Conv("conv_kxk", (3, 3), initial="he"),
+                ),
+                _scaled("1x1", 1.0, Conv("conv_1x1", (1, 1), initial="he")),
+                _scaled(
+                    "separable",
+                    0.5,
+                    Conv("conv_depthwise", (3, 3), groups="depthwise", expansion=8, initial="he"),
+                    _point("pointwise"),
+                ),
+            )
+        ),
+        Norm("bn"),
+    )
 )
+OREPA = BlockSpec("OREPA", _OREPA, keep=KEPT, fast_train=functools.partial(online_train, _OREPA))
 """OREPA (Hu et al., CVPR 2022, figure 4) of 3x3 kernels, in up to 4 groups.
 
-It has one norm, behind the sum.
+It has one norm, behind the sum, so with `train_form="covariance"` training adds up the kernels and
+computes one convolution.
 """
 
 _SOBEL_X = ((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0))
