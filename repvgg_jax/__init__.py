@@ -6,10 +6,20 @@ from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.nnx import to_nnx
 from repvgg_jax.reparam import fuse_linear, fuse_params, unfuse_params
 from repvgg_jax.segmentation.network import Segmenter, create_segmenter
-from repvgg_jax.variants import VARIANTS, Cost, SqueezeExcite, Variant, cost, get_variant
+from repvgg_jax.variants import (
+    FAMILY,
+    VARIANTS,
+    Cost,
+    Layer,
+    SqueezeExcite,
+    Variant,
+    cost,
+    get_variant,
+)
 from repvgg_jax.weights import (
     Weights,
     load_pretrained,
+    load_scales,
     load_variables,
     load_weights,
     merge_weights,
@@ -19,8 +29,10 @@ from repvgg_jax.weights import (
 )
 
 __all__ = [
+    "FAMILY",
     "VARIANTS",
     "Cost",
+    "Layer",
     "RepVGG",
     "RepVGGBlock",
     "ReparamBlock",
@@ -37,6 +49,7 @@ __all__ = [
     "fuse_params",
     "get_variant",
     "load_pretrained",
+    "load_scales",
     "load_variables",
     "load_weights",
     "merge_weights",

@@ -31,7 +31,13 @@ from repvgg_jax import cpu_conv
 from repvgg_jax.batch_stats import AxisName, image_groups, updated_running
 from repvgg_jax.covariance import BlockSettings
 from repvgg_jax.cpu_conv import Lowering
-from repvgg_jax.layers import BatchNorm, ChannelScale, SqueezeExciteGate, torch_kernel_init
+from repvgg_jax.layers import (
+    KERNEL_INITIALIZERS,
+    BatchNorm,
+    ChannelScale,
+    SqueezeExciteGate,
+    torch_bias_init,
+)
 from repvgg_jax.meshes import on_auto_axes
 from repvgg_jax.reparam import (
     EPSILON,
@@ -40,15 +46,18 @@ from repvgg_jax.reparam import (
     BlockSpec,
     Chain,
     Conv,
+    Filter,
     Geometry,
     Identity,
     Linear,
+    Nonlinearity,
     Norm,
     Scale,
     Sum,
     fuse_block,
     leaves,
 )
+from repvgg_jax.reparam.algebra import unit_norm
 from repvgg_jax.reparam.containers import unboxed
 from repvgg_jax.reparam.fuse import check_variances
 from repvgg_jax.reparam.linear import names, present
@@ -155,6 +164,8 @@ class ReparamBlock(nn.Module):
         train = bool(train) and not self.freeze_statistics
         self._check(x)
         if self.deploy:
+            if self.spec.obstacle:
+                raise ValueError(f"{self._where}: no deploy form, {self.spec.obstacle}")
             size = self.spec.kernel_size(self.geometry(x))
             conv = Conv(self.spec.deploy, size, bias=True)
             return self._activate(self._conv(conv, x.shape[-1])(x))
@@ -206,6 +217,7 @@ class ReparamBlock(nn.Module):
                 group_size=self.bn_group_size,
                 param_dtype=self.param_dtype,
                 axis_name=self.axis_name,
+                initial=term.initial,
                 name=term.name,
             )
             channels = x.shape[-1]
@@ -230,19 +242,46 @@ class ReparamBlock(nn.Module):
             stride = self.stride if term.strided else 1
             padded = self._padded(term, x, _value(zero, x.shape[-1]))
             return _avg_pool(padded, term.kernel_size, stride, self.dilation), zero
+        if isinstance(term, Filter):
+            padded = self._padded(term, x, _value(zero, x.shape[-1]))
+            kernel = term.kernel(x.shape[-1])
+            before = zero
+            if before is None:
+                return self._filter(term, padded, kernel), None
+            return self._filter(term, padded, kernel), lambda: before() * kernel.sum(axis=(0, 1))
         if isinstance(term, Scale):
             scale: Callable[[jax.Array], jax.Array] = lambda x: x  # noqa: E731
             if term.name is not None:
-                scale = ChannelScale(term.initial, self.param_dtype, name=term.name)
-            before = zero
-            if before is None:
+                scale = ChannelScale(
+                    term.initial, self.param_dtype, term.bias, term.spread, name=term.name
+                )
+            before, channels = zero, x.shape[-1]
+            if before is None and not term.bias:
                 return scale(x) * term.factor, None
-            return scale(x) * term.factor, lambda: scale(before()) * term.factor
+            return scale(x) * term.factor, lambda: scale(_value(before, channels)) * term.factor
+        if isinstance(term, Nonlinearity):
+            function, before = getattr(jax.nn, term.function), zero
+            channels = x.shape[-1]
+            return function(x), lambda: function(_value(before, channels))
         assert isinstance(term, Identity), term
         return x, zero
 
     @nn.nowrap
-    def _padded(self, term: Conv | AvgPool, x: jax.Array, zero: jax.Array) -> jax.Array:
+    def _filter(self, term: Filter, x: jax.Array, kernel: np.ndarray) -> jax.Array:
+        """A constant kernel applied to every channel of padded feature maps."""
+        stride = self.stride if term.strided else 1
+        return jax.lax.conv_general_dilated(
+            x,
+            jnp.asarray(kernel, x.dtype),
+            (stride, stride),
+            "VALID",
+            rhs_dilation=(self.dilation, self.dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1],
+        )
+
+    @nn.nowrap
+    def _padded(self, term: Conv | AvgPool | Filter, x: jax.Array, zero: jax.Array) -> jax.Array:
         """Feature maps with a border of the response to zero, one value per channel."""
         height, width = self._reach(term)
         shape = (x.shape[0], x.shape[1] + 2 * height, x.shape[2] + 2 * width, x.shape[3])
@@ -254,7 +293,7 @@ class ReparamBlock(nn.Module):
         return on_auto_axes(padded, x, zero)
 
     @nn.nowrap
-    def _reach(self, term: Conv | AvgPool) -> tuple[int, int]:
+    def _reach(self, term: Conv | AvgPool | Filter) -> tuple[int, int]:
         """Pixels that a kernel reaches to each side."""
         dilation = self.dilation * (term.dilation if isinstance(term, Conv) else 1)
         height, width = (dilation * (size // 2) for size in term.kernel_size)
@@ -266,19 +305,24 @@ class ReparamBlock(nn.Module):
         # without padding then meets the center of the 3x3 one at every stride and dilation.
         height, width = (0, 0) if padded else self._reach(term)
         spatial = max(term.kernel_size) > 1
-        expanded = self.features if term.expansion is None else term.expansion * in_channels
+        groups = term.groups_of(in_channels, self.groups)
+        fan_in = math.prod(term.kernel_size) * in_channels // groups
+        torch_bias = term.initial == "torch" and not self.deploy
         return nn.Conv(
-            expanded,
+            term.out_channels(in_channels, self.features),
             term.kernel_size,
             strides=self.stride if term.strided else 1,
             padding=((height, height), (width, width)),
             kernel_dilation=self.dilation * term.dilation if spatial else 1,
-            feature_group_count=term.groups or self.groups,
+            feature_group_count=groups,
             use_bias=term.bias,
-            kernel_init=torch_kernel_init,
+            kernel_init=KERNEL_INITIALIZERS[term.initial],
+            bias_init=torch_bias_init(fan_in) if torch_bias else nn.initializers.zeros,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            conv_general_dilated=self._lowered(),
+            conv_general_dilated=_of_unit_kernels(self._lowered())
+            if term.unit
+            else self._lowered(),
             name=term.name,
         )
 
@@ -451,6 +495,14 @@ def fuse_model(
                 fused["params"] = _replaced(fused["params"], head, None)
                 stats = _replaced(stats, head, None)
     return {**fused, "batch_stats": stats} if stats else fused
+
+
+def _of_unit_kernels(convolve: Callable[..., jax.Array] | None) -> Callable[..., jax.Array]:
+    """A convolution that first divides the kernel by its norm per output channel."""
+    convolve = convolve or jax.lax.conv_general_dilated
+    return lambda x, kernel, *args, **options: convolve(
+        x, unit_norm(kernel).astype(kernel.dtype), *args, **options
+    )
 
 
 def _avg_pool(x: jax.Array, size: tuple[int, int], stride: int, dilation: int) -> jax.Array:

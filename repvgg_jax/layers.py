@@ -28,6 +28,23 @@ torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """PyTorch's default for convolutions and linear layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
 
 
+def _identity_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """A kernel (height, width, in_channels / groups, out_channels) that returns its input."""
+    height, width, per_group, out_channels = shape
+    out = jnp.arange(out_channels)
+    center = (height // 2, width // 2)
+    return jnp.zeros(shape, dtype).at[(*center, out % per_group, out)].set(1)
+
+
+KERNEL_INITIALIZERS = {
+    "torch": torch_kernel_init,
+    "he": nn.initializers.he_uniform(),
+    "zeros": nn.initializers.zeros,
+    "identity": _identity_init,
+}
+"""What `repvgg_jax.reparam.Conv.initial` means."""
+
+
 def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
     """PyTorch's default bias of a layer with that fan-in, from the same interval."""
 
@@ -53,6 +70,7 @@ class BatchNorm(nn.Module):
       param_dtype: of the affine parameters. Running statistics are in at least float32.
       axis_name: of the devices whose images are one batch, under `jax.shard_map` or `jax.pmap`.
         Under `jax.jit` a sharded batch is one batch anyway.
+      initial: value of the scales.
     """
 
     momentum: float = 0.9
@@ -60,6 +78,7 @@ class BatchNorm(nn.Module):
     group_size: int | None = None
     param_dtype: jnp.dtype = jnp.float32
     axis_name: AxisName | None = None
+    initial: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -74,7 +93,8 @@ class BatchNorm(nn.Module):
           ValueError: the groups do not divide the batch, or one value per channel only.
         """
         channels = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, channels, self.param_dtype)
+        init = nn.initializers.constant(self.initial)
+        scale = self.param("scale", init, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
         # In bfloat16 an update by a tenth of a small difference would change nothing.
         wide = jnp.promote_types(self.param_dtype, jnp.float32)
@@ -115,19 +135,33 @@ class ChannelScale(nn.Module):
     """Multiplies every channel by a parameter of its own.
 
     Attributes:
-      initial: value of the parameters.
+      initial: value of the scales.
       param_dtype: of the parameters.
+      use_bias: whether a bias is added.
+      spread: standard deviation of the initial scales around `initial` and of the biases around 0.
     """
 
     initial: float = 1.0
     param_dtype: jnp.dtype = jnp.float32
+    use_bias: bool = False
+    spread: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Scales `x` (…, channels)."""
-        init = nn.initializers.constant(self.initial)
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-        return x * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        shape = (x.shape[-1],)
+        around = nn.initializers.normal(self.spread) if self.spread else nn.initializers.zeros
+        scale = self.param(
+            "scale",
+            lambda key, shape, dtype: self.initial + around(key, shape, dtype),
+            shape,
+            self.param_dtype,
+        )
+        row = (1,) * (x.ndim - 1) + (-1,)
+        if not self.use_bias:
+            return x * scale.reshape(row)
+        bias = self.param("bias", around, shape, self.param_dtype)
+        return x * scale.reshape(row) + bias.reshape(row)
 
 
 class SqueezeExciteGate(nn.Module):

@@ -194,11 +194,16 @@ class RepVGG(nn.Module):
         Raises:
           ValueError: as `fuse_params`; every block of the model must be there.
         """
+        geometries = None
+        if any(block.traceless for block in self.variant.blocks):
+            stem = variables["params"]["stem"]
+            geometries = self.variant.geometries(input_channels(self.layers[0].block, stem) or 3)
         return fuse_params(
             variables,
-            blocks=tuple({layer.block for layer in self.layers}),
+            blocks=self.variant.blocks,
             expect=len(self.layers),
             epsilon=self.epsilon,
+            geometries=geometries,
         )
 
     @property
@@ -217,7 +222,7 @@ class RepVGG(nn.Module):
             dilation=layer.dilation,
             groups=layer.groups,
             identity=layer.identity,
-            se=self.variant.se,
+            se=layer.se,
             deploy=self.deploy,
             bn_group_size=self.bn_group_size,
             train_form=self.train_form,

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 
+from repvgg_jax.block import fuse_model
 from repvgg_jax.model import RepVGG
 
 TOLERANCE = 1e-5
@@ -79,7 +81,7 @@ def compare(reference: np.ndarray, other: np.ndarray, *, tolerance: float = TOLE
 
 
 def prove(
-    model: RepVGG,
+    model: nn.Module,
     variables: Any,
     images: np.ndarray,
     *,
@@ -90,15 +92,26 @@ def prove(
     """Compares a training-form network with its fused form, in evaluation.
 
     Args:
-      model: the network in training form.
+      model: the network in training form: a RepVGG, or any Linen module that has a field `deploy`,
+        which it passes to its blocks, and maps images and variables to logits.
       variables: its variables.
       images: normalized, (images, height, width, channels).
       deployed: the fused variables; None fuses `variables` here.
       tolerance: of `Proof.holds`.
       batch_size: images per batch.
+
+    Raises:
+      ValueError: the model has no field `deploy`, or as `fuse_model`.
     """
-    if deployed is None:
+    if not hasattr(model, "deploy"):
+        raise ValueError(
+            f"{type(model).__name__} has no field `deploy`; give it one and pass it to its blocks: "
+            "ReparamBlock(…, deploy=self.deploy)"
+        )
+    if deployed is None and isinstance(model, RepVGG):
         deployed = model.fuse(variables)
+    elif deployed is None:
+        deployed = fuse_model(model, variables, images[:1])
     fused = model.clone(deploy=True)
     return compare(
         logits(model.apply, variables, images, batch_size=batch_size),

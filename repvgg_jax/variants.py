@@ -9,14 +9,16 @@ B*g2, D2se and plus-L2pse.
 """
 
 import dataclasses
+import functools
 import math
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from repvgg_jax import networks
 from repvgg_jax.reparam import REPVGG, BlockSpec, Conv, Geometry, leaves, macs
 from repvgg_jax.text import did_you_mean, one_line, positive_integer
 
@@ -56,6 +58,7 @@ class Layer:
       groups: channel groups of both convolutions.
       identity: whether the block has the terms for equal input and output shape.
       block: what the block computes.
+      se: its squeeze-and-excite, or None.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Layer:
     groups: int
     identity: bool
     block: BlockSpec = REPVGG
+    se: SqueezeExcite | None = None
 
     def __post_init__(self) -> None:
         for field in ("features", "stride", "dilation", "groups"):
@@ -87,6 +91,11 @@ class Layer:
     def stage(self) -> str:
         """The stage it belongs to: `stem`, `stage1`, `stage2` and so on."""
         return self.name.partition("_")[0]
+
+    @property
+    def index(self) -> int:
+        """Its place in its stage, from 0."""
+        return int(self.name.partition("_block")[2] or 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +119,10 @@ class Variant:
         "stage", all of them, as in the paper's PSPNet; or "timm", where the first block of such a
         stage has half of the dilation (1, then 2), for backbones that timm trained at that stride.
         Parameters are the same.
+      block: what a layer is: a name in `repvgg_jax.networks.BLOCKS`, or a function of a `Layer`
+        of RepVGG to a `BlockSpec`, or to the layers in its place. Layers that it returns are
+        named by their place in the stage. Only names can be saved in a config or a deploy
+        directory.
     """
 
     name: str
@@ -122,6 +135,7 @@ class Variant:
     strides: tuple[int, ...] | None = None
     stem_stride: int = 2
     dilation: Dilation = "stage"
+    block: "str | Callable[[Layer], BlockSpec | tuple[Layer, ...]]" = "repvgg"
 
     def __post_init__(self) -> None:
         # Lists, e.g. from a config file, become tuples: a Variant must be hashable.
@@ -155,6 +169,12 @@ class Variant:
             raise ValueError(
                 f"{where}: {len(self.stage_strides)} strides {self.strides} "
                 f"for {len(self.depths)} stages; give one for every stage"
+            )
+        if not callable(self.block) and self.block not in networks.BLOCKS:
+            hint = did_you_mean(str(self.block), networks.BLOCKS)
+            raise ValueError(
+                f"{where}: unknown block {self.block!r}; {hint}choose from "
+                f"{', '.join(networks.BLOCKS)}, or give a function of a Layer"
             )
         numbers = [*self.depths, self.stem_channels, self.stem_stride, *self.stage_strides]
         for stage, widths in enumerate(self.channels):
@@ -191,6 +211,19 @@ class Variant:
         if unknown := [name for name in self.auxiliary if name not in names]:
             raise ValueError(f"{where}: auxiliary names no block: {', '.join(unknown)}")
 
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields as a config or a deploy directory saves them.
+
+        Raises:
+          ValueError: its `block` is a function, which no file can contain.
+        """
+        if callable(self.block):
+            raise ValueError(
+                f"variant {self.name!r} has a function as block, which cannot be saved; add it to "
+                "repvgg_jax.networks.BLOCKS and give its name"
+            )
+        return dataclasses.asdict(self)
+
     @property
     def stage_strides(self) -> tuple[int, ...]:
         """Stride of the first block of every stage."""
@@ -207,8 +240,9 @@ class Variant:
         last = self.channels[-1]
         return last[-1] if isinstance(last, tuple) else last
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (variants are few, and values)
     def layers(
-        self, output_stride: int | None = None, dilations: Sequence[int] | None = None
+        self, output_stride: int | None = None, dilations: tuple[int, ...] | None = None
     ) -> tuple[Layer, ...]:
         """Every block in order.
 
@@ -226,35 +260,23 @@ class Variant:
         if dilations is not None:
             return self._dilated(self.layers(output_stride), dilations)
         limit = self.total_stride if output_stride is None else output_stride
-        layers = [Layer("stem", None, self.stem_channels, self.stem_stride, 1, 1, identity=False)]
-        in_channels, stride_so_far, dilation = self.stem_channels, self.stem_stride, 1
-        reached = {stride_so_far}
-        for stage, (depth, widths) in enumerate(zip(self.depths, self.channels, strict=True)):
-            for index in range(depth):
-                features = widths[index] if isinstance(widths, tuple) else widths
-                stride = self.stage_strides[stage] if index == 0 else 1
-                # The identity branch is decided before dilation replaces a stride, so that
-                # one checkpoint serves every output stride.
-                identity = in_channels == features and stride == 1
-                if stride_so_far * stride > limit:
-                    dilation *= stride
-                    stride = 1
-                stride_so_far *= stride
-                layers.append(
-                    Layer(
-                        name=f"stage{stage + 1}_block{index}",
-                        in_channels=in_channels,
-                        features=features,
-                        stride=stride,
-                        dilation=self._dilation_of(index, dilation),
-                        groups=self._groups_of(len(layers)),
-                        identity=identity,
-                    )
-                )
-                in_channels = features
-            reached.add(stride_so_far * dilation)
-        if limit != stride_so_far:
-            valid = ", ".join(str(s) for s in sorted(reached))
+        layers: list[Layer] = []
+        stride, dilation = 1, 1
+        reached = {1}
+        for layer in self._undilated():
+            if layer.stride > 1:
+                reached.add(stride * dilation)
+            # The identity branch was decided before dilation replaces a stride, so that one
+            # checkpoint serves every output stride.
+            if layers and stride * layer.stride > limit:
+                dilation *= layer.stride
+                layer = dataclasses.replace(layer, stride=1)
+            stride *= layer.stride
+            own = self._dilation_of(layer.index, dilation) if layers else dilation
+            layers.append(dataclasses.replace(layer, dilation=own))
+        reached.add(stride * dilation)
+        if limit != stride:
+            valid = ", ".join(str(s) for s in sorted(reached - {1}))
             raise ValueError(
                 f"variant {self.name!r} cannot have output_stride={output_stride}: "
                 f"its stages end at strides {valid}"
@@ -277,6 +299,53 @@ class Variant:
         pairs = zip(blocks, dilations, strict=True)
         return (stem, *(dataclasses.replace(layer, dilation=rate) for layer, rate in pairs))
 
+    @property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """The kinds of blocks, each once."""
+        return tuple({id(layer.block): layer.block for layer in self.layers()}.values())
+
+    def geometries(self, in_channels: int = 3) -> dict[str, Geometry]:
+        """Shapes of all blocks by name, for `fuse_params` and `unfuse_params`.
+
+        Args:
+          in_channels: channels of the images.
+        """
+        return {layer.name: layer.geometry(in_channels) for layer in self.layers()}
+
+    def _undilated(self) -> Iterator[Layer]:
+        """Every block in order, with the variant's own strides."""
+        stem = Layer("stem", None, self.stem_channels, self.stem_stride, 1, 1, False, se=self.se)
+        yield from self._in_place_of(stem)
+        in_channels, position = self.stem_channels, 0
+        for stage, (depth, widths) in enumerate(zip(self.depths, self.channels, strict=True)):
+            count = 0
+            for index in range(depth):
+                position += 1
+                features = widths[index] if isinstance(widths, tuple) else widths
+                stride = self.stage_strides[stage] if index == 0 else 1
+                layer = Layer(
+                    name=f"stage{stage + 1}_block{index}",
+                    in_channels=in_channels,
+                    features=features,
+                    stride=stride,
+                    dilation=1,
+                    groups=self._groups_of(position),
+                    identity=in_channels == features and stride == 1,
+                    se=self.se,
+                )
+                for other in self._in_place_of(layer):
+                    yield dataclasses.replace(other, name=f"stage{stage + 1}_block{count}")
+                    count += 1
+                in_channels = features
+
+    def _in_place_of(self, layer: Layer) -> tuple[Layer, ...]:
+        """What the variant's `block` makes of a layer of RepVGG."""
+        block = networks.BLOCKS[self.block] if isinstance(self.block, str) else self.block
+        found = block(layer)
+        if isinstance(found, BlockSpec):
+            return (dataclasses.replace(layer, block=found),)
+        return tuple(found)
+
     def _groups_of(self, index: int) -> int:
         """Groups of block `index`, where the stem is 0."""
         if isinstance(self.groups, tuple):
@@ -284,10 +353,10 @@ class Variant:
         return self.groups if index % 2 == 0 else 1
 
 
-def _official(
+def _scaled(
     name: str, depths: tuple[int, ...], width: tuple[float, float, float, float], **options
 ) -> Variant:
-    """An official variant from the paper's width multipliers (a, a, a, b)."""
+    """A variant from the paper's width multipliers (a, a, a, b)."""
     channels = tuple(int(base * w) for base, w in zip((64, 128, 256, 512), width, strict=True))
     return Variant(name, depths, channels, stem_channels=min(64, channels[0]), **options)
 
@@ -297,21 +366,21 @@ _B = (4, 6, 16, 1)
 _L = (8, 14, 24, 1)
 
 _OFFICIAL = (
-    _official("A0", _A, (0.75, 0.75, 0.75, 2.5)),
-    _official("A1", _A, (1, 1, 1, 2.5)),
-    _official("A2", _A, (1.5, 1.5, 1.5, 2.75)),
-    _official("B0", _B, (1, 1, 1, 2.5)),
-    _official("B1", _B, (2, 2, 2, 4)),
-    _official("B1g2", _B, (2, 2, 2, 4), groups=2),
-    _official("B1g4", _B, (2, 2, 2, 4), groups=4),
-    _official("B2", _B, (2.5, 2.5, 2.5, 5)),
-    _official("B2g2", _B, (2.5, 2.5, 2.5, 5), groups=2),
-    _official("B2g4", _B, (2.5, 2.5, 2.5, 5), groups=4),
-    _official("B3", _B, (3, 3, 3, 5)),
-    _official("B3g2", _B, (3, 3, 3, 5), groups=2),
-    _official("B3g4", _B, (3, 3, 3, 5), groups=4),
-    _official("D2se", _L, (2.5, 2.5, 2.5, 5), se=SqueezeExcite(reduction=16)),
-    _official(
+    _scaled("A0", _A, (0.75, 0.75, 0.75, 2.5)),
+    _scaled("A1", _A, (1, 1, 1, 2.5)),
+    _scaled("A2", _A, (1.5, 1.5, 1.5, 2.75)),
+    _scaled("B0", _B, (1, 1, 1, 2.5)),
+    _scaled("B1", _B, (2, 2, 2, 4)),
+    _scaled("B1g2", _B, (2, 2, 2, 4), groups=2),
+    _scaled("B1g4", _B, (2, 2, 2, 4), groups=4),
+    _scaled("B2", _B, (2.5, 2.5, 2.5, 5)),
+    _scaled("B2g2", _B, (2.5, 2.5, 2.5, 5), groups=2),
+    _scaled("B2g4", _B, (2.5, 2.5, 2.5, 5), groups=4),
+    _scaled("B3", _B, (3, 3, 3, 5)),
+    _scaled("B3g2", _B, (3, 3, 3, 5), groups=2),
+    _scaled("B3g4", _B, (3, 3, 3, 5), groups=4),
+    _scaled("D2se", _L, (2.5, 2.5, 2.5, 5), se=SqueezeExcite(reduction=16)),
+    _scaled(
         "plus-L2pse",
         _L,
         (2.5, 2.5, 2.5, 5),
@@ -324,15 +393,25 @@ _OFFICIAL = (
 VARIANTS: Mapping[str, Variant] = types.MappingProxyType({v.name: v for v in _OFFICIAL})
 """The fifteen official variants by canonical name."""
 
+FAMILY: Mapping[str, Variant] = types.MappingProxyType(
+    {name: _scaled(name, **fields) for name, fields in networks.networks().items()}
+)
+"""Networks of other blocks by canonical name: `mobileone_s0`, `qarepvgg_a0`, `repopt_b1`, …"""
+
+ALL: Mapping[str, Variant] = types.MappingProxyType({**VARIANTS, **FAMILY})
+"""`VARIANTS` and `FAMILY`."""
+
 
 def _key(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("repvgg")
+    letters = re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("repvgg")
+    return letters.replace("repoptvgg", "repopt")
 
 
 def get_variant(name: str | Variant) -> Variant:
-    """The official variant of that name; a `Variant` is returned as it is.
+    """The variant of that name in `VARIANTS` or `FAMILY`; a `Variant` is returned as it is.
 
-    `B1g4`, `RepVGG-B1g4` and `repvgg_b1g4` all mean the same.
+    `B1g4`, `RepVGG-B1g4` and `repvgg_b1g4` all mean the same, and so do `RepOpt-VGG-B1` and
+    `repopt_b1`.
 
     Raises:
       ValueError: no such variant; the message names the nearest ones.
@@ -341,11 +420,14 @@ def get_variant(name: str | Variant) -> Variant:
         return name
     if not isinstance(name, str):
         raise ValueError(f"a variant is a name or a Variant, not {type(name).__name__}: {name!r}")
-    names = {_key(canonical): canonical for canonical in VARIANTS}
+    names = {_key(canonical): canonical for canonical in ALL}
     if (key := _key(name)) in names:
-        return VARIANTS[names[key]]
-    hint = did_you_mean(key, VARIANTS)
-    raise ValueError(f"unknown variant {name!r}; {hint}The official ones: {', '.join(VARIANTS)}")
+        return ALL[names[key]]
+    hint = did_you_mean(key, VARIANTS) or did_you_mean(name, FAMILY)
+    raise ValueError(
+        f"unknown variant {name!r}; {hint}The official ones: {', '.join(VARIANTS)}; of other "
+        f"blocks: {', '.join(FAMILY)}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,8 +496,8 @@ def cost(
         is_winograd = (height, width) == (3, 3) and layer.stride == 1
         winograd += products * 4 // 9 if is_winograd else products
         size = -(-size[0] // layer.stride), -(-size[1] // layer.stride)
-        if variant.se is not None:
-            squeezed = layer.features // variant.se.reduction
+        if layer.se is not None:
+            squeezed = layer.features // layer.se.reduction
             weights = 2 * layer.features * squeezed
             params_train += weights + squeezed + layer.features
             params_deploy += weights + squeezed + layer.features

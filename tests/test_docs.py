@@ -32,7 +32,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 RUN_HERE = ["augmentation.md", "data.md", "deploy.md"]
 READ_HERE = ["launch.md", "scaling.md"]
-PYTHON_HERE = ["covariance.md", "reparameterization.md", "segmentation.md"]
+PYTHON_HERE = ["covariance.md", "family.md", "reparameterization.md", "segmentation.md"]
 PYTHON_ELSEWHERE = ["data.md", "deploy.md"]
 FOREIGN_FLAGS = {"fp16", "gpu-bind", "ntasks-per-node", "signal"}  # of trtexec and SLURM
 

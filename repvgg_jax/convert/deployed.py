@@ -298,7 +298,7 @@ def write_description(
     metadata = {
         "kind": KIND,
         "format": _FORMAT,
-        "variant": dataclasses.asdict(network.model.variant),
+        "variant": network.model.variant.as_dict(),
         "num_classes": network.model.num_classes,
         "activation": activation_kind(network.model.activation, network.model.variant.name),
         "classes": list(network.labels),

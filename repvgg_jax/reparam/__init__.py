@@ -7,6 +7,7 @@ kernel of any linear layer off its impulse response. None of them depends on Fla
 NumPy or JAX arrays, traced, sharded or stacked along leading axes.
 """
 
+from repvgg_jax.reparam.ablations import ABLATIONS, QAREPVGG_VERSIONS
 from repvgg_jax.reparam.algebra import EPSILON, Affine, affine, compose, parallel
 from repvgg_jax.reparam.blocks import (
     ACB,
@@ -16,20 +17,36 @@ from repvgg_jax.reparam.blocks import (
     QAREPVGG,
     REPVGG,
     BlockSpec,
+    acb,
     conv_bn,
+    dbb,
     large_kernel,
     mobileone,
 )
 from repvgg_jax.reparam.decay import decay_mask, equivalent_l2
+from repvgg_jax.reparam.family import (
+    OREPA,
+    REPCONV,
+    REPCONVN,
+    REPOPT,
+    dilated_reparam,
+    ecb,
+    fastvit,
+    fastvit_position,
+    repopt_search,
+    repvit,
+)
 from repvgg_jax.reparam.fuse import fuse_block, fuse_params
 from repvgg_jax.reparam.linear import (
     AvgPool,
     Chain,
     Conv,
+    Filter,
     Geometry,
     Identity,
     Leaf,
     Linear,
+    Nonlinearity,
     Norm,
     SameShape,
     Scale,
@@ -39,35 +56,51 @@ from repvgg_jax.reparam.linear import (
     macs,
 )
 from repvgg_jax.reparam.probe import fuse_linear
+from repvgg_jax.reparam.rep_optimizer import extract_scales, rep_init, rep_optimizer
 from repvgg_jax.reparam.tree import input_channels
 from repvgg_jax.reparam.unfuse import unfuse_params
 
 __all__ = [
+    "ABLATIONS",
     "ACB",
     "BUILT_IN",
     "CONV_BN",
     "DBB",
     "EPSILON",
+    "OREPA",
     "QAREPVGG",
+    "QAREPVGG_VERSIONS",
+    "REPCONV",
+    "REPCONVN",
+    "REPOPT",
     "REPVGG",
     "Affine",
     "AvgPool",
     "BlockSpec",
     "Chain",
     "Conv",
+    "Filter",
     "Geometry",
     "Identity",
     "Leaf",
     "Linear",
+    "Nonlinearity",
     "Norm",
     "SameShape",
     "Scale",
     "Sum",
+    "acb",
     "affine",
     "compose",
     "conv_bn",
+    "dbb",
     "decay_mask",
+    "dilated_reparam",
+    "ecb",
     "equivalent_l2",
+    "extract_scales",
+    "fastvit",
+    "fastvit_position",
     "fuse_block",
     "fuse_linear",
     "fuse_params",
@@ -78,5 +111,9 @@ __all__ = [
     "macs",
     "mobileone",
     "parallel",
+    "rep_init",
+    "rep_optimizer",
+    "repopt_search",
+    "repvit",
     "unfuse_params",
 ]

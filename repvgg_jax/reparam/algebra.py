@@ -26,9 +26,11 @@ from repvgg_jax.reparam.linear import (
     AvgPool,
     Chain,
     Conv,
+    Filter,
     Geometry,
     Identity,
     Linear,
+    Nonlinearity,
     Norm,
     Scale,
     Sum,
@@ -213,7 +215,8 @@ class _Partial(NamedTuple):
         """With the identity's kernel and a bias of zero where there are none."""
         kernel, bias = self.kernel, self.bias
         if kernel is None:
-            dtype = np.result_type(*[leaf.dtype for leaf in jax.tree.leaves(params)])
+            leaves = jax.tree.leaves(params)
+            dtype = np.result_type(*[leaf.dtype for leaf in leaves]) if leaves else np.float64
             kernel = identity_kernel(self.in_channels, self.in_per_group, dtype)
             kernel = kernel.reshape((1,) * self.lead + kernel.shape)
         if bias is None:
@@ -249,9 +252,12 @@ def _follow(term: Linear, x: _Partial, params: Params, stats: Params, epsilon: f
         if term.name is None:
             kernel, bias = x.materialize(params)
             return x._replace(kernel=widened(kernel) * term.factor, bias=bias * term.factor)
-        return x.scaled(widened(params[term.name]["scale"]) * term.factor, None, params)
+        leaves = params[term.name]
+        shift = widened(leaves["bias"]) * term.factor if term.bias else None
+        return x.scaled(widened(leaves["scale"]) * term.factor, shift, params)
     if isinstance(term, Conv):
-        kernel = dilated(params[term.name]["kernel"], term.dilation)
+        kernel = params[term.name]["kernel"]
+        kernel = dilated(unit_norm(kernel) if term.unit else kernel, term.dilation)
         channels = x.in_channels if x.kernel is None else x.kernel.shape[-1]
         kernel = _regrouped(kernel, channels, x.in_channels // x.in_per_group)
         bias = widened(params[term.name]["bias"]) if term.bias else None
@@ -260,16 +266,30 @@ def _follow(term: Linear, x: _Partial, params: Params, stats: Params, epsilon: f
             return own
         kernel, bias = compose(x.materialize(params), own.materialize(params))
         return x._replace(kernel=kernel, bias=bias)
-    if isinstance(term, AvgPool):
+    if isinstance(term, (AvgPool, Filter)):
         first = x.materialize(params)
-        channels, taps = first.kernel.shape[-1], term.kernel_size[0] * term.kernel_size[1]
-        shape = (*(1,) * x.lead, *term.kernel_size, 1, channels)
-        pool = np.full(shape, 1 / taps, _wide_dtype(first.kernel))
-        bias = np.zeros((*shape[: x.lead], channels), pool.dtype)
+        channels = first.kernel.shape[-1]
+        size = term.kernel_size
+        taps = (
+            term.kernel(channels)
+            if isinstance(term, Filter)
+            else np.full((*size, 1, channels), 1 / (size[0] * size[1]))
+        )
+        pool = taps.astype(_wide_dtype(first.kernel)).reshape(*(1,) * x.lead, *taps.shape)
+        bias = np.zeros((*(1,) * x.lead, channels), pool.dtype)
         return x._replace(**compose(first, Affine(pool, bias))._asdict())
     if isinstance(term, Identity):
         return x
+    if isinstance(term, Nonlinearity):
+        raise ValueError(f"{term.function} inside the expression is not linear")
     raise TypeError(f"not a term of a linear expression: {term!r}")
+
+
+def unit_norm(kernel: Array) -> Array:
+    """The kernel divided by its L2 norm per output channel, in at least float32."""
+    kernel = widened(kernel)
+    squares = (kernel * kernel).sum(axis=(-4, -3, -2), keepdims=True)
+    return kernel / _namespace(kernel).sqrt(squares)
 
 
 def dilated(kernel: Array, dilation: int) -> Array:

@@ -14,9 +14,11 @@ from repvgg_jax.reparam.linear import (
     AvgPool,
     Chain,
     Conv,
+    Filter,
     Geometry,
     Identity,
     Linear,
+    Nonlinearity,
     Norm,
     SameShape,
     Scale,
@@ -32,6 +34,8 @@ from repvgg_jax.text import first_few
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
     """A block that trains as an expression and deploys as one convolution with a bias.
+
+    A block with an `Nonlinearity` inside its expression only trains; fusing it is refused.
 
     Attributes:
       name: what messages call it.
@@ -60,7 +64,7 @@ class BlockSpec:
             self._check_numbers(term)
         self._check_names()
         for term in walk(self.train):
-            sizes = term.kernel_size if isinstance(term, (Conv, AvgPool)) else ()
+            sizes = term.kernel_size if isinstance(term, (Conv, AvgPool, Filter)) else ()
             if any(size < 1 or size % 2 == 0 for size in sizes):
                 raise ValueError(
                     f"block {self.name}: kernel size {sizes} must be odd in both axes; "
@@ -90,6 +94,27 @@ class BlockSpec:
             isinstance(term, SameShape) and not names(term.term) for term in walk(self.train)
         )
 
+    @functools.cached_property
+    def obstacle(self) -> str | None:
+        """Why the block has no deploy form; None if it has one."""
+        found = next((term for term in walk(self.train) if isinstance(term, Nonlinearity)), None)
+        if found is None:
+            return None
+        branch = next(
+            (
+                f"branch {index} of {len(self.train.terms)}"
+                for index, term in enumerate(self.train.terms, start=1)
+                if found in walk(term)
+            )
+            if isinstance(self.train, Sum)
+            else iter(()),
+            "its expression",
+        )
+        return (
+            f"a {found.function} inside {branch} is not linear, so no convolution computes the "
+            "same; put activations behind the block"
+        )
+
     def kernel_size(self, geometry: Geometry) -> tuple[int, int]:
         """Height and width of the deploy-form kernel."""
         resolved = present(self.train, geometry.has_same_shape)
@@ -97,7 +122,11 @@ class BlockSpec:
 
     def _check_numbers(self, term: Linear) -> None:
         if not isinstance(term, Linear):
-            raise ValueError(f"block {self.name}: {term!r} is not a term of an expression")
+            raise ValueError(
+                f"block {self.name}: {term!r} is not a term of an expression; what depends on its "
+                "input in another way, such as squeeze-and-excite, cannot be folded with what "
+                "surrounds it, and is an option of the module behind the block: ReparamBlock(se=…)"
+            )
         if isinstance(term, (Conv, AvgPool)):
             size: Any = term.kernel_size
             sides = size if isinstance(size, tuple) else ()
@@ -106,9 +135,9 @@ class BlockSpec:
                     f"block {self.name}: kernel size {size} must be a tuple (height, width)"
                 )
         if isinstance(term, Conv):
-            for option in ("dilation", "groups", "expansion"):
+            for option in ("dilation", "groups", "expansion", "multiple"):
                 value = getattr(term, option)
-                if value is not None and value < 1:
+                if value not in (None, "depthwise") and value < 1:
                     raise ValueError(
                         f"block {self.name}: {term.name} has {option}={value}, must be 1 or more"
                     )
@@ -145,7 +174,8 @@ class BlockSpec:
                     f"block {self.name}: {term} sees neighboring pixels behind the block's "
                     "stride; set strided=False in the terms before the last spatial one"
                 )
-            if any(isinstance(part, (Conv, AvgPool)) and part.strided for part in walk(term)):
+            spans = (Conv, AvgPool, Filter)
+            if any(isinstance(part, spans) and part.strided for part in walk(term)):
                 if strided:
                     raise ValueError(
                         f"block {self.name}: two terms of a chain take the block's stride; set "
@@ -154,58 +184,85 @@ class BlockSpec:
                 strided = True
 
 
-def _conv_norm(suffix: str, size: int | tuple[int, int], **options: Any) -> Chain:
+def conv_norm(suffix: str, size: int | tuple[int, int], **options: Any) -> Chain:
     """A convolution `conv{suffix}`, then a norm `bn{suffix}`."""
     kernel = (size, size) if isinstance(size, int) else size
-    return Chain((Conv(f"conv{suffix}", kernel, **options), Norm(f"bn{suffix}")))
+    initial = options.pop("norm_initial", 1.0)
+    return Chain((Conv(f"conv{suffix}", kernel, **options), Norm(f"bn{suffix}", initial=initial)))
 
 
-_KEPT = frozenset({"se", "activation"})  # squeeze-and-excite, an activation with parameters
+KEPT = frozenset({"se", "activation"})  # squeeze-and-excite, an activation with parameters
 
 REPVGG = BlockSpec(
     "RepVGG",
-    Sum((_conv_norm("3x3", 3), _conv_norm("1x1", 1), SameShape(Norm("bn_identity", decay=True)))),
-    keep=_KEPT,
+    Sum((conv_norm("3x3", 3), conv_norm("1x1", 1), SameShape(Norm("bn_identity", decay=True)))),
+    keep=KEPT,
     fast_train=covariance.train_block,
 )
 """RepVGG (Ding et al., CVPR 2021, figure 2): BN(K3 * x) + BN(K1 * x) + BN(x)."""
 
-ACB = BlockSpec(
-    "ACB",
-    Sum((_conv_norm("3x3", 3), _conv_norm("1x3", (1, 3)), _conv_norm("3x1", (3, 1)))),
-    keep=_KEPT,
-)
-"""Asymmetric convolution block (ACNet, Ding et al., ICCV 2019): a square kernel and its cross."""
 
-DBB = BlockSpec(
-    "DBB",
-    Sum(
-        (
-            _conv_norm("_origin", 3),
-            _conv_norm("_1x1", 1),
-            Chain(
-                (
-                    Conv("conv_inner", (1, 1), strided=False, expansion=1),
-                    Norm("bn_inner"),
-                    *_conv_norm("_kxk", 3).terms,
-                )
-            ),
-            Chain(
-                (
-                    Conv("conv_pool", (1, 1), strided=False),
-                    Norm("bn_pool"),
-                    AvgPool((3, 3)),
-                    Norm("bn_avg"),
-                )
-            ),
+def acb(size: int = 3, *, initial: float = 1.0) -> BlockSpec:
+    """Asymmetric convolution block (ACNet, Ding et al., ICCV 2019): a square kernel and its cross.
+
+    Args:
+      size: of the square kernel.
+      initial: scale of the norms; 1/3 is the authors' `reduce_gamma`.
+    """
+    sizes = ((size, size), (1, size), (size, 1))
+    return BlockSpec(
+        "ACB" if size == 3 else f"ACB {size}x{size}",
+        Sum(tuple(conv_norm(f"{h}x{w}", (h, w), norm_initial=initial) for h, w in sizes)),
+        keep=KEPT,
+    )
+
+
+ACB = acb()
+"""The asymmetric convolution block of 3x3 kernels."""
+
+
+def dbb(size: int = 3, *, depthwise: bool = False, single_init: bool = False) -> BlockSpec:
+    """Diverse branch block (Ding et al., CVPR 2021).
+
+    Borders behind the inner norms are padded with their response to zero by running statistics,
+    in training, too, as the authors do. The 1x1 convolution `conv_inner` starts as the identity;
+    the authors store it without its identity, so weight decay acts on `conv_inner` minus the
+    identity there.
+
+    Args:
+      size: of the kernels.
+      depthwise: for blocks with one group per channel: without the 1x1 branch and the 1x1
+        convolution before the pooling, and with twice the inner channels.
+      single_init: the outer norms' scales start as 1 in the branch of a single convolution and as
+        0 in the others.
+    """
+    other = {"norm_initial": 0.0 if single_init else 1.0}
+    outer = Norm("bn_avg", initial=other["norm_initial"])
+    pool: tuple[Linear, ...] = (AvgPool((size, size)), outer)
+    inner = Conv(
+        "conv_inner",
+        (1, 1),
+        strided=False,
+        expansion=2 if depthwise else 1,
+        initial="torch" if depthwise else "identity",
+    )
+    chain = Chain((inner, Norm("bn_inner"), *conv_norm("_kxk", size, **other).terms))
+    if depthwise:
+        terms: tuple[Linear, ...] = (conv_norm("_origin", size), chain, Chain(pool))
+    else:
+        before = (Conv("conv_pool", (1, 1), strided=False), Norm("bn_pool"))
+        terms = (
+            conv_norm("_origin", size),
+            conv_norm("_1x1", 1, **other),
+            chain,
+            Chain((*before, *pool)),
         )
-    ),
-    keep=_KEPT,
-)
-"""Diverse branch block (Ding et al., CVPR 2021) with fewer groups than channels.
+    kind = " depthwise" if depthwise else ""
+    return BlockSpec(f"DBB{kind}" + (f" {size}x{size}" if size != 3 else ""), Sum(terms), keep=KEPT)
 
-Borders behind the inner norms are padded with their response to zero, as the authors do.
-"""
+
+DBB = dbb()
+"""The diverse branch block of 3x3 kernels with fewer groups than channels."""
 
 
 def mobileone(size: int, branches: int = 1) -> BlockSpec:
@@ -215,22 +272,20 @@ def mobileone(size: int, branches: int = 1) -> BlockSpec:
       size: of the kernel: 3 for the depthwise block, 1 for the pointwise one.
       branches: convolutions of that size, k in the paper.
     """
-    terms: list[Linear] = [_conv_norm(f"_{index}", size) for index in range(branches)]
+    terms: list[Linear] = [conv_norm(f"_{index}", size) for index in range(branches)]
     if size > 1:
-        terms.append(_conv_norm("_scale", 1))
+        terms.append(conv_norm("_scale", 1))
     return BlockSpec(
         f"MobileOne {size}x{size}",
         Sum((*terms, SameShape(Norm("bn_skip")))),
-        keep=_KEPT,
+        keep=KEPT,
     )
 
 
 QAREPVGG = BlockSpec(
     "QARepVGG",
-    Chain(
-        (Sum((_conv_norm("3x3", 3), Conv("conv1x1", (1, 1)), SameShape(Identity()))), Norm("bn"))
-    ),
-    keep=_KEPT,
+    Chain((Sum((conv_norm("3x3", 3), Conv("conv1x1", (1, 1)), SameShape(Identity()))), Norm("bn"))),
+    keep=KEPT,
 )
 """QARepVGG (Chu et al., AAAI 2024): BN(BN(K3 * x) + K1 * x + x), made for quantization."""
 
@@ -244,8 +299,8 @@ def large_kernel(size: int, small: int) -> BlockSpec:
     """
     return BlockSpec(
         f"large kernel {size}+{small}",
-        Sum((_conv_norm("_large", size), _conv_norm("_small", small))),
-        keep=_KEPT,
+        Sum((conv_norm("_large", size), conv_norm("_small", small))),
+        keep=KEPT,
     )
 
 
@@ -258,7 +313,7 @@ def conv_bn(size: int) -> BlockSpec:
     Args:
       size: of the kernel.
     """
-    return BlockSpec(f"conv-BN {size}x{size}", _conv_norm("_single", size))
+    return BlockSpec(f"conv-BN {size}x{size}", conv_norm("_single", size))
 
 
 CONV_BN = (conv_bn(1), conv_bn(3))

@@ -38,6 +38,7 @@ def fuse_params(
     expect: int | None = None,
     exclude: Sequence[str] = (),
     epsilon: float = EPSILON,
+    geometries: Mapping[str, Geometry] | None = None,
 ) -> Tree:
     """Turns every training-form block of a tree into its deploy form, one convolution.
 
@@ -64,6 +65,9 @@ def fuse_params(
       exclude: paths that are left alone with everything inside, e.g. `"neck"` or
         `"decoder/*"` (`fnmatch` patterns), for mappings that only look like a block.
       epsilon: of batch normalization.
+      geometries: shapes of blocks by their own name, the last part of their path; of others
+        they are read off the parameters. Needed for blocks whose parameters do not show
+        whether they have an identity.
 
     Returns:
       The same tree in deploy form. `batch_stats` is left out if nothing remains in it, or empty
@@ -74,7 +78,7 @@ def fuse_params(
         leaves have other names or shapes, or (for concrete values) a negative variance or
         float16 values that overflow.
     """
-    fusing = _Fusing(tuple(blocks), tuple(exclude), epsilon)
+    fusing = _Fusing(tuple(blocks), tuple(exclude), epsilon, geometries or {})
     fused = fusing.outside_params(variables, ())
     fusing.check(expect)
     return fused
@@ -103,6 +107,8 @@ def fuse_block(
       ValueError: leaves of other names or shapes than the block has, or NumPy variances that
         cannot be variances. Those in JAX arrays are left to the caller: `check_variances`.
     """
+    if spec.obstacle:
+        raise ValueError(f"{path_name(path)} is a {spec.name} block, not fusable: {spec.obstacle}")
     boxes, params, stats = params, unboxed(params), unboxed(stats)
     geometry = check_block(spec, params, stats, geometry=geometry, path=path)
     for norm, leaf in (stats or {}).items():
@@ -197,7 +203,14 @@ class _Fusing(Walk):
         if spec := self.train_spec(params, path):
             self.count += 1
             own, moments = with_statistics(spec, params, stats)
-            fused = fuse_block(spec, own, moments, epsilon=self.epsilon, path=path)
+            fused = fuse_block(
+                spec,
+                own,
+                moments,
+                geometry=self.geometry(path),
+                epsilon=self.epsilon,
+                path=path,
+            )
             self.variances += [
                 (path_name((*path, norm)), leaf["var"])
                 for norm, leaf in unboxed(moments or {}).items()

@@ -9,7 +9,11 @@ package lists the branches of a block.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Taps = tuple[tuple[float, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +26,36 @@ class Conv:
       strided: whether it takes the block's stride. In a chain exactly one term does; terms with
         a larger kernel than 1x1 come no later than that one.
       dilation: as a multiple of the block's.
-      groups: channel groups, a multiple of the block's; None for the block's.
+      groups: channel groups, a multiple of the block's; None for the block's, "depthwise" for
+        one group per input channel.
       expansion: output channels as a multiple of the input's; None for the block's features.
       bias: whether it has a bias.
+      multiple: of the block's features that it gives if `expansion` is None.
+      unit: divide the kernel by its L2 norm per output channel before it is used (DiracNet).
+      initial: of the kernel: PyTorch's default, "he" (Kaiming, uniform, of the fan-in), "zeros",
+        or "identity". The bias starts as PyTorch's beside PyTorch's kernel, else at zero.
     """
 
     name: str
     kernel_size: tuple[int, int]
     strided: bool = True
     dilation: int = 1
-    groups: int | None = None
+    groups: int | Literal["depthwise"] | None = None
     expansion: int | None = None
     bias: bool = False
+    multiple: int = 1
+    unit: bool = False
+    initial: Literal["torch", "he", "zeros", "identity"] = "torch"
+
+    def groups_of(self, in_channels: int, block_groups: int) -> int:
+        """Its groups in a block with that many, behind that many channels."""
+        return in_channels if self.groups == "depthwise" else self.groups or block_groups
+
+    def out_channels(self, in_channels: int, features: int) -> int:
+        """Its output channels in a block with those features."""
+        if self.expansion is not None:
+            return self.expansion * in_channels
+        return self.multiple * features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +65,12 @@ class Norm:
     Attributes:
       name: of its child in the parameter tree.
       decay: whether weight decay applies to its scale.
+      initial: value of its scale.
     """
 
     name: str
     decay: bool = False
+    initial: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +87,44 @@ class AvgPool:
 
 
 @dataclasses.dataclass(frozen=True)
+class Filter:
+    """A constant kernel applied to every channel alone, such as Sobel's.
+
+    Attributes:
+      taps: rows of the kernel, both sides odd, or a function of the number of channels to an array
+        (height, width, channels).
+      strided: as in `Conv`.
+    """
+
+    taps: Taps | Callable[[int], np.ndarray]
+    strided: bool = True
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """Height and width."""
+        height, width = self.kernel(1).shape[:2]
+        return height, width
+
+    def kernel(self, channels: int) -> np.ndarray:
+        """The taps in float64, (height, width, 1, channels)."""
+        if callable(self.taps):
+            return np.asarray(self.taps(channels), np.float64)[:, :, None, :]
+        taps = np.asarray(self.taps, np.float64)[:, :, None, None]
+        return np.broadcast_to(taps, (*taps.shape[:3], channels))
+
+
+@dataclasses.dataclass(frozen=True)
+class Nonlinearity:
+    """A nonlinearity inside the expression, for ablations: such a block trains but cannot be fused.
+
+    Attributes:
+      function: its name in `jax.nn`.
+    """
+
+    function: str = "relu"
+
+
+@dataclasses.dataclass(frozen=True)
 class Identity:
     """The input itself."""
 
@@ -72,14 +134,18 @@ class Scale:
     """Multiplication per channel; `Scale(factor=-1.0)` subtracts a term in a sum.
 
     Attributes:
-      name: of its child in the parameter tree, with one leaf `scale`; None for no parameter.
+      name: of its child in the parameter tree, with a leaf `scale`; None for no parameter.
       factor: a constant factor beside the parameter.
       initial: the parameter's initial value.
+      bias: whether a leaf `bias` is added behind the multiplication.
+      spread: standard deviation of the initial values around `initial`, and of the bias around 0.
     """
 
     name: str | None = None
     factor: float = 1.0
     initial: float = 1.0
+    bias: bool = False
+    spread: float = 0.0
 
 
 class _Terms:
@@ -119,8 +185,8 @@ class SameShape:
     term: "Linear"
 
 
-Linear = Conv | Norm | AvgPool | Identity | Scale | Chain | Sum | SameShape
-"""A linear map of feature maps, with parameters in a tree."""
+Linear = Conv | Norm | AvgPool | Filter | Nonlinearity | Identity | Scale | Chain | Sum | SameShape
+"""A linear map of feature maps, with parameters in a tree (not linear with an `Nonlinearity`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,12 +279,25 @@ def present(term: Linear, same_shape: bool) -> Linear | None:
     return term
 
 
+def without_initial(term: Linear) -> Linear:
+    """The same expression, whatever its parameters start with."""
+    if isinstance(term, SameShape):
+        return SameShape(without_initial(term.term))
+    if isinstance(term, (Chain, Sum)):
+        return type(term)(tuple(without_initial(child) for child in term.terms))
+    if isinstance(term, Conv):
+        return dataclasses.replace(term, initial="torch")
+    if isinstance(term, Norm):
+        return dataclasses.replace(term, initial=1.0)
+    return dataclasses.replace(term, initial=1.0, spread=0.0) if isinstance(term, Scale) else term
+
+
 def kernel_size(term: Linear) -> tuple[int, int]:
     """Height and width of the kernel that `affine` gives, of an expression with all its terms."""
     if isinstance(term, Conv):
         height, width = ((size - 1) * term.dilation + 1 for size in term.kernel_size)
         return height, width
-    if isinstance(term, AvgPool):
+    if isinstance(term, (AvgPool, Filter)):
         return term.kernel_size
     sizes = [kernel_size(child) for child in subterms(term)] or [(1, 1)]
     if isinstance(term, Chain):
@@ -255,10 +334,15 @@ def macs(term: Linear, geometry: Geometry, height: int, width: int) -> int:
 
     def count(part: Linear, in_channels: int, out_channels: int, stride: int) -> None:
         nonlocal total
-        if isinstance(part, Conv):
-            per_group = in_channels // (part.groups or geometry.groups)
+        if isinstance(part, (Conv, Filter)):
+            groups = (
+                part.groups_of(in_channels, geometry.groups)
+                if isinstance(part, Conv)
+                else in_channels
+            )
             pixels = (-(-height // stride)) * (-(-width // stride))
-            total += part.kernel_size[0] * part.kernel_size[1] * per_group * out_channels * pixels
+            taps = part.kernel_size[0] * part.kernel_size[1]
+            total += taps * in_channels // groups * out_channels * pixels
 
     _visit(term, geometry, count)
     return total
@@ -286,8 +370,8 @@ def _visit(
             return channels, stride
         out = channels
         if isinstance(part, Conv):
-            out = geometry.features if part.expansion is None else channels * part.expansion
-            groups = part.groups or geometry.groups
+            out = part.out_channels(channels, geometry.features)
+            groups = part.groups_of(channels, geometry.groups)
             if groups % geometry.groups:
                 raise ValueError(
                     f"{part.name} has {groups} groups, not a multiple of the block's "
@@ -297,7 +381,7 @@ def _visit(
                 raise ValueError(
                     f"{part.name} cannot have {channels} -> {out} channels in {groups} groups"
                 )
-        if isinstance(part, (Conv, AvgPool)) and part.strided:
+        if isinstance(part, (Conv, AvgPool, Filter)) and part.strided:
             stride *= geometry.stride
         visit(part, channels, out, stride)
         return out, stride
@@ -317,7 +401,8 @@ def _own_leaves(
     term: Linear, in_channels: int, out_channels: int, block_groups: int
 ) -> Iterator[Leaf]:
     if isinstance(term, Conv):
-        shape = (*term.kernel_size, in_channels // (term.groups or block_groups), out_channels)
+        groups = term.groups_of(in_channels, block_groups)
+        shape = (*term.kernel_size, in_channels // groups, out_channels)
         yield Leaf("params", term.name, "kernel", shape)
         if term.bias:
             yield Leaf("params", term.name, "bias", (out_channels,))
@@ -328,3 +413,5 @@ def _own_leaves(
             yield Leaf("batch_stats", term.name, leaf, (in_channels,))
     elif isinstance(term, Scale) and term.name is not None:
         yield Leaf("params", term.name, "scale", (in_channels,))
+        if term.bias:
+            yield Leaf("params", term.name, "bias", (in_channels,))

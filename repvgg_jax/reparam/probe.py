@@ -15,6 +15,7 @@ def fuse_linear(
     function: Callable[[jax.Array], jax.Array],
     *,
     in_channels: int,
+    spatial_dims: int = 2,
     max_kernel: int = 15,
     dtype: Any = jnp.float32,
     tolerance: float = 1e-5,
@@ -27,16 +28,20 @@ def fuse_linear(
     Args:
       function: maps (images, height, width, in_channels) to (images, height / stride,
         width / stride, features), e.g. `lambda x: block.apply(variables, x)` of a block without
-        activation. The stride is found.
+        activation. The stride is found. Transposed convolutions give a multiple of the size.
       in_channels: channels of its input.
-      max_kernel: largest kernel to look for, in pixels; the computation grows with it.
+      spatial_dims: axes between images and channels: 1 for sequences, 3 for volumes.
+      max_kernel: largest kernel to look for, in pixels (of the output, where that is the larger
+        one); the computation grows with it.
       dtype: in which `function` is called.
       tolerance: largest error allowed on the random images, relative to the largest output
         without the bias. Some rounding errors of `dtype` are allowed on top.
 
     Returns:
       NumPy arrays: a kernel (height, width, in_channels, features), with zeros where channel
-      groups do not mix, and a bias (features,). Padding is half the kernel, zeros.
+      groups do not mix, and a bias (features,). Padding is half the kernel, zeros. For a function
+      that gives `s` times the size, they are those of `jax.lax.conv_general_dilated` with
+      `lhs_dilation=s` and padding `(k // 2, k // 2 + s - 1)`.
 
     Raises:
       ValueError: the function is not affine, or depends on the position, or its kernel is
@@ -44,60 +49,64 @@ def fuse_linear(
     """
     reach = max_kernel // 2
     size = 4 * max(reach, 1) + 4
+    image = (size,) * spatial_dims
 
     def run(x: np.ndarray) -> np.ndarray:
         return np.asarray(function(jnp.asarray(x, dtype)), np.float64)
 
-    at_zero = run(np.zeros((1, size, size, in_channels)))
-    if at_zero.ndim != 4 or size % at_zero.shape[1] or at_zero.shape[1] != at_zero.shape[2]:
+    at_zero = run(np.zeros((1, *image, in_channels)))
+    out = at_zero.shape[1] if at_zero.ndim == spatial_dims + 2 else 0
+    whole = out and (size % out == 0 or out % size == 0)
+    if not whole or at_zero.shape[1:-1] != (out,) * spatial_dims:
         raise ValueError(
-            f"images of {size}x{size} pixels give an output of shape {at_zero.shape}; expected "
-            f"(images, height / stride, width / stride, features) with a stride that divides {size}"
+            f"images of {'x'.join(map(str, image))} pixels give an output of shape "
+            f"{at_zero.shape}; expected (images, height / stride, width / stride, features) with "
+            f"{spatial_dims} axes between images and features, and a stride that divides {size} or "
+            "a multiple of the size"
         )
-    stride = size // at_zero.shape[1]
-    middle = at_zero.shape[1] // 2
-    bias = at_zero[0, middle, middle]
-    center = middle * stride
-    kernel = np.zeros((2 * reach + 1, 2 * reach + 1, in_channels, bias.size))
+    stride, up = max(1, size // out), max(1, out // size)
+    center = out // 2 // up * stride
+    middle = center * up // stride
+    bias = at_zero[(0, *(middle,) * spatial_dims)]
+    taps = range(-reach, reach + 1)
+    kernel = np.zeros((*(len(taps),) * spatial_dims, in_channels, bias.size))
+    channels = np.arange(in_channels)
     # An impulse at distance d from a pixel under an output shows one tap per output pixel.
-    for row, column in itertools.product(range(stride), range(stride)):
-        images = np.zeros((in_channels, size, size, in_channels))
-        channels = np.arange(in_channels)
-        images[channels, center + row, center + column, channels] = 1
+    for shift in itertools.product(range(stride), repeat=spatial_dims):
+        images = np.zeros((in_channels, *image, in_channels))
+        images[(channels, *(center + d for d in shift), channels)] = 1
         response = run(images) - at_zero
-        for y, x in itertools.product(range(-reach, reach + 1), repeat=2):
-            if (y - row) % stride or (x - column) % stride:
+        for tap in itertools.product(taps, repeat=spatial_dims):
+            if any((t - d) % stride for t, d in zip(tap, shift, strict=True)):
                 continue
-            out_y, out_x = middle - (y - row) // stride, middle - (x - column) // stride
-            kernel[y + reach, x + reach] = response[:, out_y, out_x]
-    kernel = _trimmed(kernel)
+            where = (middle - (t - d) // stride for t, d in zip(tap, shift, strict=True))
+            kernel[tuple(t + reach for t in tap)] = response[(slice(None), *where)]
+    kernel = _trimmed(kernel, spatial_dims)
     rounding = 8 * float(jnp.finfo(dtype).eps)
-    _check(run, kernel, bias, stride, size, in_channels, tolerance, rounding)
+    _check(run, Affine(kernel, bias), (stride, up), (*image, in_channels), tolerance, rounding)
     return Affine(kernel.astype(np.dtype(dtype)), bias.astype(np.dtype(dtype)))
 
 
-def _trimmed(kernel: np.ndarray) -> np.ndarray:
-    """Without outer rows and columns that are zero up to rounding."""
+def _trimmed(kernel: np.ndarray, spatial_dims: int) -> np.ndarray:
+    """Without outer taps that are zero up to rounding."""
     small = np.abs(kernel).max() * 1e-6
-    while kernel.shape[0] > 1 and np.abs(kernel[[0, -1]]).max() <= small:
-        kernel = kernel[1:-1]
-    while kernel.shape[1] > 1 and np.abs(kernel[:, [0, -1]]).max() <= small:
-        kernel = kernel[:, 1:-1]
+    for axis in range(spatial_dims):
+        while kernel.shape[axis] > 1 and np.abs(kernel.take([0, -1], axis)).max() <= small:
+            kernel = kernel.take(range(1, kernel.shape[axis] - 1), axis)
     return kernel
 
 
 def _check(
     run: Callable[[np.ndarray], np.ndarray],
-    kernel: np.ndarray,
-    bias: np.ndarray,
-    stride: int,
-    size: int,
-    in_channels: int,
+    found_map: Affine,
+    strides: tuple[int, int],
+    shape: tuple[int, ...],
     tolerance: float,
     rounding: float,
 ) -> None:
+    kernel, bias = found_map
     rng = np.random.default_rng(0)
-    first, second = rng.standard_normal((2, 1, size, size, in_channels))
+    first, second = rng.standard_normal((2, 1, *shape))
     found = run(np.concatenate([first, second, first - 2 * second]))
     zero = run(np.zeros_like(first))[0]
     if not np.isfinite(found).all():
@@ -112,14 +121,15 @@ def _check(
             f"{error:.1e} of its largest output, {tolerance:.1e} is allowed; leave out the "
             "activation, and use running statistics"
         )
-    expected = _convolve(first[0], kernel, stride) + bias
+    expected = _convolve(first[0], kernel, *strides) + bias
     error = np.abs(found[0] - expected) / scale
-    border = max(kernel.shape[:2]) // 2 // stride + 1
-    inside = error[border:-border, border:-border]
+    sides = kernel.shape[:-2]
+    border = max(sides) // 2 // strides[0] + 1
+    inside = error[(slice(border, -border),) * len(sides)]
     if inside.max() > tolerance:
         raise ValueError(
             "the function is not a convolution with a kernel of at most "
-            f"{kernel.shape[0]}x{kernel.shape[1]} pixels: on random images it differs by "
+            f"{'x'.join(map(str, sides))} pixels: on random images it differs by "
             f"{inside.max():.1e} of its largest output, {tolerance:.1e} is allowed; it depends on "
             "the position, or max_kernel is too small"
         )
@@ -131,8 +141,15 @@ def _check(
         )
 
 
-def _convolve(image: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
-    height, width = kernel.shape[:2]
-    pad = ((height // 2, height // 2), (width // 2, width // 2), (0, 0))
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, pad), (height, width), (0, 1))
-    return np.einsum("yxihw,hwio->yxo", windows[::stride, ::stride], kernel)
+def _convolve(image: np.ndarray, kernel: np.ndarray, stride: int, up: int) -> np.ndarray:
+    """A convolution of one image (…, channels), with `up - 1` zeros between its pixels."""
+    sides = kernel.shape[:-2]
+    size = [side * up for side in image.shape[:-1]]
+    spread = np.zeros((*size, image.shape[-1]))
+    spread[(slice(None, None, up),) * len(sides)] = image
+    spread = np.pad(spread, [*((side // 2, side // 2) for side in sides), (0, 0)])
+    total = np.zeros(())
+    for tap in np.ndindex(*sides):
+        window = (slice(t, t + s, stride) for t, s in zip(tap, size, strict=True))
+        total = total + spread[tuple(window)] @ kernel[tap]
+    return total

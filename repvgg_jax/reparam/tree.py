@@ -7,7 +7,7 @@ in a parallel tree under the same names. Nothing here depends on Flax.
 import collections
 import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from repvgg_jax.reparam.blocks import BlockSpec
@@ -24,6 +24,7 @@ from repvgg_jax.reparam.linear import (
     present,
     subterms,
     walk,
+    without_initial,
 )
 from repvgg_jax.text import first_few, tree_path
 
@@ -37,7 +38,12 @@ class Walk:
     blocks: tuple[BlockSpec, ...]
     exclude: tuple[str, ...]
     epsilon: float
+    geometries: Mapping[str, Geometry] = dataclasses.field(default_factory=dict)
     count: int = 0
+
+    def geometry(self, path: Path) -> Geometry | None:
+        """The shapes of the block at this path, if the caller gave them."""
+        return self.geometries.get(str(path[-1])) if path else None
 
     def excluded(self, path: Path) -> bool:
         """Whether a pattern in `exclude` names this path."""
@@ -104,7 +110,20 @@ def matching_block(node: Tree, blocks: Sequence[BlockSpec]) -> BlockSpec | None:
     ]
     # Specs may differ in nothing but the sizes of their kernels.
     fitting = [spec for spec in matches if len(matches) == 1 or _sizes_fit(spec.train, node)]
+    for spec in fitting[1:]:
+        # Two specs are one for this node if they differ only in terms that it does not have.
+        if _expression(spec, keys) != _expression(fitting[0], keys):
+            raise ValueError(
+                f"[{first_few(sorted(keys), 6)}] fits both {fitting[0].name} and {spec.name}; "
+                "give one of them in blocks=, or the model to fuse_model"
+            )
     return next(iter(fitting or matches), None)
+
+
+def _expression(spec: BlockSpec, keys: Set[str]) -> tuple[Linear | None, str]:
+    """What a block with these children computes, and the name of its deploy form."""
+    train = present(spec.train, bool(spec.optional) and spec.optional <= keys)
+    return train and without_initial(train), spec.deploy
 
 
 def _sizes_fit(train: Linear, params: Mapping[str, Any]) -> bool:
@@ -152,7 +171,7 @@ def _geometry(train: Linear, params: Mapping[str, Any]) -> Geometry:
     if not convs:
         channels = next((shape[-1] for shape in sized.values() if shape), 1)
         return Geometry(channels, channels, groups=channels, same_shape=same_shape)
-    features = next((sized[t.name][-1] for t in convs if t.expansion is None), 0)
+    features = next((sized[t.name][-1] // t.multiple for t in convs if t.expansion is None), 0)
     first = [t for t in _on_input(resolved) if t in convs]
     in_per_group = sized[(first or convs)[0].name][-2]
     in_channels = next(
@@ -169,8 +188,9 @@ def _geometry(train: Linear, params: Mapping[str, Any]) -> Geometry:
     if (same_shape and (first or convs)[0].groups is None) or _fits(train, guess, sized):
         return guess
     # Norms, and convolutions behind the first one, may show that there are groups.
+    own = (first or convs)[0].groups
     for groups in (g for g in range(1, guess.features + 1) if guess.features % g == 0):
-        inputs = in_per_group * ((first or convs)[0].groups or groups)
+        inputs = guess.in_channels if own == "depthwise" else in_per_group * (own or groups)
         other = dataclasses.replace(guess, in_channels=inputs, groups=groups)
         if _fits(train, other, sized):
             return other

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,12 @@ from repvgg_jax.reparam.linear import (
     Geometry,
     Linear,
     Norm,
+    Scale,
     Sum,
     kernel_size,
     names,
     present,
+    walk,
 )
 from repvgg_jax.reparam.tree import (
     Path,
@@ -54,6 +56,7 @@ def unfuse_params(
     blocks: Sequence[BlockSpec] = BUILT_IN,
     exclude: Sequence[str] = (),
     epsilon: float = EPSILON,
+    geometries: Mapping[str, Geometry] | None = None,
 ) -> Tree:
     """Turns a deploy-form tree into a trainable one that computes the same function.
 
@@ -76,6 +79,7 @@ def unfuse_params(
       blocks: as in `fuse_params`.
       exclude: as in `fuse_params`.
       epsilon: of batch normalization.
+      geometries: as in `fuse_params`.
 
     Returns:
       `{"params": …, "batch_stats": …}` with the names and shapes of `like`, in the container of
@@ -93,7 +97,7 @@ def unfuse_params(
     if (ours is None) != (theirs is None):
         raise no_variables
     arrays = jnp if any(isinstance(x, jax.Array) for x in jax.tree.leaves(deployed)) else np
-    unfusing = _Unfusing(tuple(blocks), tuple(exclude), epsilon, arrays=arrays)
+    unfusing = _Unfusing(tuple(blocks), tuple(exclude), epsilon, geometries or {}, arrays=arrays)
     result = unfusing.node(like, None, deployed, ())
     if not unfusing.count:
         if theirs is None:
@@ -178,7 +182,8 @@ class _Unfusing(Walk):
         own, moments = with_statistics(spec, like, None if merged else stats)
         own = {name: child for name, child in own.items() if name not in spec.keep}
         plain, plain_moments = (self.filled(unboxed(tree), path) for tree in (own, moments))
-        geometry = check_block(spec, plain, plain_moments, path=path)
+        given = self.geometry(path)
+        geometry = check_block(spec, plain, plain_moments, geometry=given, path=path)
         where, target = path_name(path), unboxed(deployed[spec.deploy])
         lead = leading_axes(spec.train, plain)
         in_per_group = geometry.in_channels // geometry.groups
@@ -188,7 +193,7 @@ class _Unfusing(Walk):
         wide = Affine(*(widened(target[leaf]) for leaf in ("kernel", "bias")))
         train = present(spec.train, geometry.has_same_shape)
         assert train is not None, "check_block has resolved it"
-        inverse = _Inverse(geometry, plain, plain_moments, self.epsilon)
+        inverse = _Inverse(geometry, plain, plain_moments or {}, self.epsilon)
         try:
             changed = inverse.solve(train, wide)
         except ValueError as error:
@@ -232,24 +237,36 @@ class _Inverse:
     stats: Mapping[str, Any]
     epsilon: float
 
-    def solve(self, term: Linear, target: Affine) -> dict[str, dict[str, Any]]:
-        """Parameters that change, by child name; the others stay."""
-        if isinstance(term, Conv) and term.dilation == 1:
+    def solve(
+        self, term: Linear, target: Affine, *, unbiased: bool = False
+    ) -> dict[str, dict[str, Any]]:
+        """Parameters that change, by child name; the others stay.
+
+        Args:
+          term: the expression.
+          target: what it shall compute.
+          unbiased: whether the target's bias is zero, whatever the values.
+        """
+        if _is_free(term):
             if term.bias:
                 return {term.name: {"kernel": target.kernel, "bias": target.bias}}
+            if unbiased:
+                return {term.name: {"kernel": target.kernel}}
             raise ValueError(f"{term.name} has neither a bias nor a norm")
-        if isinstance(term, Chain) and isinstance(term.terms[-1], Norm):
-            norm = term.terms[-1].name
-            mean, var = (widened(self.stats[norm][leaf]) for leaf in ("mean", "var"))
-            xp = np if isinstance(var, np.ndarray) else jnp
-            neutral = {"scale": xp.sqrt(var + self.epsilon), "bias": target.bias + mean}
+        last = term.terms[-1] if isinstance(term, Chain) else None
+        if isinstance(term, Chain) and isinstance(last, (Norm, Scale)):
             rest = term.terms[:-1]
             if len(rest) != 1:
-                raise ValueError("only a single term before a norm can be solved for")
-            if isinstance(rest[0], Conv) and rest[0].dilation == 1 and not rest[0].bias:
-                return {rest[0].name: {"kernel": target.kernel}, norm: neutral}
-            inner = self.solve(rest[0], Affine(target.kernel, xp.zeros_like(target.bias)))
-            return {**inner, norm: neutral}
+                raise ValueError("only a single term before a norm or scale can be solved for")
+            if isinstance(last, Norm):
+                mean, var = (widened(self.stats[last.name][leaf]) for leaf in ("mean", "var"))
+                xp = np if isinstance(var, np.ndarray) else jnp
+                neutral = {"scale": xp.sqrt(var + self.epsilon), "bias": target.bias + mean}
+                target = target._replace(bias=xp.zeros_like(target.bias))
+                return {**self.solve(rest[0], target, unbiased=True), last.name: neutral}
+            if last.name is not None and last.factor == 1 and not last.bias:
+                ones = {"scale": 0 * target.bias + 1}
+                return {**self.solve(rest[0], target, unbiased=unbiased), last.name: ones}
         if isinstance(term, Sum):
             size = target.kernel.shape[-4:-2]
             error = ValueError(f"no term of the sum has the whole kernel of size {size}")
@@ -258,8 +275,9 @@ class _Inverse:
                     continue
                 others = [self._affine(t) for t in term.terms if t is not free]
                 negated = [Affine(-other.kernel, -other.bias) for other in others]
+                alone = unbiased and not any(_has_bias(t) for t in term.terms if t is not free)
                 try:
-                    return self.solve(free, parallel([target, *negated]))
+                    return self.solve(free, parallel([target, *negated]), unbiased=alone)
                 except ValueError as reason:
                     error = reason
             raise error
@@ -268,6 +286,19 @@ class _Inverse:
     def _affine(self, term: Linear) -> Affine:
         geometry = dataclasses.replace(self.geometry, same_shape=False)
         return affine(term, geometry, self.params, self.stats, epsilon=self.epsilon)
+
+
+def _is_free(term: Linear) -> TypeGuard[Conv]:
+    """Whether it is a convolution whose kernel can be any kernel."""
+    return isinstance(term, Conv) and term.dilation == 1 and not term.unit
+
+
+def _has_bias(term: Linear) -> bool:
+    """Whether there is anything in it that adds to its input."""
+    return any(
+        isinstance(part, Norm) or (isinstance(part, (Conv, Scale)) and part.bias)
+        for part in walk(term)
+    )
 
 
 def _astype(leaves_: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:

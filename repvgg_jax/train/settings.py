@@ -15,7 +15,7 @@ from repvgg_jax.data.settings import AugmentSettings, DataSettings
 from repvgg_jax.settings import Section, as_json, setting
 from repvgg_jax.text import did_you_mean, first_few
 from repvgg_jax.typed import typed
-from repvgg_jax.variants import VARIANTS, Variant, get_variant
+from repvgg_jax.variants import ALL, Variant, get_variant
 
 FEWER_COPIES = "xla_tpu_msa_inefficient_use_to_copy_ratio=3"
 """On TPUs, copies into fast memory only where they save traffic; see `docs/covariance.md`."""
@@ -40,9 +40,9 @@ def _parse_variant(name: str, value: Any) -> Variant:
 
 
 def _plain_variant(variant: Variant) -> str | dict[str, Any]:
-    if VARIANTS.get(variant.name) == variant:
+    if ALL.get(variant.name) == variant:
         return variant.name
-    return dataclasses.asdict(variant)
+    return variant.as_dict()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ModelSettings(Section, path="config.model"):
     """The network."""
 
     variant: Variant = setting(  # noqa: RUF009
-        VARIANTS["A0"],
+        ALL["A0"],
         "an official name or the fields of a Variant",
         parse=_parse_variant,
         plain=_plain_variant,

@@ -7,6 +7,7 @@ files         safetensors, .npz and .pth, read and written; torch_pickle reads .
               PyTorch; tensor is one array, read lazily
 unpickle      pickles without running code; archive: zip files; both with limits
 state_dict    the state dict in whatever was saved, and what lies beside it
+scales        the scales of RepOptimizers
 load          files, or timm's pretrained models by name, to variables; merging into others
 """
 
@@ -27,6 +28,7 @@ from repvgg_jax.weights.load import (
     merge_weights,
 )
 from repvgg_jax.weights.names import FAMILIES
+from repvgg_jax.weights.scales import load_scales
 
 __all__ = [
     "FAMILIES",
@@ -36,6 +38,7 @@ __all__ = [
     "is_pretrained",
     "load_file_or_pretrained",
     "load_pretrained",
+    "load_scales",
     "load_variables",
     "load_weights",
     "merge_weights",

@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 from repvgg_jax.reparam.linear import Conv, walk
 from repvgg_jax.text import first_few
-from repvgg_jax.variants import VARIANTS, Variant
+from repvgg_jax.variants import ALL, Variant
 from repvgg_jax.weights.names import NAMINGS, Entry, Naming
 from repvgg_jax.weights.tensor import Shapes
-from repvgg_jax.weights.tree import block_specs
 
 
 class UnknownVariantError(ValueError):
@@ -105,7 +104,7 @@ def has_blocks(shapes: Shapes, variant: Variant | None = None) -> bool:
 
 
 def _considered(variant: Variant | None) -> list[Variant]:
-    return [variant] if variant is not None else list(VARIANTS.values())
+    return [variant] if variant is not None else list(ALL.values())
 
 
 def _places(
@@ -120,8 +119,10 @@ def _places(
     ]
 
 
-def _place(shapes: Shapes, considered: Iterable[Variant], namings: Iterable[Naming]) -> _Place:
-    """Where most blocks are, if that is one network."""
+def _best_places(
+    shapes: Shapes, considered: Iterable[Variant], namings: Iterable[Naming]
+) -> list[_Place]:
+    """Where most blocks are, if that is one network; several namings may have the same keys."""
     places = _places(shapes, considered, namings)
     if not places:
         raise ValueError(_unknown(shapes))
@@ -137,7 +138,7 @@ def _place(shapes: Shapes, considered: Iterable[Variant], namings: Iterable[Nami
             f"contains {len(names)} networks, with the prefixes {first_few(names)}; choose with "
             f"entry={next(name for name in names if name != 'none')!r}"
         )
-    return best
+    return [place for place in places if (place.blocks, place.prefix) == (best.blocks, best.prefix)]
 
 
 def detect(
@@ -157,29 +158,20 @@ def detect(
       UnknownVariantError: it is a RepVGG, but none of the official ones.
     """
     considered = _considered(variant)
-    _, naming, deploy, prefix = _place(shapes, considered, namings)
     everything = shapes
-    shapes = {
-        key.removeprefix(prefix): shape
-        for key, shape in everything.items()
-        if key.startswith(prefix) and naming.owns(key.removeprefix(prefix))
-    }
-    unused = tuple(key for key in everything if key.removeprefix(prefix) not in shapes)
-    blocks = naming.kernels(shapes, _main_kernels(considered)[deploy])
-    found = {
-        name: _Block(inputs if name != "stem" else None, features)
-        for name, (inputs, features) in blocks.items()
-    }
-    for name, (_, squeezed) in naming.kernels(shapes, ("se/reduce",)).items():
-        if name in found:
-            found[name] = found[name]._replace(squeezed=squeezed)
-
-    candidates = [candidate for candidate in considered if naming.covers(candidate)]
-    if not candidates:
+    places = _best_places(shapes, considered, namings)
+    fits = [fit for place in places if (fit := _nearest(_inside(shapes, place), considered, place))]
+    if not fits:
+        naming, shapes = places[0].naming, _inside(shapes, places[0])
+        blocks = naming.kernels(shapes, _main_kernels(considered)[places[0].deploy])
         names = " and ".join(candidate.name for candidate in considered)
-        raise ValueError(f"{_architecture(found)} ({naming.family} names) does not fit {names}")
-    nearest = max(candidates, key=lambda candidate: _overlap(_blocks(candidate), found))
-    num_classes, in_channels = naming.num_classes(shapes), blocks.get("stem", (3, 0))[0]
+        architecture = _architecture(_found(shapes, naming, blocks))
+        raise ValueError(f"{architecture} ({naming.family} names) does not fit {names}")
+    # Authors who started from RepVGG's code named some children as it does.
+    fit = min(fits, key=_Fit.distance) if len(fits) > 1 else fits[0]
+    nearest, (_, naming, deploy, prefix), found, in_channels, shapes = fit
+    unused = tuple(key for key in everything if key.removeprefix(prefix) not in shapes)
+    num_classes = naming.num_classes(shapes)
     entries = naming.entries(
         nearest, deploy=deploy, num_classes=num_classes, in_channels=in_channels
     )
@@ -212,6 +204,69 @@ def detect(
     raise ValueError(message)
 
 
+class _Fit(NamedTuple):
+    """A network that a state dict could belong to; `shapes` are the arrays at its place."""
+
+    variant: Variant
+    place: _Place
+    found: dict[str, "_Block"]
+    in_channels: int
+    shapes: Shapes
+
+    def distance(self) -> tuple[int, int]:
+        """How many keys are unexpected, and how many are missing."""
+        naming = self.place.naming
+        entries = naming.entries(
+            self.variant,
+            deploy=self.place.deploy,
+            num_classes=naming.num_classes(self.shapes),
+            in_channels=self.in_channels,
+        )
+        keys = {entry.key for entry in entries}
+        return len(self.shapes.keys() - keys), len(keys - self.shapes.keys())
+
+
+def _nearest(shapes: Shapes, considered: Iterable[Variant], place: _Place) -> _Fit | None:
+    """The nearest of the networks that a naming has names for; None if there is none."""
+    naming = place.naming
+    candidates = [candidate for candidate in considered if naming.covers(candidate)]
+    if not candidates:
+        return None
+    blocks = naming.kernels(shapes, _main_kernels(considered)[place.deploy])
+    found, in_channels = _found(shapes, naming, blocks), blocks.get("stem", (3, 0))[0]
+    overlaps = [_overlap(_blocks(candidate), found) for candidate in candidates]
+    fits = [
+        _Fit(candidate, place, found, in_channels, shapes)
+        for candidate, overlap in zip(candidates, overlaps, strict=True)
+        if overlap == max(overlaps)
+    ]
+    # Networks of the same widths, such as RepVGG and QARepVGG, have other children.
+    return min(fits, key=_Fit.distance) if len(fits) > 1 else fits[0]
+
+
+def _inside(shapes: Shapes, place: _Place) -> dict[str, tuple[int, ...]]:
+    """The arrays at a place that its naming knows, without the prefix."""
+    return {
+        key.removeprefix(place.prefix): shape
+        for key, shape in shapes.items()
+        if key.startswith(place.prefix) and place.naming.owns(key.removeprefix(place.prefix))
+    }
+
+
+def _found(
+    shapes: Shapes, naming: Naming, blocks: Mapping[str, tuple[int, int]]
+) -> dict[str, "_Block"]:
+    """What these arrays show of every block."""
+    found = {
+        name: _Block(inputs if name != "stem" else None, features)
+        for name, (inputs, features) in blocks.items()
+    }
+    for name, (_, squeezed) in naming.kernels(shapes, ("se/reduce",)).items():
+        if name in found:
+            found[name] = found[name]._replace(squeezed=squeezed)
+    return found
+
+
 def _unknown(shapes: Shapes) -> str:
     """Why these are not the weights of a RepVGG."""
     for pattern, what in _OTHERS:
@@ -235,7 +290,7 @@ _OTHERS = (
 def _main_kernels(variants: Iterable[Variant]) -> dict[bool, set[str]]:
     """By `deploy`: children that every block has and whose kernels show its widths."""
     names: dict[bool, set[str]] = {False: set(), True: set()}
-    for block in itertools.chain.from_iterable(map(block_specs, variants)):
+    for block in itertools.chain.from_iterable(variant.blocks for variant in variants):
         names[True].add(block.deploy)
         names[False].add(next(term.name for term in walk(block.train) if isinstance(term, Conv)))
     return names
@@ -254,7 +309,7 @@ def _blocks(variant: Variant) -> dict[str, _Block]:
         layer.name: _Block(
             layer.in_channels and layer.in_channels // layer.groups,
             layer.features,
-            layer.features // variant.se.reduction if variant.se else 0,
+            layer.features // layer.se.reduction if layer.se else 0,
         )
         for layer in variant.layers()
     }

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from repvgg_jax.reparam import EPSILON, unfuse_params
+from repvgg_jax.reparam import BUILT_IN, EPSILON, unfuse_params
 from repvgg_jax.text import did_you_mean, first_few, how_to_install, one_line
-from repvgg_jax.variants import Variant, get_variant
+from repvgg_jax.variants import ALL, Variant, get_variant
 from repvgg_jax.weights import files
 from repvgg_jax.weights.detect import (
     Detected,
@@ -250,7 +250,18 @@ def merge_weights(loaded: Weights, fresh: Mapping[str, Any]) -> Merged:
     if loaded.deploy:
         deployed = unflatten_dict({**merged, **{p: v for p, v in kept.items() if p[1] == "head"}})
         like = jax.tree.map(np.asarray, fresh)
-        merged = flatten_dict(unfuse_params(deployed, like=like, epsilon=loaded.epsilon))
+        known = ALL.get(loaded.variant)
+        blocks = known.blocks if known else ()
+        traceless = any(block.traceless for block in blocks)
+        merged = flatten_dict(
+            unfuse_params(
+                deployed,
+                like=like,
+                epsilon=loaded.epsilon,
+                blocks=(*BUILT_IN, *blocks),
+                geometries=known.geometries(loaded.in_channels) if known and traceless else None,
+            )
+        )
     else:
         merged |= kept
     if any(wrong := differences(_shapes(target), _shapes(merged))):

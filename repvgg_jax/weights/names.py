@@ -11,6 +11,7 @@ written is read back bitwise identical.
     flax         params/stage1_block0/   conv3x3, bn3x3       params/head/
 
 In a larger network, e.g. a detector, the block's prefix follows another one.
+For networks of other blocks, `official` are the names of their authors.
 
 The authors' RepVGGplus is a second naming of the family `official`: blocks are in a child
 `blocks` of their stage, stage 3 is two containers, and squeeze-and-excite is `post_se`.
@@ -27,8 +28,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from repvgg_jax.variants import Variant
+from repvgg_jax.weights import names_family
 from repvgg_jax.weights.tensor import Shapes
-from repvgg_jax.weights.tree import Kind, Leaf, block_specs, leaves
+from repvgg_jax.weights.tree import Kind, Leaf, leaves
 
 
 class Entry(NamedTuple):
@@ -169,7 +171,7 @@ class TorchNaming:
         after_relu = variant.se is not None and variant.se.after_relu
         if self.plus != (after_relu or bool(variant.auxiliary)):
             return False
-        for block in block_specs(variant):
+        for block in variant.blocks:
             if not block.required | block.optional <= self.children.keys():
                 return False
         splits = (len(_ends(variant, stage)) for stage in range(1, len(variant.depths) + 1))
@@ -278,7 +280,7 @@ _PARTS = ("_first", "_second")
 
 def _ends(variant: Variant, stage: int) -> list[int]:
     """Where the containers of a stage end: RepVGGplus ends one at every auxiliary head."""
-    depth = variant.depths[stage - 1]
+    depth = sum(layer.stage == f"stage{stage}" for layer in variant.layers())
     tapped = (i for i in range(depth) if f"stage{stage}_block{i}" in variant.auxiliary)
     return sorted({*(index + 1 for index in tapped), depth})
 
@@ -346,6 +348,7 @@ TIMM = TorchNaming(
         "bn1x1": "conv_1x1.bn",
         "bn_identity": "identity",
         "reparam": "reparam_conv",
+        **names_family.MOBILEONE_TIMM,
         "se/reduce": "attn.fc1",
         "se/expand": "attn.fc2",
     },
@@ -370,10 +373,23 @@ MMPRETRAIN = TorchNaming(
 # Backbones alone: what timm.create_model(…, features_only=True) has, and a detector's `backbone`.
 TIMM_FEATURES = dataclasses.replace(TIMM, stage="stages_{stage0}")
 MMPRETRAIN_BACKBONE = dataclasses.replace(MMPRETRAIN, stem="stem", stage="stage_{stage}")
+# The authors of other blocks; their stem is a block, too.
+_AUTHORS = TorchNaming("official", "stage0", "stage{stage}", {}, "linear")
+MOBILEONE = dataclasses.replace(_AUTHORS, children=names_family.MOBILEONE_APPLE)
+QAREPVGG = dataclasses.replace(_AUTHORS, children=names_family.QAREPVGG)
+REPOPT = dataclasses.replace(_AUTHORS, children=names_family.REPOPT)
+MOBILEONE_MMPRETRAIN = TorchNaming(
+    family="mmpretrain",
+    stem="backbone.stage0",
+    stage="backbone.stage{stage}",
+    children=names_family.MOBILEONE_MMPRETRAIN,
+    head="head.fc",
+)
 FLAX = FlaxNaming()
 
 NAMINGS: tuple[Naming, ...] = (
     *(OFFICIAL, PLUS, TIMM, MMPRETRAIN),
+    *(MOBILEONE, QAREPVGG, REPOPT, MOBILEONE_MMPRETRAIN),
     *(TIMM_FEATURES, MMPRETRAIN_BACKBONE, FLAX),
 )
 """All namings that are read; the first of each family that has the names is written."""

@@ -45,11 +45,6 @@ class Leaf(NamedTuple):
         return in_head(self.path)
 
 
-def block_specs(variant: Variant) -> list[reparam.BlockSpec]:
-    """The kinds of blocks of a variant, each once."""
-    return list({id(layer.block): layer.block for layer in variant.layers()}.values())
-
-
 def in_head(path: tuple[str, ...]) -> bool:
     """Whether the array at `path` depends on the task."""
     return path[1] == "head" or path[1].startswith("aux_")
@@ -68,7 +63,7 @@ def leaves(
     """
     found: list[Leaf] = []
     for layer in variant.layers():
-        found += _block_leaves(variant, layer, deploy, in_channels)
+        found += _block_leaves(layer, deploy, in_channels)
     if num_classes:
         found += _linear(("head",), variant.features, num_classes, Kind.LINEAR)
         for layer in variant.layers():
@@ -77,14 +72,14 @@ def leaves(
     return tuple(found)
 
 
-def _block_leaves(variant: Variant, layer: Layer, deploy: bool, in_channels: int) -> Iterator[Leaf]:
+def _block_leaves(layer: Layer, deploy: bool, in_channels: int) -> Iterator[Leaf]:
     block, geometry = layer.block, layer.geometry(in_channels)
     fused = reparam.Conv(block.deploy, block.kernel_size(geometry), bias=True)
     for leaf in reparam.leaves(fused if deploy else block.train, geometry):
         kind = Kind.CONVOLUTION if leaf.leaf == "kernel" else Kind.VECTOR
         yield Leaf((leaf.collection, layer.name, leaf.name, leaf.leaf), leaf.shape, kind)
-    if variant.se is not None:
-        width, squeezed = layer.features, layer.features // variant.se.reduction
+    if layer.se is not None:
+        width, squeezed = layer.features, layer.features // layer.se.reduction
         yield from _linear((layer.name, "se", "reduce"), width, squeezed, Kind.GATE)
         yield from _linear((layer.name, "se", "expand"), squeezed, width, Kind.GATE)
 
