@@ -129,12 +129,12 @@ def jobs_of(args: argparse.Namespace, rows: list[str], device: str) -> Iterator[
 def do(job: Job, timeout: float) -> Job:
     """The result of a job, or why there is none."""
     if "ahead" in job:
-        target = paper_rows.target_of(job["ahead"])
         try:
-            target.check_installed()
+            paper_rows.target_of(job["ahead"]).check_installed()
         except ValueError as error:
             return {"error": str(error)}
-        return harness.in_subprocess(__file__, job, timeout=timeout, **target.environment)
+        environment = paper_rows.environment_ahead(job)
+        return harness.in_subprocess(__file__, job, timeout=timeout, **environment)
     if reason := paper_rows.not_measurable(job["table"], job["runner"]):
         return {"error": reason}
     on_cpu = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
