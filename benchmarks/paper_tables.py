@@ -26,6 +26,7 @@ import argparse
 import itertools
 import json
 import pathlib
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -285,6 +286,7 @@ def count(args: argparse.Namespace) -> None:
 
 def tabulate(args: argparse.Namespace) -> None:
     """Measures what the flags select and has no result yet, and writes the page."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what was started, as Ctrl-C
     table = paper.TABLES[args.table]
     device = args.device or ("gpu" if harness.hardware()["gpu"] else "cpu")
     rows = [row for row in table.rows if row in (args.rows or table.rows)]
