@@ -148,8 +148,8 @@ def compile_ahead(job: dict[str, Any]) -> dict[str, Any]:
 
     from repvgg_jax.train import hlo
 
-    target = target_of(job["ahead"])
-    sharding = jax.sharding.SingleDeviceSharding(target.devices()[0])
+    device = target_of(job["ahead"]).devices()[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
     dtype = jnp.dtype(job["dtype"])
     if job["table"] == "8":
         model, size, channels = segmenter_of(job["row"]), paper.SEGMENTED_SIZE, 3
@@ -165,13 +165,7 @@ def compile_ahead(job: dict[str, Any]) -> dict[str, Any]:
         jax.eval_shape(model.init, jax.random.key(0), images),
     )
     start = time.perf_counter()
-    options = {}
-    if job["table"] == "8" and target.platform == "cuda":
-        # XLA chooses Triton for the matrix products that resize maps, finds no tiles for them
-        # without tuning, and fails.
-        options["xla_gpu_enable_triton_gemm"] = False
-    lowered = jax.jit(model.apply).lower(variables, images)
-    compiled = lowered.compile(compiler_options=options)
+    compiled = jax.jit(model.apply).lower(variables, images).compile()
     traffic = hlo.count(compiled.as_text())
     return {
         "gb": traffic.hbm / 1e9,
@@ -183,6 +177,17 @@ def compile_ahead(job: dict[str, Any]) -> dict[str, Any]:
 def target_of(name: str) -> Target:
     """The devices that a key of `TARGETS` stands for."""
     return Target.parse(TARGETS[name])
+
+
+def environment_ahead(job: dict[str, Any]) -> dict[str, str]:
+    """What the process that compiles a row needs in its environment."""
+    target = target_of(job["ahead"])
+    if job["table"] != "8" or target.platform == "tpu":
+        return target.environment
+    # XLA chooses Triton for the matrix products that resize maps, finds no tiles for them without
+    # tuning, and fails.
+    flags = f"{target.environment['XLA_FLAGS']} --xla_gpu_enable_triton_gemm=false"
+    return target.environment | {"XLA_FLAGS": flags}
 
 
 def _module(row: str, network: Network, job: dict[str, Any]) -> Any:

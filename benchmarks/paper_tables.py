@@ -26,6 +26,7 @@ import argparse
 import itertools
 import json
 import pathlib
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -129,12 +130,12 @@ def jobs_of(args: argparse.Namespace, rows: list[str], device: str) -> Iterator[
 def do(job: Job, timeout: float) -> Job:
     """The result of a job, or why there is none."""
     if "ahead" in job:
-        target = paper_rows.target_of(job["ahead"])
         try:
-            target.check_installed()
+            paper_rows.target_of(job["ahead"]).check_installed()
         except ValueError as error:
             return {"error": str(error)}
-        return harness.in_subprocess(__file__, job, timeout=timeout, **target.environment)
+        environment = paper_rows.environment_ahead(job)
+        return harness.in_subprocess(__file__, job, timeout=timeout, **environment)
     if reason := paper_rows.not_measurable(job["table"], job["runner"]):
         return {"error": reason}
     on_cpu = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -285,6 +286,7 @@ def count(args: argparse.Namespace) -> None:
 
 def tabulate(args: argparse.Namespace) -> None:
     """Measures what the flags select and has no result yet, and writes the page."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what was started, as Ctrl-C
     table = paper.TABLES[args.table]
     device = args.device or ("gpu" if harness.hardware()["gpu"] else "cpu")
     rows = [row for row in table.rows if row in (args.rows or table.rows)]

@@ -235,6 +235,14 @@ def test_density_counts_two_flop_per_mac(monkeypatch, tmp_path):
     assert "38.10" in text
 
 
+def test_segmenters_are_compiled_for_gpus_without_triton():
+    for table, wanted in (("4", False), ("8", True)):
+        environment = paper_rows.environment_ahead({"table": table, "ahead": "h100"})
+        assert ("triton_gemm=false" in environment["XLA_FLAGS"]) == wanted
+    on_tpu = paper_rows.environment_ahead({"table": "8", "ahead": "v5e"})
+    assert "triton" not in str(on_tpu)
+
+
 def test_what_a_framework_raises_is_the_error(monkeypatch):
     (job, *_) = _jobs(_parse(monkeypatch, "--table", "4", "--rows", "A0"))
 
