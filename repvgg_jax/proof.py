@@ -11,6 +11,9 @@ from flax import linen as nn
 from repvgg_jax.block import fuse_model
 from repvgg_jax.model import RepVGG
 
+PIXEL_LOGIT = "logit of a pixel"
+"""What is compared of networks that give a class per pixel."""
+
 TOLERANCE = 1e-5
 """Largest |Δlogit| allowed, relative to the largest |logit|, in float32."""
 
@@ -23,7 +26,7 @@ class Proof:
       images: how many images were compared.
       max_abs_delta: largest |Δlogit|.
       max_abs_logit: largest |logit| of the reference.
-      argmax_agreement: fraction of images on which both give the same class.
+      argmax_agreement: fraction of images, or of their pixels, on which both give the same class.
       tolerance: what `relative` may be at most.
       numbers: what was compared, if not logits.
     """
@@ -47,11 +50,14 @@ class Proof:
 
     def __str__(self) -> str:
         sign = "<=" if self.holds else ">"
-        same = "class" if self.numbers == "logit" else "largest number"
+        pixels = self.numbers == PIXEL_LOGIT
+        number = "logit" if pixels else self.numbers
+        same = "class" if number == "logit" else "largest number"
+        places = "of the pixels of" if pixels else "of"
         return (
-            f"max |Δ{self.numbers}| {self.max_abs_delta:.2e}, {self.relative:.2e} of the largest "
-            f"{self.numbers} ({sign} {self.tolerance:g}), same {same} on "
-            f"{self.argmax_agreement:.2%} of {self.images} images"
+            f"max |Δ{number}| {self.max_abs_delta:.2e}, {self.relative:.2e} of the largest "
+            f"{number} ({sign} {self.tolerance:g}), same {same} on "
+            f"{self.argmax_agreement:.2%} {places} {self.images} images"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,16 +66,21 @@ class Proof:
 
 
 def compare(reference: np.ndarray, other: np.ndarray, *, tolerance: float = TOLERANCE) -> Proof:
-    """Compares two networks' logits (images, classes) on the same images.
+    """Compares two networks' logits on the same images.
+
+    Args:
+      reference: (images, classes), or (images, height, width, classes) of every pixel.
+      other: the same of the other network.
+      tolerance: of `Proof.holds`.
 
     Raises:
       ValueError: different shapes, or no images.
     """
     reference, other = np.asarray(reference, np.float64), np.asarray(other, np.float64)
-    if reference.shape != other.shape or reference.ndim != 2 or not len(reference):
+    if reference.shape != other.shape or reference.ndim not in (2, 4) or not len(reference):
         raise ValueError(
-            f"logits of shapes {reference.shape} and {other.shape}; "
-            "expected (images, classes) twice, and at least one image"
+            f"logits of shapes {reference.shape} and {other.shape}; expected (images, classes), or "
+            "(images, height, width, classes), twice, and at least one image"
         )
     return Proof(
         images=len(reference),
@@ -77,6 +88,32 @@ def compare(reference: np.ndarray, other: np.ndarray, *, tolerance: float = TOLE
         max_abs_logit=float(np.abs(reference).max()),
         argmax_agreement=float((reference.argmax(-1) == other.argmax(-1)).mean()),
         tolerance=tolerance,
+        numbers="logit" if reference.ndim == 2 else PIXEL_LOGIT,
+    )
+
+
+def compare_forwards(
+    reference: "Forward", other: "Forward", images: np.ndarray, *, tolerance: float = TOLERANCE
+) -> Proof:
+    """Compares two networks on images, in batches: only one batch of logits is held at a time.
+
+    Args:
+      reference: the one network.
+      other: the other one.
+      images: normalized, (images, height, width, channels).
+      tolerance: of `Proof.holds`.
+    """
+    size = reference.batch_size
+    parts = [images[start : start + size] for start in range(0, len(images), size)]
+    proofs = [compare(reference(part), other(part), tolerance=tolerance) for part in parts]
+    agreed = sum(proof.argmax_agreement * proof.images for proof in proofs)
+    return dataclasses.replace(
+        proofs[0],
+        images=len(images),
+        # As of all at once: NaN stays NaN.
+        max_abs_delta=float(np.max([proof.max_abs_delta for proof in proofs])),
+        max_abs_logit=float(np.max([proof.max_abs_logit for proof in proofs])),
+        argmax_agreement=agreed / len(images),
     )
 
 

@@ -17,6 +17,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
+import jax
+import safetensors.numpy
+from flax.traverse_util import unflatten_dict
+
 from repvgg_jax import files
 from repvgg_jax._version import __version__
 from repvgg_jax.convert.earlier import WEIGHTS, Kept, take_over, weights_digest
@@ -25,7 +29,9 @@ from repvgg_jax.export.operators import ACTIVATIONS, activation_kind
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.proof import Proof
-from repvgg_jax.text import first_few, one_line, versions
+from repvgg_jax.segmentation.network import Segmenter, create_segmenter
+from repvgg_jax.segmentation.resnet import RESNETS
+from repvgg_jax.text import first_few, named_leaves, one_line, versions
 from repvgg_jax.typed import typed
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights import load_weights
@@ -50,7 +56,7 @@ class Deployment:
       proof: `proof.json`.
     """
 
-    model: RepVGG
+    model: RepVGG | Segmenter
     variables: dict[str, Any]
     metadata: dict[str, Any]
     proof: dict[str, Any]
@@ -90,6 +96,10 @@ def load_deployed(path: str | pathlib.Path, *, verify: bool = True) -> Deploymen
         ) from error
     if verify:
         _verify(path, proof, metadata.format, needed=("metadata.json", weights.name))
+    if metadata.segmentation is not None:
+        segmenter, variables = _read_segmenter(metadata, metadata.segmentation, weights)
+        return Deployment(segmenter, variables, content, proof)
+    assert isinstance(metadata.variant, Variant)
     model = create_model(
         metadata.variant,
         num_classes=metadata.num_classes,
@@ -100,6 +110,40 @@ def load_deployed(path: str | pathlib.Path, *, verify: bool = True) -> Deploymen
     if not loaded.deploy:
         raise ValueError(f"{weights} is in training form, but a converted model is in deploy form")
     return Deployment(model, loaded.variables, content, proof)
+
+
+def _read_segmenter(
+    metadata: "Metadata", form: "SegmenterForm", weights: pathlib.Path
+) -> tuple[Segmenter, dict[str, Any]]:
+    """The network that `metadata.json` describes, and its variables, compared in name and shape."""
+    backbone = RESNETS.get(form.backbone, metadata.variant)
+    assert backbone is not None  # `Metadata` checks it
+    try:
+        model = create_segmenter(
+            backbone,
+            metadata.num_classes,
+            deploy=True,
+            activation=ACTIVATIONS[metadata.activation],
+            fast=form.fast,
+            output_stride=form.output_stride,
+            bins=form.bins,
+            width=form.width,
+        )
+        found = unflatten_dict(safetensors.numpy.load_file(weights), sep="/")
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{weights}: {one_line(error, 300)}; convert again") from error
+    image = jax.ShapeDtypeStruct((1, *metadata.image_shape), "float32")
+    wanted = jax.eval_shape(model.init, jax.random.key(0), image)
+    shapes = [
+        {name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (wanted, found)
+    ]
+    if shapes[0] != shapes[1]:
+        wrong = dict(shapes[0].items() ^ shapes[1].items())
+        raise ValueError(
+            f"{weights} is not the network in metadata.json: {first_few(sorted(wrong))}; "
+            "convert again"
+        )
+    return model, found
 
 
 def _interrupted(path: pathlib.Path) -> str:
@@ -117,11 +161,35 @@ def is_deployment(path: pathlib.Path) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class SegmenterForm:
+    """What a segmenter adds to its backbone, as in `create_segmenter`.
+
+    Attributes:
+      backbone: its name.
+      fast: which layers are dilated.
+      output_stride: pixels of an image per pixel of the last map.
+      bins: windows of the pyramid.
+      width: channels of the decoder.
+    """
+
+    backbone: str
+    fast: bool
+    output_stride: int
+    bins: tuple[int, ...]
+    width: int
+
+    @classmethod
+    def of(cls, model: Segmenter) -> Self:
+        """That of a network."""
+        return cls(model.variant.name, model.fast, model.output_stride, model.bins, model.width)
+
+
+@dataclasses.dataclass(frozen=True)
 class Metadata:
     """The fields of `metadata.json` that using a network takes; each is checked.
 
     Attributes:
-      variant: the architecture.
+      variant: the architecture; None for a segmenter on a ResNet.
       num_classes: 0 for pooled features.
       activation: of its blocks, one of `ACTIVATIONS`.
       classes: names, by label; empty if unknown.
@@ -130,9 +198,10 @@ class Metadata:
       std: the same.
       with_preprocessing: whether its graphs take uint8 images.
       format: version of the directory; 2 has a digest of `proof.json`.
+      segmentation: None for a classifier.
     """
 
-    variant: Variant
+    variant: Variant | None
     num_classes: int
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
@@ -141,12 +210,17 @@ class Metadata:
     activation: str | None = "relu"
     with_preprocessing: bool = False
     format: int = 1
+    segmentation: SegmenterForm | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.format <= _FORMAT:
             raise ValueError(
                 f"format={self.format} is of a later version, this one reads up to {_FORMAT}"
             )
+        if self.variant is None and (
+            self.segmentation is None or self.segmentation.backbone not in RESNETS
+        ):
+            raise ValueError("variant is missing")
         if not 0 <= self.num_classes <= _MOST:
             raise ValueError(f"num_classes={self.num_classes} must be from 0 to {_MOST:,}")
         if self.activation not in ACTIVATIONS:
@@ -269,6 +343,16 @@ def _locked(directory: pathlib.Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def _architecture(model: Any) -> dict[str, Any]:
+    variant = model.variant
+    if not isinstance(model, Segmenter):
+        return {"variant": variant.as_dict()}
+    return {
+        "variant": variant.as_dict() if isinstance(variant, Variant) else None,
+        "segmentation": dataclasses.asdict(SegmenterForm.of(model)),
+    }
+
+
 def write_description(
     directory: pathlib.Path,
     network: Network,
@@ -298,7 +382,7 @@ def write_description(
     metadata = {
         "kind": KIND,
         "format": _FORMAT,
-        "variant": network.model.variant.as_dict(),
+        **_architecture(network.model),
         "num_classes": network.model.num_classes,
         "activation": activation_kind(network.model.activation, network.model.variant.name),
         "classes": list(network.labels),

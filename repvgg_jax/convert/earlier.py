@@ -149,8 +149,8 @@ def _architecture(metadata: Mapping[str, Any]) -> Any:
     """Variant and activation; what an older version did not write has its default."""
     variant = metadata.get("variant")
     with contextlib.suppress(ValueError):  # of a version that is not known
-        variant = typed(Variant, variant, "variant")
-    return variant, metadata.get("activation", "relu")
+        variant = typed(Variant | None, variant, "variant")
+    return variant, metadata.get("activation", "relu"), metadata.get("segmentation")
 
 
 def _digest_of(old: pathlib.Path, metadata: Mapping[str, Any]) -> str | None:

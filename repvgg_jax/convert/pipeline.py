@@ -1,6 +1,7 @@
 """From a source to a deploy directory: fuse, prove, write."""
 
 import dataclasses
+import math
 import pathlib
 import statistics
 import time
@@ -14,10 +15,11 @@ from repvgg_jax.convert.deployed import Output, write_description
 from repvgg_jax.convert.source import Source
 from repvgg_jax.export import Network, Target
 from repvgg_jax.export.operators import activation_kind
-from repvgg_jax.proof import TOLERANCE, Forward, Proof, compare
+from repvgg_jax.proof import TOLERANCE, Forward, Proof, compare_forwards
 
 ARTIFACT_IMAGES = 64  # at most, run by every runtime of every artifact
-BATCH = 32  # images, of the proof and of the timing
+BATCH = 32  # images at most, of the proof and of the timing
+BATCH_PIXELS = 2**21  # of a batch with a class per pixel: one image of Cityscapes
 TIMED_ROUNDS = 3, 11  # at least, at most
 TIMED_SECONDS = 10.0  # no further round after this
 
@@ -30,7 +32,8 @@ class Conversion:
       title: what was converted.
       params: number of parameters as trained and fused; the first is None if the source was
         already fused.
-      images_per_second: of the two forms in float32, batches of 32 on this machine; medians.
+      images_per_second: of the two forms in float32, batches of 32, or fewer if every pixel has a
+        class, on this machine; medians.
       proof: that both compute the same function; None if the source was already fused.
       image_source: what the proof ran on.
       output: the directory written.
@@ -114,13 +117,16 @@ def convert(
     images = source.normalize(source.images)
     deployed = source.model.clone(deploy=True)
     fused, proof = source.variables, None
+    batch = BATCH
+    if source.per_pixel:
+        batch = max(1, min(BATCH, BATCH_PIXELS // math.prod(source.images.shape[1:3])))
     forms: dict[str, Forward] = {}
     if not source.model.deploy:
         fused = source.model.fuse(source.variables)
-        forms["trained"] = Forward(source.model.apply, source.variables, batch_size=BATCH)
-    forms["fused"] = Forward(deployed.apply, fused, batch_size=BATCH)
+        forms["trained"] = Forward(source.model.apply, source.variables, batch_size=batch)
+    forms["fused"] = Forward(deployed.apply, fused, batch_size=batch)
     if "trained" in forms:
-        proof = compare(forms["trained"](images), forms["fused"](images), tolerance=tolerance)
+        proof = compare_forwards(forms["trained"], forms["fused"], images, tolerance=tolerance)
         if not proof.holds:
             raise ValueError(
                 f"the fused network does not compute what the trained one does: {proof}; "
@@ -132,7 +138,7 @@ def convert(
     network = Network(
         deployed,
         fused,
-        images=source.images[:ARTIFACT_IMAGES],
+        images=source.images[: batch + 1 if source.per_pixel else ARTIFACT_IMAGES],
         normalize=source.normalize,
         labels=source.labels,
         with_preprocessing=with_preprocessing,
@@ -180,7 +186,8 @@ def convert(
 
 def _images_per_second(forms: Mapping[str, Forward], images: np.ndarray) -> dict[str, float]:
     """Medians of several rounds in which the forms take turns."""
-    batch = jax.device_put(np.resize(images, (BATCH, *images.shape[1:])))
+    size = forms["fused"].batch_size
+    batch = jax.device_put(np.resize(images, (size, *images.shape[1:])))
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for forward in forms.values():
         jax.block_until_ready(forward.batch(batch))  # compiled by the proof, if there was one
@@ -193,7 +200,7 @@ def _images_per_second(forms: Mapping[str, Forward], images: np.ndarray) -> dict
             start = time.perf_counter()
             jax.block_until_ready(forward.batch(batch))
             seconds[name].append(time.perf_counter() - start)
-    return {name: BATCH / statistics.median(taken) for name, taken in seconds.items()}
+    return {name: size / statistics.median(taken) for name, taken in seconds.items()}
 
 
 def _size(params: Any) -> int:

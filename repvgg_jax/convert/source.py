@@ -12,13 +12,16 @@ from repvgg_jax.data.settings import DataSettings, Size, height_width, parse_siz
 from repvgg_jax.export.description import Description, read_description
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
+from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.text import first_few
+from repvgg_jax.train.experiment import network_title
 from repvgg_jax.train.restore import Step, data_images, load_run, photographs, validation_images
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights import Weights, is_pretrained, load_file_or_pretrained
 from repvgg_jax.weights.detect import UnknownVariantError
 
 PROOF_IMAGES = 1000  # validation images in a proof, at most
+PROOF_PIXELS = 2**25  # of images in a proof of classes of pixels, at most: 16 images of Cityscapes
 
 IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 """What the published networks were trained with."""
@@ -46,7 +49,7 @@ class Source:
     """
 
     title: str
-    model: RepVGG
+    model: RepVGG | Segmenter
     variables: dict[str, Any]
     images: np.ndarray
     image_source: str
@@ -54,6 +57,11 @@ class Source:
     labels: tuple[str, ...]
     details: dict[str, Any]
     notes: tuple[str, ...] = ()
+
+    @property
+    def per_pixel(self) -> bool:
+        """Whether the network gives every pixel a class."""
+        return isinstance(self.model, Segmenter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +107,11 @@ def from_run(path: pathlib.Path, *, step: Step = "newest", data: str | None = No
       ValueError: no run or no such valid checkpoint there, or no such data.
     """
     run = load_run(path, step=step)
-    images, image_source = validation_images(run, PROOF_IMAGES, data=data)
-    accuracy = "" if run.accuracy is None else f", validation accuracy {run.accuracy:.2%}"
+    images, image_source = validation_images(
+        run, _proof_images(run.model, run.eval_shape), data=data
+    )
+    word = "mIoU" if isinstance(run.model, Segmenter) else "accuracy"
+    accuracy = "" if run.accuracy is None else f", validation {word} {run.accuracy:.2%}"
     notes = []
     if run.best is not None:
         best, of_best = run.best
@@ -111,7 +122,7 @@ def from_run(path: pathlib.Path, *, step: Step = "newest", data: str | None = No
             f"{best} with {of_best:.2%}: --step best"
         )
     return Source(
-        title=f"RepVGG {run.model.variant.name}, step {run.step} of {path}",
+        title=f"{network_title(run.model)}, step {run.step} of {path}",
         # The proof is about the function, not about the rounding of a half-precision run.
         model=run.model.clone(dtype=np.float32, remat=False),
         variables=run.variables,
@@ -170,9 +181,11 @@ def _from_deployed(path: pathlib.Path, data: str | None) -> Source:
         labels = tuple(metadata["classes"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / 'metadata.json'} lacks a valid {error}") from error
-    images, image_source = _images((height, width, channels), data)
+    images, image_source = _images(
+        (height, width, channels), data, _proof_images(deployed.model, (height, width, channels))
+    )
     return Source(
-        title=f"RepVGG {deployed.model.variant.name} of {path}",
+        title=f"{network_title(deployed.model)} of {path}",
         model=deployed.model,
         variables=deployed.variables,
         images=images,
@@ -278,10 +291,19 @@ def _model(loaded: Weights, description: Description | None = None) -> RepVGG:
     )
 
 
-def _images(shape: tuple[int, int, int], data: str | None) -> tuple[np.ndarray, str]:
+def _proof_images(model: RepVGG | Segmenter, shape: tuple[int, int, int]) -> int:
+    """The number of images in a proof, at most."""
+    if not isinstance(model, Segmenter):
+        return PROOF_IMAGES
+    return max(4, min(PROOF_IMAGES, PROOF_PIXELS // (shape[0] * shape[1])))
+
+
+def _images(
+    shape: tuple[int, int, int], data: str | None, count: int = PROOF_IMAGES
+) -> tuple[np.ndarray, str]:
     """Proof images of that shape, and what they are."""
     if data is None:
         return photographs(shape)
-    size = 0 if data in ("digits", "fake") else shape[:2]
+    size = 0 if data in ("digits", "fake", "scenes") else shape[:2]
     settings = DataSettings(train_size=size, eval_size=size)
-    return data_images(data, settings, shape, PROOF_IMAGES)
+    return data_images(data, settings, shape, count)

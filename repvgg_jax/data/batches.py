@@ -54,7 +54,8 @@ def train_batches(
         images, in pixels. Picklable. None gives those of `dataset.image_shape`.
 
     Yields:
-      `{"image": uint8 (batch_size, height, width, channels), "label": int32 (batch_size,)}`.
+      `{"image": uint8 (batch_size, height, width, channels), "label": int32 (batch_size,)}`;
+      labels uint8 (batch_size, height, width) if the data set has masks.
 
     Raises:
       ValueError: more images cannot be decoded than are allowed; sizes without a crop.
@@ -70,6 +71,7 @@ def train_batches(
         images_per_epoch=max(1, len(dataset.train) // batch_size) * batch_size,
         seed=seed,
         attempts=min(dataset.bad_images.allowed + 1, len(dataset.train)),
+        masks=dataset.masks,
     )
     numbers = grain.MapDataset.range(len(dataset.train)).seed(seed).shuffle().repeat()
     elements = numbers.map_with_index(transform)
@@ -90,7 +92,9 @@ def eval_batches(
     Raises:
       ValueError: more images cannot be decoded than are allowed.
     """
-    transform = EvalTransform(dataset.evaluation, dataset.eval_crop, dataset.eval_shape)
+    transform = EvalTransform(
+        dataset.evaluation, dataset.eval_crop, dataset.eval_shape, dataset.masks
+    )
     padded = -(-len(dataset.evaluation) // batch_size) * batch_size
     elements = grain.MapDataset.range(padded).map(transform)
     for batch, reports in _local_batches(dataset, elements, batch_size, 0):

@@ -14,7 +14,10 @@ import numpy as np
 
 from repvgg_jax.data.decoding import Decoder, UndecodableError, decode
 from repvgg_jax.data.images import CenterCrop, RandomResizedCrop
+from repvgg_jax.data.joint_crop import JointCrop, WholeImage
+from repvgg_jax.data.masks import IGNORE, load_cityscapes, load_pairs
 from repvgg_jax.data.records import load_records, load_tfds
+from repvgg_jax.data.scenes import SceneSource, load_digits_scenes
 from repvgg_jax.data.settings import DataSettings, Size, height_width
 from repvgg_jax.data.sources import ArraySource, Source, Splits, load_digits, load_fake, load_folder
 from repvgg_jax.data.splits import folder_splits, hold_out, tfds_splits
@@ -24,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 # Reading a file or a record can fail as decoding can, and the answer is the same.
 FAILURES = (UndecodableError, OSError)
+
+TrainCrop = RandomResizedCrop | JointCrop
+EvalCrop = CenterCrop | WholeImage
 
 Element = tuple[dict[str, Any], np.ndarray]
 """An example, `{"image", "label", …}`, and what is to be reported of it: int64 (3,), the number of
@@ -62,17 +68,19 @@ class TrainTransform:
       images_per_epoch: of all processes together: whole batches only.
       seed: of the crops.
       attempts: at an image and those after it, until one can be decoded.
+      masks: whether there is a label per pixel.
     """
 
     source: Source
-    crop: RandomResizedCrop | None
+    crop: TrainCrop | None
     size_at: Callable[[int], tuple[int, int]]
     images_per_epoch: int
     seed: int
     attempts: int
+    masks: bool = False
 
     def __call__(self, position: int, number: int) -> Element:
-        """`image` uint8 and `label` int32; the next image of the source replaces a bad one."""
+        """`image` uint8, `label` int32 or a mask; the next image replaces a bad one."""
         count = len(self.source)
         size = self.size_at(position // self.images_per_epoch)
         for failed in range(self.attempts):
@@ -82,16 +90,12 @@ class TrainTransform:
                     key=[self.seed, 0], counter=[0, 0, position // count, number]
                 )
                 example = self.source[(number + failed) % count]
-                if self.crop is None:
-                    image = example["image"]
-                else:
-                    image = self.crop(example, size, np.random.Generator(key))
-                return _element(
-                    image, example["label"], (number, failed, _has_frames(example, self.crop))
-                )
+                image, label = _cropped(example, self.crop, size, np.random.Generator(key))
+                return _element(image, label, (number, failed, _has_frames(example, self.crop)))
             except FAILURES:
                 continue
-        return _element(np.zeros((*size, 3), np.uint8), 0, (number, self.attempts, 0))
+        blank = np.zeros((*size, 3), np.uint8)
+        return _element(blank, _no_label(blank, self.masks), (number, self.attempts, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,33 +106,50 @@ class EvalTransform:
       source: the images.
       crop: center crop of an image; None takes it as it is.
       shape: (height, width, channels).
+      masks: whether there is a label per pixel.
     """
 
     source: Source
-    crop: CenterCrop | None
+    crop: EvalCrop | None
     shape: tuple[int, int, int]
+    masks: bool = False
 
     def __call__(self, number: int) -> Element:
         """As `TrainTransform`, and `mask`, False for blanks and for images that are bad."""
         blank = np.zeros(self.shape, np.uint8)
+        label = _no_label(blank, self.masks)
         if number >= len(self.source):
-            return _element(blank, 0, (0, 0, 0), mask=np.bool_(False))
+            return _element(blank, label, (0, 0, 0), mask=np.bool_(False))
         try:
             example = self.source[number]
-            image = example["image"] if self.crop is None else self.crop(example)
+            image, label = _cropped(example, self.crop)
             found = (number, 0, _has_frames(example, self.crop))
         except FAILURES:
-            return _element(blank, 0, (number, 1, 0), mask=np.bool_(False))
-        return _element(image, example["label"], found, mask=np.bool_(True))
+            return _element(blank, label, (number, 1, 0), mask=np.bool_(False))
+        return _element(image, label, found, mask=np.bool_(True))
 
 
-def _has_frames(example: Mapping[str, Any], crop: RandomResizedCrop | CenterCrop | None) -> int:
+def _cropped(example: Mapping[str, Any], crop: Any, *how: Any) -> tuple[np.ndarray, Any]:
+    """The image that a crop makes of an example, and its label; None takes it as it is."""
+    made = example["image"] if crop is None else crop(example, *how)
+    return made if isinstance(made, tuple) else (made, example["label"])
+
+
+def _no_label(image: np.ndarray, masks: bool) -> Any:
+    """The label of an image that does not count."""
+    return np.full(image.shape[:2], IGNORE, np.uint8) if masks else 0
+
+
+def _has_frames(example: Mapping[str, Any], crop: TrainCrop | EvalCrop | None) -> int:
     encoded = example.get("encoded")
-    return int(encoded is not None and crop is not None and crop.decoder.is_animated(encoded))
+    if encoded is None or not isinstance(crop, (RandomResizedCrop, CenterCrop)):
+        return 0
+    return int(crop.decoder.is_animated(encoded))
 
 
-def _element(image: np.ndarray, label: int, report: tuple[int, int, int], **others: Any) -> Element:
-    return {"image": image, "label": np.int32(label), **others}, np.array(report, np.int64)
+def _element(image: np.ndarray, label: Any, report: tuple[int, int, int], **others: Any) -> Element:
+    label = label if isinstance(label, np.ndarray) else np.int32(label)
+    return {"image": image, "label": label, **others}, np.array(report, np.int64)
 
 
 class BadImages:
@@ -139,11 +160,15 @@ class BadImages:
     Attributes:
       allowed: `config.data.max_bad`; one more raises.
       decoder: that could not.
+      whole: that an image with a label per pixel did not fit.
     """
 
-    def __init__(self, allowed: int = 0, decoder: Decoder = decode):
+    def __init__(
+        self, allowed: int = 0, decoder: Decoder = decode, whole: WholeImage | None = None
+    ):
         self.allowed = allowed
         self.decoder = decoder
+        self.whole = whole
         self._met: dict[tuple[str, int], str] = {}
         self._met_frames = False
 
@@ -199,7 +224,10 @@ class BadImages:
         try:
             example: Any = source[number]
             name = example.get("name", name)
-            self.decoder(example["encoded"])
+            if "encoded" in example:
+                self.decoder(example["encoded"])
+            elif self.whole is not None:
+                self.whole(example)
         except FAILURES as error:
             return f"{name} cannot be decoded: {one_line(error, 500)}"
         return f"{name} could not be decoded, although now it can: look for a failing disk"
@@ -218,6 +246,7 @@ class Dataset:
       classes: class names by label.
       train_crop: random crop of training images; None takes them as they are.
       eval_crop: center crop of validation images; None takes them as they are.
+      masks: whether labels are uint8 (height, width), a class per pixel, and not a class per image.
       workers: processes that read; 0 reads in this one.
       threads: per process that reads.
       bad_images: those met so far, and how many are allowed.
@@ -229,8 +258,9 @@ class Dataset:
     image_shape: tuple[int, int, int]
     eval_shape: tuple[int, int, int]
     classes: tuple[str, ...]
-    train_crop: RandomResizedCrop | None = None
-    eval_crop: CenterCrop | None = None
+    train_crop: TrainCrop | None = None
+    eval_crop: EvalCrop | None = None
+    masks: bool = False
     workers: int = 0
     threads: int = 1
     bad_images: BadImages = dataclasses.field(default_factory=BadImages)
@@ -243,7 +273,7 @@ class Dataset:
         Raises:
           ValueError: none of them can.
         """
-        transform = EvalTransform(self.evaluation, self.eval_crop, self.eval_shape)
+        transform = EvalTransform(self.evaluation, self.eval_crop, self.eval_shape, self.masks)
         examples = [transform(i)[0] for i in range(min(count, len(self.evaluation)))]
         images = [example["image"] for example in examples if example["mask"]]
         if not images:
@@ -272,7 +302,17 @@ _LOADERS: Mapping[str, Callable[[str, DataSettings, bool], Splits]] = {
     "records:": lambda path, settings, training: load_records(pathlib.Path(path).expanduser()),
 }
 
-_SOURCES = "digits, fake, tfds:NAME, folder:DIRECTORY, records:DIRECTORY"
+_MASK_LOADERS: Mapping[str, Callable[[str], tuple[Any, Any, tuple[str, ...]]]] = {
+    "scenes": lambda _: load_digits_scenes(),
+    "cityscapes:": lambda path: load_cityscapes(pathlib.Path(path).expanduser()),
+    "masks:": lambda path: load_pairs(pathlib.Path(path).expanduser()),
+}
+"""Data with a label per pixel."""
+
+_SOURCES = (
+    "digits, fake, tfds:NAME, folder:DIRECTORY, records:DIRECTORY; with a class per pixel scenes, "
+    "cityscapes:DIRECTORY, masks:DIRECTORY"
+)
 
 
 def decoder_of(settings: DataSettings) -> Decoder:
@@ -293,12 +333,19 @@ def load(settings: DataSettings, *, training: bool = True) -> Dataset:
     """
     name = settings.source
     kind, colon, location = name.partition(":")
-    if kind + colon not in _LOADERS or (colon and not location):
-        hint = did_you_mean(kind, [key.rstrip(":") for key in _LOADERS if key != name])
+    known = (*_LOADERS, *_MASK_LOADERS)
+    if kind + colon not in known or (colon and not location):
+        hint = did_you_mean(kind, [key.rstrip(":") for key in known if key != name])
         raise ValueError(
             f"unknown data set {name!r} in config.data.source; {hint}there are: {_SOURCES}"
         )
-    train, evaluation, classes = _LOADERS[kind + colon](location, settings, training)
+    masks = kind + colon in _MASK_LOADERS
+    if masks:
+        train, evaluation, classes = _MASK_LOADERS[kind + colon](location)
+    else:
+        train, evaluation, classes = _LOADERS[kind + colon](location, settings, training)
+    if masks and len(settings.mean) != 3:
+        raise ValueError(f"config.data.mean={settings.mean}: images of {name} have 3 channels")
     if settings.num_classes and settings.num_classes != len(classes):
         raise ValueError(
             f"config.data.num_classes={settings.num_classes}, but {name} has {len(classes)} "
@@ -307,6 +354,8 @@ def load(settings: DataSettings, *, training: bool = True) -> Dataset:
     train_size, eval_size = settings.train_size, settings.eval_size or settings.train_size
     if isinstance(train, ArraySource):
         height, width, channels = train.images.shape[1:]
+    elif isinstance(train, SceneSource):
+        height, width, channels = train.size, train.size, 3
     elif train_size:
         height = width = 0
         channels = 3
@@ -318,7 +367,15 @@ def load(settings: DataSettings, *, training: bool = True) -> Dataset:
     if settings.holdout:
         train, evaluation = hold_out(train, settings.holdout)
     decoder = decoder_of(settings)
-    crop = RandomResizedCrop(settings.crop_scale, settings.crop_ratio, decoder)
+    train_crop: TrainCrop = RandomResizedCrop(settings.crop_scale, settings.crop_ratio, decoder)
+    eval_crop: EvalCrop | None = None
+    if masks:
+        red, green, blue = (255 * value for value in settings.mean)
+        fill = (red, green, blue)
+        train_crop = JointCrop(**settings.masks.plain(), fill=fill)
+        eval_crop = WholeImage(height_width(eval_size), fill) if eval_size else None
+    elif eval_size:
+        eval_crop = CenterCrop(eval_size, settings.eval_crop, decoder)
     return Dataset(
         name=name,
         train=train,
@@ -326,9 +383,12 @@ def load(settings: DataSettings, *, training: bool = True) -> Dataset:
         image_shape=(*(height_width(train_size) if train_size else (height, width)), channels),
         eval_shape=(*(height_width(eval_size) if eval_size else (height, width)), channels),
         classes=classes,
-        train_crop=crop if train_size else None,
-        eval_crop=CenterCrop(eval_size, settings.eval_crop, decoder) if eval_size else None,
+        train_crop=train_crop if train_size else None,
+        eval_crop=eval_crop,
+        masks=masks,
         workers=settings.workers,
         threads=settings.threads,
-        bad_images=BadImages(settings.max_bad, decoder),
+        bad_images=BadImages(
+            settings.max_bad, decoder, eval_crop if isinstance(eval_crop, WholeImage) else None
+        ),
     )

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from repvgg_jax.data.dataset import Dataset
+from repvgg_jax.data.masks import IGNORE
 from repvgg_jax.data.sources import Source
 from repvgg_jax.text import first_few
 
@@ -120,7 +121,10 @@ def _content(source: Source, index: int) -> bytes:
     except OSError:
         return b"unreadable"
     image = example["encoded"] if "encoded" in example else np.asarray(example["image"]).tobytes()
-    return b"%d:%b" % (int(example["label"]), image)
+    label = np.asarray(example["label"])
+    if label.ndim:
+        return label.tobytes() + image
+    return b"%d:%b" % (int(label), image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +146,12 @@ class Relabeled:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """As the source's, with another label."""
         example = self.source[index]
-        return {**example, "label": np.int32(self.new[int(example["label"])])}
+        label = np.asarray(example["label"])
+        if label.ndim:
+            table = np.full(256, IGNORE, np.uint8)
+            table[: len(self.new)] = self.new
+            return {**example, "label": table[label]}
+        return {**example, "label": np.int32(self.new[int(label)])}
 
     @property
     def labels(self) -> np.ndarray | None:

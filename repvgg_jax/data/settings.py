@@ -54,11 +54,38 @@ def parse_background(values: Sequence[Any]) -> tuple[int, int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskSettings(Section, path="config.data.masks"):
+    """Random crops of images with a class per pixel, image and labels together.
+
+    The defaults are those of hszhao/semseg. With `train_size` 0 there are no crops, and none of
+    this is done.
+    """
+
+    scale: tuple[float, float] = setting(
+        (0.5, 2.0), "factor of the image's size, smallest and largest"
+    )
+    rotation: float = setting(10.0, "degrees, to each side", least=0, most=180)
+    rotate: float = setting(0.5, "probability of a rotation", least=0, most=1)
+    blur: float = setting(0.5, "probability of a 5x5 Gaussian blur", least=0, most=1)
+    flip: float = setting(0.5, "probability of a mirror image", least=0, most=1)
+
+    def check(self) -> None:
+        """Checks the scales."""
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(
+                f"config.data.masks.scale={self.scale} must be two factors above 0, the smaller "
+                "first, e.g. (0.5, 2.0)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSettings(Section, path="config.data"):
     """Images: where they come from, which part is shown, at which size; see docs/data.md."""
 
     source: str = setting(
-        "digits", "digits, fake, tfds:NAME, folder:DIRECTORY or records:DIRECTORY"
+        "digits",
+        "digits, fake, tfds:NAME, folder:DIRECTORY or records:DIRECTORY; with a class per pixel: "
+        "scenes, cityscapes:DIRECTORY or masks:DIRECTORY",
     )
     directory: str = setting("", "where TFDS prepared tfds:NAME; empty: its own default")
     train_split: str = setting("train", "split of tfds:NAME, or folder of folder:, to train on")
@@ -116,6 +143,7 @@ class DataSettings(Section, path="config.data"):
         "those of floats",
         least=0,
     )
+    masks: MaskSettings = MaskSettings()
     mean: tuple[float, ...] = setting(
         (0.485, 0.456, 0.406), "mean per channel of pixels on the scale 0 … 1"
     )

@@ -100,7 +100,19 @@ class Target:
           ValueError: it cannot; the message names those that can.
         """
         form = self.format
-        if not network.is_repvgg and not form.own_modules:
+        if network.is_segmenter and not (form.own_modules or form.segmenters):
+            able = [n for n, other in FORMATS.items() if other.own_modules or other.segmenters]
+            raise ValueError(
+                f"format {form.name} holds classifiers, not {network.name}; segmenters: "
+                f"{', '.join(able)}"
+            )
+        if network.is_segmenter and network.dynamic_size:
+            raise ValueError(
+                f"graphs of {network.name} take images of one size, for which its poolings and "
+                "interpolations are computed ahead; leave out --dynamic-size, and convert once per "
+                "size"
+            )
+        if not network.is_ours and not form.own_modules:
             able = [name for name, other in FORMATS.items() if other.own_modules]
             raise ValueError(
                 f"format {form.name} knows RepVGG only, not {network.name}; modules of your own: "
@@ -181,7 +193,7 @@ class Target:
         ]
         # NaN never holds.
         worst = max(proofs, key=lambda proof: (not proof.holds, proof.relative))
-        plain = network.is_repvgg and not network.feature_maps
+        plain = network.is_ours and not network.feature_maps
         return worst if plain else dataclasses.replace(worst, numbers="output")
 
 

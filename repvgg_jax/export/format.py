@@ -53,6 +53,7 @@ class Format:
       marker: a file that every artifact contains, if artifacts are directories.
       also: further default filenames, each with the module that it needs to be written.
       own_modules: whether it takes any Linen module, and not only a RepVGG.
+      segmenters: whether it takes a segmenter, if it does not take any module.
       maps_and_sizes: whether a graph can return feature maps and take images of any size.
       extra: the extra of this package that installs writer and runtimes; None if convert.py
         itself needs them.
@@ -69,6 +70,7 @@ class Format:
     marker: str | None = None
     also: Mapping[str, str] = dataclasses.field(default_factory=dict)
     own_modules: bool = False
+    segmenters: bool = False
     maps_and_sizes: bool = False
     extra: str | None = None
 

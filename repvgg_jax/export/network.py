@@ -16,6 +16,7 @@ from repvgg_jax import proof
 from repvgg_jax.export.module import output_names, with_settings
 from repvgg_jax.model import RepVGG
 from repvgg_jax.normalize import Normalize
+from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.text import first_few, named_leaves, one_line
 
 BATCH = 16
@@ -88,12 +89,24 @@ class Network:
 
     @property
     def is_repvgg(self) -> bool:
-        """Whether it is one of this package's networks, whose operators are known."""
+        """Whether it is a classifier of this package, whose operators are known."""
         return isinstance(self.model, RepVGG)
+
+    @property
+    def is_segmenter(self) -> bool:
+        """Whether it is a segmenter of this package, whose outputs have a class per pixel."""
+        return isinstance(self.model, Segmenter)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a classifier or a segmenter of this package."""
+        return self.is_repvgg or self.is_segmenter
 
     @property
     def name(self) -> str:
         """The architecture's."""
+        if self.is_segmenter:
+            return f"PSPNet-{self.model.variant.name}{'-fast' if self.model.fast else ''}"
         return self.model.variant.name if self.is_repvgg else type(self.model).__name__
 
     @property
@@ -115,7 +128,7 @@ class Network:
     @property
     def output_name(self) -> str:
         """What artifacts call their output, if it is the only one."""
-        if self.feature_maps or not self.is_repvgg:
+        if self.feature_maps or not self.is_ours:
             return next(iter(self.outputs))
         if not self.model.num_classes:
             return "features"
@@ -126,7 +139,7 @@ class Network:
         """Names of what an artifact returns, and its shape per image."""
         images = jax.ShapeDtypeStruct(self.images.shape, self.images.dtype)
         found = jax.eval_shape(lambda images: self.apply(self.params, images), images)
-        if self.is_repvgg and not self.feature_maps:
+        if self.is_ours and not self.feature_maps:
             return {self.output_name: found.shape[1:]}
         shapes = {name: leaf.shape[1:] for name, leaf in output_names(found).items()}
         return {name: shapes[name] for name in self.feature_maps or shapes}
@@ -161,7 +174,7 @@ class Network:
             maps: Any = model.apply(variables, images, method="features")
             return {stage: maps[stage].astype(jnp.float32) for stage in self.feature_maps}
         outputs: Any = model.apply(variables, images)
-        if self.is_repvgg and self.output_name == "probabilities":
+        if self.is_ours and self.output_name == "probabilities":
             return jax.nn.softmax(outputs)
         return outputs
 
@@ -169,7 +182,8 @@ class Network:
     def reference(self) -> np.ndarray:
         """The JAX model's outputs for `images`, in full float32 precision.
 
-        (images, outputs), or all numbers of all outputs as (images, numbers).
+        (images, outputs); of a segmenter (images, height, width, classes); or all numbers of all
+        outputs as (images, numbers).
         """
 
         def apply(params: Any, images: jax.Array) -> jax.Array:
@@ -216,7 +230,7 @@ class Network:
         found = output_names(outputs)
         names = self.feature_maps or tuple(found)
         leaves = [numpy.asarray(found[name]) for name in names]
-        if len(leaves) == 1 and leaves[0].ndim == 2:
+        if self.is_segmenter or (len(leaves) == 1 and leaves[0].ndim == 2):
             return leaves[0]
         return numpy.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
 
@@ -227,7 +241,7 @@ class Network:
         logarithms are the logits up to a constant per image. Of several outputs, each is divided
         by its largest reference.
         """
-        if self.is_repvgg and self.output_name == "probabilities":
+        if self.is_ours and self.output_name == "probabilities":
             return np.log(np.maximum(outputs, 1e-30, dtype=np.float64))
         if len(self.outputs) == 1:
             return outputs
@@ -289,7 +303,7 @@ class Network:
         return tuple(stage for stage in stages if stage in names)
 
     def _check_outputs(self) -> None:
-        if self.is_repvgg:
+        if self.is_ours:
             return
         try:
             outputs = self.outputs
@@ -320,10 +334,10 @@ class Network:
                 f"normalization has means of {len(self.normalize.mean)} channels, but images of "
                 f"shape {images.shape} have {images.shape[-1]}"
             )
-        classes = self.model.num_classes if self.is_repvgg else len(self.labels)
+        classes = self.model.num_classes if self.is_ours else len(self.labels)
         if self.labels and len(self.labels) != classes:
             raise ValueError(
-                f"{len(self.labels)} labels for a classifier of {classes} classes; "
+                f"{len(self.labels)} labels for a network of {classes} classes; "
                 "give one label per class, or none"
             )
         if images.dtype == np.uint8:
@@ -342,7 +356,7 @@ class Network:
             )
             raise ValueError(f"export takes deploy-form variables, {{'params': …}}, not {summary}")
         # A RepVGG in deploy form has parameters only; other collections may be left over.
-        collections = ("params",) if self.is_repvgg else tuple(variables)
+        collections = ("params",) if self.is_ours else tuple(variables)
         wanted = self._shapes(deploy=True)
         given = _named({name: variables[name] for name in collections})
         if wanted.keys() != given.keys():
@@ -351,7 +365,7 @@ class Network:
                     f"the variables of {self.name} are in training form; export "
                     "takes the deploy form: pass them through fuse_params first"
                 )
-            hint = "" if self.is_repvgg else "; does it pass a field deploy to its blocks?"
+            hint = "" if self.is_ours else "; does it pass a field deploy to its blocks?"
             raise ValueError(
                 f"these are not the variables of {self.name} in deploy form: "
                 f"missing [{first_few(sorted(wanted.keys() - given.keys()))}], "
@@ -372,7 +386,7 @@ class Network:
         image = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
         init = with_settings(self.model, {"deploy": deploy}).init
         variables = jax.eval_shape(init, jax.random.key(0), image)
-        return _named({"params": variables["params"]} if self.is_repvgg else variables)
+        return _named({"params": variables["params"]} if self.is_ours else variables)
 
 
 def _named(variables: Mapping[str, Any]) -> dict[str, Any]:

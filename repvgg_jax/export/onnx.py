@@ -48,6 +48,7 @@ class _Graph:
         self.onnx = onnx
         self.network = network
         self.dtype = dtype
+        self._kept: dict[str, str] = {}
         # Built in place: protobuf would copy the weights whenever a message is assigned.
         self.model = onnx.ModelProto(
             ir_version=IR_VERSION, producer_name="repvgg-jax", producer_version=__version__
@@ -92,6 +93,32 @@ class _Graph:
                 return self._node("Softmax", "softmax", x, axis=1)
             case operators.Output(name):
                 return self._output(name, x)
+            case _:
+                return self._add_of_segmenter(operator, x)
+
+    def _add_of_segmenter(self, operator: operators.Operator, x: str) -> str:
+        match operator:
+            case operators.Keep(name):
+                self._kept[name] = x
+                return x
+            case operators.Take(name):
+                return self._kept[name]
+            case operators.Add(name):
+                return self._node("Add", f"{x}/add", x, self._kept[name])
+            case operators.Join(names):
+                parts = [self._kept[name] for name in names]
+                return self._node("Concat", "/".join(names), *parts, axis=1)
+            case operators.MaxPool():
+                sides = {"kernel_shape": (3, 3), "strides": (2, 2), "pads": (1, 1, 1, 1)}
+                return self._node("MaxPool", f"{x}/max", x, **sides)
+            case operators.Resample(name, rows, columns):
+                dtype = np.float32 if operator.wide else None
+                across = self._weight(f"{name}/columns", columns.T, dtype)
+                x = self._node("MatMul", f"{name}/across", x, across)
+                return self._node("MatMul", name, self._weight(f"{name}/rows", rows, dtype), x)
+            case operators.Widen():
+                return self._cast(f"{x}/wide", x, np.float32, source=self.dtype)
+        raise AssertionError(operator)
 
     def _output(self, name: str, x: str) -> str:
         """Names a value as an output; returns what the next operator continues with."""
@@ -102,12 +129,13 @@ class _Graph:
         return name
 
     def _conv(self, conv: operators.Conv, x: str) -> str:
+        dtype = np.float32 if conv.wide else None
         return self._node(
             "Conv",
             conv.name,
             x,
-            self._weight(f"{conv.name}/kernel", conv.kernel.transpose(3, 2, 0, 1)),
-            self._weight(f"{conv.name}/bias", conv.bias),
+            self._weight(f"{conv.name}/kernel", conv.kernel.transpose(3, 2, 0, 1), dtype),
+            self._weight(f"{conv.name}/bias", conv.bias, dtype),
             kernel_shape=conv.kernel_size,
             strides=(conv.stride,) * 2,
             pads=conv.padding * 2,
@@ -193,6 +221,8 @@ def _nchw(images: np.ndarray, network: Network) -> np.ndarray:
 
 def _answers(outputs: list[np.ndarray], network: Network) -> Any:
     """A runtime's outputs as the JAX model's: one array, or feature maps by name, NHWC."""
+    if network.is_segmenter:
+        return outputs[0].transpose(0, 2, 3, 1)
     if not network.feature_maps:
         return outputs[0]
     pairs = zip(network.outputs, outputs, strict=True)
@@ -236,6 +266,7 @@ ONNX = Format(
         Runtime("openvino", _open_openvino),
     ),
     tolerances={"float32": TOLERANCE, "float16": 1e-2},
+    segmenters=True,
     maps_and_sizes=True,
     extra="onnx",
 )

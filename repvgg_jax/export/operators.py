@@ -8,14 +8,20 @@ All values are NHWC; kernels are HWIO, as in Flax.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from repvgg_jax.block import ReparamBlock
 from repvgg_jax.export.network import Network
+from repvgg_jax.segmentation.network import make_backbone
+from repvgg_jax.segmentation.resize import adaptive_average_pool, resize_bilinear, upsample
+from repvgg_jax.segmentation.resnet import ResNet
 
 ACTIVATIONS: dict[str | None, Callable | None] = {
     None: None,
@@ -36,6 +42,7 @@ class Conv:
       stride: of both axes.
       dilation: of both axes.
       groups: of channels.
+      wide: computes in float32, whatever the network computes in.
     """
 
     name: str
@@ -44,6 +51,7 @@ class Conv:
     stride: int
     dilation: int
     groups: int
+    wide: bool = False
 
     @property
     def kernel_size(self) -> tuple[int, int]:
@@ -119,7 +127,93 @@ class Output:
     name: str
 
 
-Operator = Conv | Activation | Linear | Gate | Pool | Softmax | Output
+@dataclasses.dataclass(frozen=True, eq=False)
+class Keep:
+    """Remembers what has been computed so far, and goes on with it.
+
+    Attributes:
+      name: to remember it under.
+    """
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Take:
+    """Goes on with what was remembered.
+
+    Attributes:
+      name: of a `Keep`.
+    """
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Add:
+    """Adds what was remembered.
+
+    Attributes:
+      name: of a `Keep`.
+    """
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Join:
+    """Channels of everything that was remembered under these names, in order.
+
+    Attributes:
+      names: of `Keep`s.
+    """
+
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaxPool:
+    """Largest of 3x3 pixels, at stride 2 and with a border of 1."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Resample:
+    """Pools or interpolates: both spatial axes are multiplied by matrices.
+
+    Attributes:
+      name: of the result.
+      rows: (height after, height before).
+      columns: (width after, width before).
+      wide: in float32, whatever the network computes in.
+    """
+
+    name: str
+    rows: np.ndarray
+    columns: np.ndarray
+    wide: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Widen:
+    """From here on in float32."""
+
+
+Operator = (
+    Conv
+    | Activation
+    | Linear
+    | Gate
+    | Pool
+    | Softmax
+    | Output
+    | Keep
+    | Take
+    | Add
+    | Join
+    | MaxPool
+    | Resample
+    | Widen
+)
 
 
 def operators(network: Network) -> list[Operator]:
@@ -128,6 +222,8 @@ def operators(network: Network) -> list[Operator]:
     Raises:
       ValueError: a block has an activation that exports do not know.
     """
+    if network.is_segmenter:
+        return list(_segmenter(network))
     found: list[Operator] = []
     model = network.model.bind({"params": network.params})
     layers = network.model.layers
@@ -146,6 +242,90 @@ def operators(network: Network) -> list[Operator]:
         found.append(Softmax())
     found.append(Output(network.output_name))
     return found
+
+
+def _segmenter(network: Network) -> Iterator[Operator]:
+    """The operators of a segmenter, for images of the network's size."""
+    params, model = network.params, network.model.bind({"params": network.params})
+    yield from _backbone(model.backbone, params["backbone"])
+    height, width, channels = network.image_shape
+    image = jax.ShapeDtypeStruct((1, height, width, channels), np.float32)
+    backbone = make_backbone(network.model)
+    maps = jax.eval_shape(
+        lambda image: backbone.apply({"params": params["backbone"]}, image, method="features"),
+        image,
+    )
+    size = list(maps.values())[-1].shape[1:3]
+    yield Keep("maps")
+    names = ["maps"]
+    for windows in network.model.bins:
+        name = f"pyramid{windows}"
+        yield Take("maps")
+        yield _resample(f"{name}/pool", adaptive_average_pool, size, (windows, windows))
+        yield from _block(name, getattr(model, name), params[name])
+        resize = functools.partial(resize_bilinear, align_corners=True)
+        yield _resample(f"{name}/resize", resize, (windows, windows), size)
+        yield Keep(name)
+        names.append(name)
+    yield Join(tuple(names))
+    yield from _block("decoder", model.decoder, params["decoder"])
+    yield Widen()
+    head = params["head"]
+    yield Conv("head", head["kernel"], head["bias"], stride=1, dilation=1, groups=1, wide=True)
+
+    def enlarge(x: jax.Array, after: tuple[int, int]) -> jax.Array:
+        return upsample(x, network.model.output_stride, after)
+
+    yield _resample("head/resize", enlarge, size, (height, width), wide=True)
+    if network.output_name == "probabilities":
+        yield Softmax()
+    yield Output(network.output_name)
+
+
+def _backbone(backbone: Any, params: Any) -> Iterator[Operator]:
+    """The operators of a segmenter's backbone."""
+    if not isinstance(backbone, ResNet):
+        for layer in backbone.layers:
+            yield from _block(layer.name, getattr(backbone, layer.name), params[layer.name])
+        return
+    for name in ("stem0", "stem1", "stem2"):
+        yield from _block(name, getattr(backbone, name), params[name])
+    yield MaxPool()
+    for layer in backbone.layers:
+        block, of_layer = getattr(backbone, layer.name), params[layer.name]
+
+        def conv(part: str, block: Any = block, layer: Any = layer) -> Iterator[Operator]:
+            return _block(f"{layer.name}/{part}", getattr(block, part), params[layer.name][part])
+
+        source, shortcut = f"{layer.name}/input", f"{layer.name}/shortcut"
+        yield Keep(source)
+        if "shortcut" in of_layer:
+            yield from conv("shortcut")
+            yield Keep(shortcut)
+            yield Take(source)
+        for part in ("conv0", "conv1", "conv2"):
+            yield from conv(part)
+        yield Add(shortcut if "shortcut" in of_layer else source)
+        yield Activation("relu")
+
+
+def _resample(
+    name: str,
+    function: Callable[[jax.Array, tuple[int, int]], jax.Array],
+    before: tuple[int, int],
+    after: tuple[int, int],
+    *,
+    wide: bool = False,
+) -> Resample:
+    """A function that is linear along each axis, as the two matrices that it multiplies by."""
+
+    def matrix(length: int, wanted: int) -> np.ndarray:
+        impulses = jnp.eye(length, dtype=jnp.float32).reshape(1, length, 1, length)
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(function(impulses, (wanted, 1)))[0, :, 0]
+
+    rows, columns = (matrix(*pair) for pair in zip(before, after, strict=True))
+    return Resample(name, rows, columns, wide)
 
 
 def _block(name: str, block: ReparamBlock, params: Any) -> Iterator[Operator]:

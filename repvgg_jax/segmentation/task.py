@@ -6,7 +6,7 @@ needs to know neither.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from repvgg_jax.segmentation.loss import (
 from repvgg_jax.segmentation.metrics import Scores, confusion
 
 Sums = Mapping[str, jax.Array]
+
+EXAMPLES = 4
+"""Images in the picture of an evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Segmentation:
 
     headline = "miou"
     """The metric that says how good a network is."""
+
+    names: ClassVar = {"miou": "mIoU", "accuracy": "pixel accuracy"}
+    """Metrics in words: that of `headline`, and one beside it."""
 
     def targets(self, labels: jax.Array) -> jax.Array:
         """What the loss takes: int32 labels (images, height, width)."""
@@ -103,7 +109,8 @@ class Segmentation:
 
         Returns:
           `loss`, `accuracy` (of pixels) and `miou`; `class_iou` and `class_accuracy` (classes,),
-          NaN for a class that does not occur; `images`, the number counted.
+          NaN for a class that does not occur; `images`, the number counted; `confusion` of all
+          pixels.
         """
         total = {
             name: np.sum([np.asarray(part[name], _wide(part[name])) for part in parts], axis=0)
@@ -116,8 +123,32 @@ class Segmentation:
             "miou": np.asarray(found.miou(absent=self.protocol.absent)),
             "class_iou": found.iou,
             "class_accuracy": found.class_accuracy,
+            "confusion": found.matrix,
             "images": np.asarray(total["count"], np.int64),
         }
+
+    def examples(self, outputs: jax.Array, batch: Mapping[str, Any]) -> Mapping[str, jax.Array]:
+        """The first images of a batch with labels and predictions, all uint8."""
+        shown = {name: batch[name][:EXAMPLES] for name in ("image", "label", "mask")}
+        return {**shown, "prediction": outputs[:EXAMPLES].argmax(-1).astype(jnp.uint8)}
+
+    def draw(
+        self, examples: Mapping[str, np.ndarray], classes: Sequence[str]
+    ) -> Callable[[Any], None] | None:
+        """A function that draws `examples` to a file, as `pictures.grid`; None if all are blank."""
+        kept = np.flatnonzero(examples["mask"])
+        if not kept.size:
+            return None
+        images, labels, found = (
+            [examples[name][i] for i in kept] for name in ("image", "label", "prediction")
+        )
+
+        def draw(path: Any) -> None:
+            from repvgg_jax.segmentation.pictures import grid
+
+            grid(images, labels, found, classes).savefig(path, format="png")
+
+        return draw
 
 
 def _wide(values: Any) -> type:

@@ -1,4 +1,4 @@
-"""Accuracy by class: the worst classes, and what is taken for what."""
+"""Accuracy or IoU by class: the worst classes, and what is taken for what."""
 
 import dataclasses
 import pathlib
@@ -17,24 +17,31 @@ _NAMED = 60  # classes up to which it has names
 
 @dataclasses.dataclass(frozen=True)
 class ByClass:
-    """Validation accuracy by class.
+    """Validation accuracy, or intersection over union, by class.
 
     Attributes:
       names: by label.
-      images: number of images by label.
-      accuracy: by label, a fraction; NaN for a class without images.
-      confusion: (classes, classes) number of images by label and predicted class; None if there
+      images: number of images, or of pixels, by label.
+      score: by label, a fraction; NaN for a class that does not occur.
+      confusion: (classes, classes) number of them by label and predicted class; None if there
         are too many classes.
+      score_name: `accuracy` or `IoU`.
+      unit: what is counted, `images` or `pixels`.
     """
 
     names: tuple[str, ...]
     images: np.ndarray
-    accuracy: np.ndarray
+    score: np.ndarray
     confusion: np.ndarray | None
+    score_name: str = "accuracy"
+    unit: str = "images"
 
     @classmethod
     def of(cls, names: Sequence[str], means: Mapping[str, np.ndarray]) -> Self:
         """From what `Evaluator` returns."""
+        if "class_iou" in means:
+            matrix = means["confusion"]
+            return cls(tuple(names), matrix.sum(1), means["class_iou"], matrix, "IoU", "pixels")
         return cls(
             tuple(names),
             means["class_images"].astype(np.int64),
@@ -43,9 +50,9 @@ class ByClass:
         )
 
     def worst(self, count: int) -> list[int]:
-        """Labels of the classes with the lowest accuracy, the lowest first."""
+        """Labels of the classes with the lowest score, the lowest first."""
         known = [label for label in range(len(self.names)) if self.images[label]]
-        return sorted(known, key=lambda label: (self.accuracy[label], label))[:count]
+        return sorted(known, key=lambda label: (self.score[label], label))[:count]
 
     def mistaken_for(self, label: int) -> str:
         """The class that images of another are most often taken for, with the share of them."""
@@ -61,19 +68,18 @@ class ByClass:
     def line(self, count: int = 5) -> str:
         """The worst classes on one line."""
         return ", ".join(
-            f"{one_line(self.names[label], 40)} {self.accuracy[label]:.1%} "
-            f"of {self.images[label]:,}"
+            f"{one_line(self.names[label], 40)} {self.score[label]:.1%} of {self.images[label]:,}"
             for label in self.worst(count)
         )
 
     def table(self, count: int = 20) -> tuple[list[str], list[tuple[Any, ...]]]:
         """Head and rows of a table of the worst classes."""
-        head = ["class", "images", "accuracy", "most often taken for"]
+        head = ["class", self.unit, self.score_name, "most often taken for"]
         return head, [
             (
                 self.names[label],
                 f"{self.images[label]:,}",
-                f"{self.accuracy[label]:.1%}",
+                f"{self.score[label]:.1%}",
                 self.mistaken_for(label),
             )
             for label in self.worst(count)
@@ -90,7 +96,7 @@ class ByClass:
         axes = figure.subplots()
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axes.set_xlabel("predicted class")
-        axes.set_ylabel("class of the image")
+        axes.set_ylabel(f"class of the {self.unit[:-1]}")
         if count <= _NAMED:
             labels = [one_line(name, 24) for name in self.names]
             size = 8 if count <= 30 else 5

@@ -1,7 +1,8 @@
-"""Loss and accuracy over all validation images, during a run or without training."""
+"""Metrics over all validation images, during a run or without training."""
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,12 +12,11 @@ from ml_collections import ConfigDict
 from repvgg_jax.cluster import consensus
 from repvgg_jax.data.batches import eval_batches
 from repvgg_jax.data.dataset import load
-from repvgg_jax.model import RepVGG
 from repvgg_jax.text import differences, plural
 from repvgg_jax.train import memory
 from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.classes import for_network, note_other_images
-from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.experiment import Experiment, Model
 from repvgg_jax.train.hooks import StopRequest
 from repvgg_jax.train.restore import (
     Loaded,
@@ -27,31 +27,38 @@ from repvgg_jax.train.restore import (
     starting_weights,
 )
 from repvgg_jax.train.settings import Settings
-from repvgg_jax.train.step import EvalStep
+from repvgg_jax.train.step import EvalStep, Means
 from repvgg_jax.train.validate import check_batches
 from repvgg_jax.train.workdir import Workdir
 
-Means = dict[str, np.ndarray]
-
 # Settings that the evaluated network depends on; the others may differ from the run's.
-_OF_THE_NETWORK = ("config.model.variant", "config.ema")
+_OF_THE_NETWORK = (
+    "config.model.variant",
+    "config.ema",
+    "config.task",
+    "config.segmentation.fast",
+    "config.segmentation.output_stride",
+    "config.segmentation.bins",
+    "config.segmentation.width",
+)
 
 
 class Evaluator:
-    """Evaluates networks on the validation images of an experiment; compiles each form once."""
+    """Evaluates networks on the validation images of an experiment; compiles each form once.
+
+    Attributes:
+      picture: draws examples of the last evaluation to a file; None if there is nothing to draw.
+    """
 
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
-        self._steps: dict[RepVGG, jax.stages.Compiled] = {}
+        self.picture: Callable[[Any], None] | None = None
+        self._steps: dict[Model, jax.stages.Compiled] = {}
 
     def __call__(
-        self, model: RepVGG, variables: Any, stop: StopRequest | None = None
+        self, model: Model, variables: Any, stop: StopRequest | None = None
     ) -> Means | None:
-        """Means over the images: `loss`, `accuracy`, `top5`, and `class_accuracy` by label.
-
-        `macro_accuracy` is the mean over classes that have images. `images` is the number of
-        images counted, all that could be decoded, and `class_images` that by label; `confusion`
-        as `Classification.evaluate` counts it.
+        """The metrics of a network, as the task's `means`.
 
         Args:
           model: in either form.
@@ -59,7 +66,10 @@ class Evaluator:
           stop: polled before every batch.
 
         Returns:
-          None if `stop` was requested. `class_accuracy` is NaN for a class without images.
+          None if `stop` was requested.
+
+        Raises:
+          ValueError: none of the images can be decoded, or memory runs out.
         """
         with memory.explained(self._needs, lambda: "less: a smaller batch"):
             return self._evaluate(model, variables, stop)
@@ -68,31 +78,32 @@ class Evaluator:
         batch, devices = self._experiment.settings.eval.batch_size, self._experiment.mesh.size
         return f"evaluation of config.eval.batch_size={batch} on {plural(devices, 'device')}"
 
-    def _evaluate(self, model: RepVGG, variables: Any, stop: StopRequest | None) -> Means | None:
+    def _evaluate(self, model: Model, variables: Any, stop: StopRequest | None) -> Means | None:
         batches = eval_batches(
             self._experiment.dataset,
             batch_size=self._experiment.settings.eval.batch_size,
             sharding=self._experiment.over_batch,
         )
-        parts = []
+        parts, shown = [], None
         for batch in batches:
             if stop is not None and stop.poll():
                 return None
-            parts.append(self._compiled(model, variables, batch)(variables, batch))
-        sums = jax.device_get(jax.tree.map(lambda *values: sum(values), *parts))
-        count, class_count = sums.pop("count"), sums.pop("class_count")
-        class_correct, confusion = sums.pop("class_accuracy"), sums.pop("confusion", None)
-        with np.errstate(invalid="ignore"):
-            means = {name: np.asarray(value / count) for name, value in sums.items()}
-            means["class_accuracy"] = class_correct / class_count
-            known = means["class_accuracy"][class_count > 0]
-            means["macro_accuracy"] = np.asarray(known.mean() if known.size else np.nan)
-        counts = {"images": np.asarray(count, np.int64), "class_images": class_count}
-        return {**means, **counts, **({} if confusion is None else {"confusion": confusion})}
+            sums = self._compiled(model, variables, batch)(variables, batch)
+            examples = sums.pop("examples", None)
+            shown = examples if shown is None else shown
+            parts.append(sums)
+        task, classes = self._experiment.task, self._experiment.dataset.classes
+        self.picture = task.draw(jax.device_get(shown), classes) if shown else None
+        return task.means(parts)
 
-    def _compiled(self, model: RepVGG, variables: Any, batch: Any) -> jax.stages.Compiled:
+    def _compiled(self, model: Model, variables: Any, batch: Any) -> jax.stages.Compiled:
         if model not in self._steps:
-            step = EvalStep(model, self._experiment.task, self._experiment.normalize)
+            step = EvalStep(
+                model,
+                self._experiment.task,
+                self._experiment.normalize,
+                self._experiment.replicated,
+            )
             self._steps[model] = jax.jit(step).lower(variables, batch).compile()
             consensus.barrier(f"compiled evaluation {len(self._steps)}")
         return self._steps[model]
@@ -141,7 +152,7 @@ class Evaluation:
         """A table.
 
         Args:
-          by_class: also the accuracy of each class.
+          by_class: also the accuracy of each class, or its IoU.
         """
         lines = [
             f"{self.source}: {counted(self.trained, self.total)}",
@@ -152,11 +163,11 @@ class Evaluation:
             for name in scalars(self.trained)
         ]
         found = ByClass.of(self.classes, self.fused)
+        trained = ByClass.of(self.classes, self.trained)
         lines.append(f"lowest by class, fused: {found.line()}")
         if by_class:
-            trained, fused = self.trained["class_accuracy"], self.fused["class_accuracy"]
             lines += [
-                f"{name[:23]:24}{trained[label]:12.4f}{fused[label]:12.4f}"
+                f"{name[:23]:24}{trained.score[label]:12.4f}{found.score[label]:12.4f}"
                 for label, name in enumerate(self.classes)
             ]
         return lines

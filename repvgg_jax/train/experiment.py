@@ -18,10 +18,14 @@ from repvgg_jax.data.identity import class_counts
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.reparam import decay_mask
+from repvgg_jax.segmentation.inference import PROTOCOLS
+from repvgg_jax.segmentation.network import Segmenter, create_segmenter
+from repvgg_jax.segmentation.task import Segmentation
 from repvgg_jax.text import did_you_mean
 from repvgg_jax.train.settings import OptimizerSettings, Settings
 from repvgg_jax.train.state import TrainState, data_mesh, initial_state, state_sharding
-from repvgg_jax.train.step import Classification, TrainStep
+from repvgg_jax.train.step import Classification, Task, TrainStep
+from repvgg_jax.variants import Variant
 from repvgg_jax.weights.tree import in_head
 
 REFERENCE_BATCH = 256  # images; learning rates are stated for this batch
@@ -29,24 +33,81 @@ REFERENCE_BATCH = 256  # images; learning rates are stated for this batch
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def build_model(settings: Settings, num_classes: int) -> RepVGG:
-    """The network in training form."""
-    return create_model(
-        settings.model.variant,
-        num_classes=num_classes,
-        bn_group_size=settings.bn.group_size,
-        train_form=settings.model.train_form,  # type: ignore[arg-type]
-        remat=settings.model.remat,
-        dtype=_DTYPES[settings.model.dtype],
+Model = RepVGG | Segmenter
+
+
+def build_model(settings: Settings, num_classes: int) -> Model:
+    """The network in training form.
+
+    Raises:
+      ValueError: numbers that no segmenter has.
+    """
+    options: dict[str, Any] = {
+        "bn_group_size": settings.bn.group_size,
+        "train_form": settings.model.train_form,
+        "remat": settings.model.remat,
+        "dtype": _DTYPES[settings.model.dtype],
+    }
+    if settings.task == "segmentation":
+        options |= settings.segmentation.plain()
+        return create_segmenter(settings.model.variant, num_classes, **options)
+    assert isinstance(settings.model.variant, Variant)
+    return create_model(settings.model.variant, num_classes=num_classes, **options)
+
+
+def network_title(model: Model) -> str:
+    """A network in words, e.g. `RepVGG A0` or `PSPNet on RepVGG A0`."""
+    name = model.variant.name
+    if not isinstance(model, Segmenter):
+        return f"RepVGG {name}"
+    fast = "-fast" if model.fast else ""
+    return f"PSPNet on {'RepVGG ' if isinstance(model.variant, Variant) else ''}{name}{fast}"
+
+
+def build_task(settings: Settings, dataset: Dataset, *, training: bool = True) -> Task:
+    """Loss and metrics.
+
+    Raises:
+      ValueError: labels of the other task.
+    """
+    count = len(dataset.classes)
+    per_pixel = settings.task == "segmentation"
+    if per_pixel != dataset.masks:
+        has = "per pixel" if dataset.masks else "per image"
+        right = "segmentation" if dataset.masks else "classification"
+        raise ValueError(
+            f"config.task={settings.task!r}, but {dataset.name} has a label {has}; give "
+            f"config.task={right!r} or another config.data.source"
+        )
+    if per_pixel:
+        return Segmentation(
+            count,
+            auxiliary_weight=settings.train.auxiliary_weight,
+            protocol=PROTOCOLS[settings.protocol],
+        )
+    balanced = settings.train.class_weights == "balanced" and training
+    return Classification(
+        num_classes=count,
+        label_smoothing=settings.train.label_smoothing,
+        auxiliary_weight=settings.train.auxiliary_weight,
+        class_weights=balanced_weights(class_counts(dataset.train, count)) if balanced else (),
     )
 
 
-def frozen_names(model: RepVGG, given: Sequence[str]) -> tuple[str, ...]:
+def frozen_names(model: Model, given: Sequence[str]) -> tuple[str, ...]:
     """The blocks and heads that names of blocks, or of stages, stand for.
 
     Raises:
       ValueError: a name that stands for nothing, or all blocks and the classifier.
     """
+    if not given:
+        return ()
+    if isinstance(model, Segmenter):
+        if tuple(given) != ("backbone",):
+            raise ValueError(
+                f'config.train.freeze={tuple(given)}: of a segmenter, ("backbone",) can be frozen'
+            )
+        return ("backbone",)
     names = [layer.name for layer in model.layers]
     names += [f"aux_{block}" for block in model.variant.auxiliary] + ["head"]
     found: list[str] = []
@@ -91,8 +152,8 @@ class Experiment:
 
     settings: Settings
     dataset: Dataset
-    model: RepVGG
-    task: Classification
+    model: Model
+    task: Task
     optimizer: optax.GradientTransformation
     normalize: Normalize
     augment: Augmentation
@@ -141,22 +202,16 @@ class Experiment:
         offset = settings.train.step_offset
         total_steps = settings.train.epochs * steps_per_epoch - offset
         normalize = Normalize(mean, std)
+        if not len(dataset.evaluation):
+            raise ValueError(f"{dataset.name} has no validation images to evaluate on")
+        task = build_task(settings, dataset, training=training)
         model = build_model(settings, len(dataset.classes))
         frozen_names(model, settings.train.freeze)  # raises for one that names nothing
         return cls(
             settings=settings,
             dataset=dataset,
             model=model,
-            task=Classification(
-                num_classes=len(dataset.classes),
-                label_smoothing=settings.train.label_smoothing,
-                auxiliary_weight=settings.train.auxiliary_weight,
-                class_weights=(
-                    balanced_weights(class_counts(dataset.train, len(dataset.classes)))
-                    if settings.train.class_weights == "balanced" and training
-                    else ()
-                ),
-            ),
+            task=task,
             optimizer=make_optimizer(
                 settings.optimizer,
                 batch_size=batch_size,
@@ -230,10 +285,13 @@ class Experiment:
         """Shapes, dtypes and shardings of a training batch; `size` as in `lower_step`."""
         batch = self.settings.train.batch_size
         height, width, channels = self.dataset.image_shape
-        shape = (batch, *(size or (height, width)), channels)
+        size = size or (height, width)
+        label = ((batch, *size), "uint8") if self.dataset.masks else ((batch,), "int32")
         return {
-            "image": jax.ShapeDtypeStruct(shape, "uint8", sharding=self.over_batch),
-            "label": jax.ShapeDtypeStruct((batch,), "int32", sharding=self.over_batch),
+            "image": jax.ShapeDtypeStruct(
+                (batch, *size, channels), "uint8", sharding=self.over_batch
+            ),
+            "label": jax.ShapeDtypeStruct(*label, sharding=self.over_batch),
         }
 
     def state_sharding(self) -> TrainState:
@@ -292,6 +350,7 @@ class Experiment:
         settings, devices = self.settings, self.mesh.devices
         batch, processes = settings.train.batch_size, jax.process_count()
         fields = {
+            "task": settings.task if settings.task != "classification" else None,
             "model": self.model.variant.name,
             "dtype": settings.model.dtype,
             "devices": f"{devices.size}x{devices.flat[0].platform}",
@@ -361,8 +420,10 @@ def make_optimizer(
 
 
 def _is_head(params: Any) -> Any:
-    """Whether each parameter belongs to the classifier or to an auxiliary one."""
+    """Whether each parameter belongs to a classifier; of a segmenter, to all but the backbone."""
     leaves = flatten_dict(params)
+    if "backbone" in params:
+        return unflatten_dict({path: path[0] != "backbone" for path in leaves})
     return unflatten_dict({path: in_head(("params", *path)) for path in leaves})
 
 
@@ -377,7 +438,8 @@ def schedule(
     """The learning rate by step: linear warm-up from 0, then the schedule of that name.
 
     The peak is `learning_rate` for a batch of 256 images and proportional to the batch.
-    `cosine` and `linear` reach 0 at the last step; `step` multiplies by `step_factor` every
+    `cosine`, `linear` and `poly` reach 0 at the last step, `poly` as `power` of the share of steps
+    that are left; `step` multiplies by `step_factor` every
     `step_epochs` epochs, counted from the start of the run. At a step it is what it would be
     `offset` steps later without one.
     """
@@ -389,6 +451,7 @@ def schedule(
     schedules: dict[str, optax.Schedule] = {
         "cosine": optax.cosine_decay_schedule(peak, left),
         "linear": optax.linear_schedule(peak, 0.0, left),
+        "poly": optax.polynomial_schedule(peak, 0.0, settings.power, left),
         "step": lambda count: falls(count + warmup),
         "constant": optax.constant_schedule(peak),
     }

@@ -38,7 +38,8 @@ class Outcome:
 
     Attributes:
       step: steps taken, including those before this call.
-      accuracy: of the training form on the validation images, a fraction; None if stopped.
+      accuracy: the task's headline, accuracy or mIoU, of the training form on the validation
+        images, a fraction; None if stopped.
       accuracy_fused: of the fused form.
       stopped_by: the signal that stopped the run before its end, or None.
     """
@@ -327,13 +328,13 @@ def _evaluate(
     writer: MetricsWriter,
     stop: StopRequest,
 ) -> float | None:
-    """The accuracy; None if a stop was requested, the evaluation is then left to the next run."""
+    """The headline; None if a stop was requested, the evaluation is then left to the next run."""
     means = evaluator(experiment.model, state.result, stop)
     if means is None:
         return None
     writer.write({"step": int(state.step), **metrics_row("eval", means)})
-    writer.draw()
-    return float(means["accuracy"])
+    writer.draw(picture=evaluator.picture)
+    return float(means[experiment.task.headline])
 
 
 def _finish(
@@ -357,15 +358,17 @@ def _finish(
     final = {**metrics_row("final", trained), **metrics_row("final", fused, "_fused")}
     writer.write({"step": step, **final})
     by_class = ByClass.of(experiment.dataset.classes, fused)
-    writer.draw(by_class)
-    accuracy, accuracy_fused = final["final/accuracy"], final["final/accuracy_fused"]
+    writer.draw(by_class, picture=evaluator.picture)
+    (headline, word), (beside, beside_word) = experiment.task.names.items()
+    accuracy, accuracy_fused = final[f"final/{headline}"], final[f"final/{headline}_fused"]
     images = counted(trained, len(experiment.dataset.evaluation))
     logger.info(
-        f"validation accuracy: {accuracy:.2%} as trained, {accuracy_fused:.2%} fused ({images})"
+        f"validation {word}: {accuracy:.2%} as trained, {accuracy_fused:.2%} fused ({images})"
     )
     logger.info(
-        "macro accuracy: %.2f%%; lowest by class: %s",
-        100 * final["final/macro_accuracy_fused"],
+        "%s: %.2f%%; lowest by class: %s",
+        beside_word,
+        100 * final[f"final/{beside}_fused"],
         by_class.line(),
     )
     best = checkpoints.best()

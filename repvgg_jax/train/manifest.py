@@ -26,6 +26,8 @@ _CLASSES = "the number of classes, which is that of the data (config.data.source
 _SETTINGS = (
     ("params/head", _CLASSES),
     ("params/aux_", _CLASSES),
+    ("params/pyramid", "config.segmentation.bins and config.model.variant"),
+    ("params/decoder", "config.segmentation.width and config.model.variant"),
     ("opt_state", "config.optimizer.name and config.optimizer.clip_norm"),
     ("ema", "config.ema.decay"),
     ("", "config.model.variant and the data's image channels"),

@@ -4,9 +4,10 @@ import contextlib
 import json
 import logging
 import math
+import pathlib
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -19,7 +20,7 @@ from repvgg_jax.text import first_few, named_leaves
 from repvgg_jax.train import report
 from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.checkpoint import Checkpoints
-from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.experiment import Experiment, network_title
 from repvgg_jax.train.manifest import not_finite
 from repvgg_jax.train.state import TrainState
 from repvgg_jax.train.tensorboard import EventFile
@@ -95,11 +96,13 @@ class MetricsWriter:
                 logger.info("%s", self._line(int(row["step"]), row))
             else:
                 self._live.refresh()
-        if "eval/accuracy" in row:
+        headline = self._experiment.task.headline
+        if f"eval/{headline}" in row:
             logger.info(
-                "step %d: validation accuracy %.2f%%, loss %.4f",
+                "step %d: validation %s %.2f%%, loss %.4f",
                 row["step"],
-                100 * row["eval/accuracy"],
+                self._experiment.task.names[headline],
+                100 * row[f"eval/{headline}"],
                 row["eval/loss"],
             )
 
@@ -107,18 +110,25 @@ class MetricsWriter:
         """Whether there is a row of an evaluation at that step."""
         return any(row["step"] == step and "eval/loss" in row for row in self._rows)
 
-    def draw(self, by_class: ByClass | None = None) -> None:
+    def draw(
+        self,
+        by_class: ByClass | None = None,
+        *,
+        picture: Callable[[pathlib.Path], None] | None = None,
+    ) -> None:
         """Writes `curves.png` and `report.html` of all rows so far.
 
         Args:
           by_class: of the final evaluation, for `confusion.png`.
+          picture: draws `examples.png`.
         """
         if self._active:
             self._workdir.check_there()
             report.write(
                 self._workdir,
-                title=f"RepVGG {self._experiment.model.variant.name} on "
-                f"{self._experiment.dataset.name}",
+                title=f"{network_title(self._experiment.model)} on {self._experiment.dataset.name}",
+                headline=self._experiment.task.headline,
+                picture=picture,
                 rows=self._rows,
                 config=self._experiment.settings.as_json(),
                 by_class=by_class,

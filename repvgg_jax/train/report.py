@@ -5,7 +5,7 @@ import html
 import pathlib
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,8 @@ def write(
     rows: Sequence[Row],
     config: Mapping[str, Any],
     by_class: ByClass | None = None,
+    headline: str = "accuracy",
+    picture: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes `curves.png` and `report.html`, and `confusion.png` after the final evaluation.
 
@@ -49,17 +51,23 @@ def write(
       rows: of `metrics.jsonl`.
       config: the content of `config.json`.
       by_class: of the final evaluation, fused.
+      headline: the metric that says how good a network is.
+      picture: draws `examples.png`; None leaves what an evaluation before drew.
     """
-    draw_curves(rows, workdir.curves, title)
+    draw_curves(rows, workdir.curves, title, headline=headline)
+    if picture is not None:
+        with replacing(workdir.examples) as temporary:
+            picture(temporary)
     if by_class is not None:
         by_class.draw(workdir.confusion)
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="quiet">{html.escape(_state(rows))}</p>',
         *_forms(rows),
-        *_picture("Curves", "loss and accuracy", workdir.curves),
+        *_picture("Curves", f"loss and {headline}", workdir.curves),
+        *_picture("Examples of the last evaluation", "examples", workdir.examples),
         *_classes(by_class, workdir),
-        *_evaluations(rows),
+        *_evaluations(rows, headline),
         *_speed(rows),
         "<h2>Configuration</h2>",
         _table(["setting", "value"], [(k, v) for k, v in _flat(config)]),
@@ -116,15 +124,19 @@ def _classes(by_class: ByClass | None, workdir: Workdir) -> list[str]:
         if by_class.confusion is None
         else _picture("Confusion matrix, fused", "confusion matrix", workdir.confusion)
     )
-    return ["<h2>Classes of the lowest accuracy, fused</h2>", _table(*by_class.table()), *picture]
+    return [
+        f"<h2>Classes of the lowest {by_class.score_name}, fused</h2>",
+        _table(*by_class.table()),
+        *picture,
+    ]
 
 
-def _evaluations(rows: Sequence[Row]) -> list[str]:
-    found = [row for row in rows if "eval/accuracy" in row]
+def _evaluations(rows: Sequence[Row], headline: str) -> list[str]:
+    found = [row for row in rows if f"eval/{headline}" in row]
     if not found:
         return []
     names = [name for name in found[0] if name.startswith("eval/")]
-    best = best_row(found)
+    best = best_row(found, headline)
     return [
         "<h2>Evaluations</h2>",
         _table(
@@ -141,10 +153,11 @@ def _evaluations(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def best_row(rows: Sequence[Row]) -> Row | None:
-    """The evaluation with the best accuracy, the last of equal ones; None if there is none."""
-    found = [row for row in rows if row.get("eval/accuracy") is not None]
-    return max(found, key=lambda row: (row["eval/accuracy"], row["step"]), default=None)
+def best_row(rows: Sequence[Row], headline: str = "accuracy") -> Row | None:
+    """The evaluation with the best headline, the last of equal ones; None if there is none."""
+    name = f"eval/{headline}"
+    found = [row for row in rows if row.get(name) is not None]
+    return max(found, key=lambda row: (row[name], row["step"]), default=None)
 
 
 def _speed(rows: Sequence[Row]) -> list[str]:
@@ -196,12 +209,18 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], path: pathlib.Path, title: str) -> None:
-    """Draws the rows of `metrics.jsonl`, as PNG."""
+def draw_curves(
+    rows: Sequence[Mapping[str, Any]],
+    path: pathlib.Path,
+    title: str,
+    *,
+    headline: str = "accuracy",
+) -> None:
+    """Draws the rows of `metrics.jsonl`, as PNG: the loss, and `headline` beside it."""
     figure = Figure(figsize=(9, 3.6), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     loss, accuracy = figure.subplots(1, 2)
-    for axes, name, label in ((loss, "loss", "loss"), (accuracy, "accuracy", "accuracy")):
+    for axes, name, label in ((loss, "loss", "loss"), (accuracy, headline, headline)):
         for part, color, legend in (("train", _TRAIN, "training"), ("eval", _EVAL, "validation")):
             points = [(r["step"], r[f"{part}/{name}"]) for r in rows if f"{part}/{name}" in r]
             if points:
@@ -222,11 +241,11 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: pathlib.Path, title: st
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     loss.set_ylim(bottom=0)
     accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
-    best = best_row(rows)
+    best = best_row(rows, headline)
     if best is not None:
         accuracy.plot(
             best["step"],
-            best["eval/accuracy"],
+            best[f"eval/{headline}"],
             marker="*",
             markersize=10,
             linestyle="none",
@@ -235,7 +254,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: pathlib.Path, title: st
         )
     final = [row for row in rows if "final/accuracy" in row]
     if final:
-        value = final[-1]["final/accuracy"]
+        value = final[-1][f"final/{headline}"]
         accuracy.annotate(
             f"{value:.2%}",
             (final[-1]["step"], value),

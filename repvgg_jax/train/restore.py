@@ -17,12 +17,14 @@ from repvgg_jax.data.records import MANIFEST
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.export.description import read_description
-from repvgg_jax.model import RepVGG
 from repvgg_jax.normalize import Normalize
+from repvgg_jax.segmentation.network import Segmenter
+from repvgg_jax.segmentation.resnet import ResNetVariant
+from repvgg_jax.segmentation.weights import Started, load_resnet, start_from_classifier
 from repvgg_jax.text import first_few, one_line
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.classes import fit_head
-from repvgg_jax.train.experiment import Experiment, build_model
+from repvgg_jax.train.experiment import Experiment, Model, build_model
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import TrainState, state_from
 from repvgg_jax.train.workdir import RunMetadata, Workdir
@@ -57,7 +59,7 @@ class RunWeights:
 
     path: pathlib.Path
     settings: Settings
-    model: RepVGG
+    model: Model
     variables: dict[str, Any]
     step: int
     metadata: RunMetadata
@@ -259,7 +261,8 @@ def starting_state(experiment: Experiment) -> TrainState:
     """The state before the first step: random weights, or those that `config.init_from` names.
 
     `config.init_from` names a weights file, one of timm's pretrained models, a run directory or
-    a deploy directory. The head is replaced if the classes differ.
+    a deploy directory. The head is replaced if the classes differ. A segmenter starts from
+    another one, or takes its backbone from a classifier.
 
     Raises:
       ValueError: nothing readable there, or another network.
@@ -268,8 +271,13 @@ def starting_state(experiment: Experiment) -> TrainState:
     if not source:
         return state
     loaded = load_source(source, experiment.settings)
-    weights, note = fit_head(loaded.weights, loaded.classes, experiment.dataset.classes)
-    merged = merge_weights(weights, jax.device_get(state.variables))
+    fresh = jax.device_get(state.variables)
+    merged: Merged | Started
+    if isinstance(experiment.model, Segmenter) and not loaded.is_segmenter:
+        merged, note = start_from_classifier(loaded.weights, fresh), ""
+    else:
+        weights, note = fit_head(loaded.weights, loaded.classes, experiment.dataset.classes)
+        merged = merge_weights(weights, fresh)
     logger.info("%s%s (%s)", merged, f"; {note}" if note else "", source)
     if loaded.weights.unused:
         logger.info("left out of %s: %s", source, first_few(loaded.weights.unused))
@@ -284,6 +292,11 @@ def starting_weights(experiment: Experiment, loaded: "Loaded") -> Merged:
     Raises:
       ValueError: another network.
     """
+    if isinstance(experiment.model, Segmenter) and not loaded.is_segmenter:
+        raise ValueError(
+            f"{experiment.settings.init_from} is a classifier, which has no class per pixel; "
+            "train it as a segmenter first, with --init_from"
+        )
     return merge_weights(loaded.weights, jax.device_get(experiment.initial_state().variables))
 
 
@@ -298,6 +311,11 @@ class Loaded:
 
     weights: Weights
     classes: tuple[str, ...]
+
+    @property
+    def is_segmenter(self) -> bool:
+        """Whether they are a segmenter's: a backbone and more."""
+        return "backbone" in self.weights.variables.get("params", {})
 
 
 def load_source(source: str, settings: Settings) -> Loaded:
@@ -323,6 +341,8 @@ def load_source(source: str, settings: Settings) -> Loaded:
             family="flax",
         )
         return Loaded(weights, run.classes)
+    if isinstance(variant, ResNetVariant):
+        return Loaded(load_resnet(source, variant=variant.name), ())
     file = path / "model.safetensors" if path.is_dir() else path
     weights = load_file_or_pretrained(str(file), variant=variant, entry=entry)
     description = read_description(file)

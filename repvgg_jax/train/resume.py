@@ -21,6 +21,7 @@ FREE = (
     "config.data.max_pixels",
     "config.data.allow_empty",
     "config.eval",
+    "config.protocol",
     "config.checkpoint",
     "config.report",
     "config.train.compiler_options",  # of one platform; the arithmetic stays the same

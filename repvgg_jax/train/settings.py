@@ -12,6 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from repvgg_jax.data.settings import AugmentSettings, DataSettings
+from repvgg_jax.segmentation.inference import PROTOCOLS
+from repvgg_jax.segmentation.resnet import RESNETS, ResNetVariant
 from repvgg_jax.settings import Section, as_json, setting
 from repvgg_jax.text import did_you_mean, first_few
 from repvgg_jax.typed import typed
@@ -23,11 +25,11 @@ FEWER_COPIES = "xla_tpu_msa_inefficient_use_to_copy_ratio=3"
 _SEEDS = 2**32  # Grain takes no others, and jax would truncate them
 
 
-def _parse_variant(name: str, value: Any) -> Variant:
-    if isinstance(value, Variant):
+def _parse_variant(name: str, value: Any) -> Variant | ResNetVariant:
+    if isinstance(value, (Variant, ResNetVariant)):
         return value
     if isinstance(value, str):
-        return get_variant(value)
+        return RESNETS[value] if value in RESNETS else get_variant(value)
     if not isinstance(value, Mapping):
         raise ValueError(f"{name}={value!r} must be the name of a variant or its fields")
     fields = [field.name for field in dataclasses.fields(Variant)]
@@ -39,8 +41,8 @@ def _parse_variant(name: str, value: Any) -> Variant:
     return typed(Variant, value, name)
 
 
-def _plain_variant(variant: Variant) -> str | dict[str, Any]:
-    if ALL.get(variant.name) == variant:
+def _plain_variant(variant: Variant | ResNetVariant) -> str | dict[str, Any]:
+    if isinstance(variant, ResNetVariant) or ALL.get(variant.name) == variant:
         return variant.name
     return variant.as_dict()
 
@@ -49,9 +51,9 @@ def _plain_variant(variant: Variant) -> str | dict[str, Any]:
 class ModelSettings(Section, path="config.model"):
     """The network."""
 
-    variant: Variant = setting(  # noqa: RUF009
+    variant: Variant | ResNetVariant = setting(  # noqa: RUF009
         ALL["A0"],
-        "an official name or the fields of a Variant",
+        "an official name or the fields of a Variant; of a segmenter ResNet-50 and -101, too",
         parse=_parse_variant,
         plain=_plain_variant,
         any_type=True,
@@ -63,6 +65,18 @@ class ModelSettings(Section, path="config.model"):
         choices=("auto", "branches", "covariance"),
     )
     remat: bool = setting(False, "recompute activations in the backward pass: less memory")
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationSettings(Section, path="config.segmentation"):
+    """What a segmenter adds to its backbone, as in `repvgg_jax.create_segmenter`."""
+
+    fast: bool = setting(False, "dilate the last layers only (paper, Table 8); RepVGG alone")
+    output_stride: int = setting(8, "pixels of an image per pixel of the last map", least=1)
+    bins: tuple[int, ...] = setting((1, 2, 3, 6), "windows of the pyramid's poolings, per axis")
+    width: int = setting(512, "channels of the decoder", least=1)
+    auxiliary_width: int = setting(256, "channels of the auxiliary head; 0: none", least=0)
+    dropout: float = setting(0.1, "fraction of channels that training drops", least=0, below=1)
 
 
 def _parse_group_size(name: str, value: Any) -> int | None:
@@ -103,7 +117,9 @@ class TrainSettings(Section, path="config.train"):
         0.0, "fraction of the target that goes to all classes evenly", least=0, below=1
     )
     shard_optimizer: bool = setting(False, "shard momentum and EMA over the devices (ZeRO stage 1)")
-    auxiliary_weight: float = setting(0.1, "of each auxiliary head's loss (plus-L2pse)", least=0)
+    auxiliary_weight: float = setting(
+        0.1, "of each auxiliary head's loss (plus-L2pse; segmenters use 0.4)", least=0
+    )
     class_weights: str = setting(
         "none",
         "of the loss; balanced: each class counts as much as any other, however rare it is",
@@ -146,9 +162,10 @@ class OptimizerSettings(Section, path="config.optimizer"):
     )
     schedule: str = setting(
         "cosine",
-        "after warm-up; cosine and linear end at 0",
-        choices=("cosine", "linear", "step", "constant"),
+        "after warm-up; cosine, linear and poly end at 0",
+        choices=("cosine", "linear", "poly", "step", "constant"),
     )
+    power: float = setting(0.9, "poly: exponent of the share of steps that are left", above=0)
     step_epochs: float = setting(30.0, "step: epochs between two reductions", least=1e-3)
     step_factor: float = setting(0.1, "step: factor of a reduction", above=0)
     warmup_epochs: float = setting(0.0, "length of the linear warm-up from 0", least=0)
@@ -160,7 +177,10 @@ class OptimizerSettings(Section, path="config.optimizer"):
     weight_decay: float = setting(1e-4, "of kernels and of the identity branch's scale", least=0)
     equivalent_l2: bool = setting(False, "decay the equivalent kernel, not its two branches")
     head_factor: float = setting(
-        1.0, "learning rate of the classifiers over that of everything else", least=0
+        1.0,
+        "learning rate of the classifiers over that of everything else; of a segmenter, of all "
+        "but the backbone",
+        least=0,
     )
     clip_norm: float = setting(0.0, "largest norm of the gradient; 0: any", least=0)
 
@@ -207,7 +227,18 @@ class Settings(Section, path="config"):
         "weights to start from: a run's workdir, a weights file, a hub name or a deploy directory",
     )
     init_entry: str = setting("", "of a weights file that holds several state dicts, e.g. ema")
+    task: str = setting(
+        "classification",
+        "a class per image, or per pixel (docs/segmentation.md)",
+        choices=("classification", "segmentation"),
+    )
+    protocol: str = setting(
+        "whole",
+        "evaluation of segmentation: images in one pass, or the windows of semseg or mmseg",
+        choices=tuple(PROTOCOLS),
+    )
     model: ModelSettings = ModelSettings()
+    segmentation: SegmentationSettings = SegmentationSettings()
     bn: NormSettings = NormSettings()
     data: DataSettings = DataSettings()  # noqa: RUF009
     augment: AugmentSettings = AugmentSettings()  # noqa: RUF009
@@ -240,6 +271,38 @@ class Settings(Section, path="config"):
                 f"config.optimizer.warmup_epochs={self.optimizer.warmup_epochs} must be less than "
                 f"config.train.epochs={self.train.epochs}"
             )
+        if self.task == "segmentation":
+            self._check_segmentation()
+        elif isinstance(self.model.variant, ResNetVariant):
+            raise ValueError(
+                f"config.model.variant={self.model.variant.name} is a backbone of segmenters, "
+                'config.task="segmentation"; classifiers are RepVGGs, e.g. A0'
+            )
+
+    def _check_segmentation(self) -> None:
+        """Checks that nothing is asked for that would leave labels behind, or has no meaning."""
+        augment, train = self.augment, self.train
+        moved = {
+            "config.augment.flip": augment.flip,
+            "config.augment.policy": augment.policy != "none",
+            "config.augment.affine": any(augment.affine.plain().values()),
+            "config.augment.erase.probability": augment.erase.probability,
+            "config.augment.mixup": augment.mixup,
+            "config.augment.cutmix": augment.cutmix,
+        }
+        if found := [name for name, value in moved.items() if value]:
+            raise ValueError(
+                f"{found[0]} changes images without the labels of their pixels; for "
+                'config.task="segmentation" leave it off, and use config.data.masks and '
+                "config.augment.jitter"
+            )
+        without = {
+            "config.train.label_smoothing": train.label_smoothing,
+            "config.train.class_weights": train.class_weights != "none",
+            "config.data.holdout": self.data.holdout,
+        }
+        if found := [name for name, value in without.items() if value]:
+            raise ValueError(f'{found[0]} is for config.task="classification"; leave it off')
 
     def as_json(self) -> dict[str, Any]:
         """The content of `config.json`, which `from_mapping` takes back."""

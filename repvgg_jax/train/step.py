@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -15,11 +16,55 @@ from repvgg_jax.normalize import Normalize
 from repvgg_jax.reparam import equivalent_l2
 from repvgg_jax.train.state import TrainState
 
+_DROPOUT = 0x64726F70  # "drop", which sets its keys apart from those of the augmentation
+
 MOST_CONFUSED = 1000
 """Classes up to which the confusion matrix is counted; it has their number squared entries."""
 
 Batch = Mapping[str, Any]
 Sums = Mapping[str, jax.Array]
+Means = dict[str, np.ndarray]
+
+
+class Task(Protocol):
+    """What a network is trained for; `Classification` and `repvgg_jax.segmentation.task`."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+
+    @property
+    def headline(self) -> str:
+        """The metric that says how good a network is."""
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Metrics in words: that of `headline`, and one beside it."""
+
+    def targets(self, labels: jax.Array) -> jax.Array:
+        """What the loss takes of the labels of a batch."""
+
+    def loss(
+        self, logits: jax.Array, auxiliary: Mapping[str, jax.Array], targets: jax.Array
+    ) -> tuple[jax.Array, Sums]:
+        """The loss to minimize, and the batch's metrics, `loss` and `accuracy` among them."""
+
+    def outputs(self, network: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
+        """What evaluation compares with labels, of normalized images."""
+
+    def evaluate(self, outputs: jax.Array, batch: Mapping[str, Any]) -> Sums:
+        """Sums over the images of a batch that its `mask` keeps."""
+
+    def means(self, parts: Sequence[Sums]) -> Means:
+        """Metrics of a data set from the sums of its batches."""
+
+    def examples(self, outputs: jax.Array, batch: Mapping[str, Any]) -> Mapping[str, jax.Array]:
+        """What `draw` shows of a batch; empty for no picture."""
+
+    def draw(
+        self, examples: Mapping[str, np.ndarray], classes: Sequence[str]
+    ) -> Callable[[Any], None] | None:
+        """A function that draws them to a file; None for no picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +82,12 @@ class Classification:
     label_smoothing: float = 0.0
     auxiliary_weight: float = 0.0
     class_weights: tuple[float, ...] = ()
+
+    headline = "accuracy"
+    """The metric that says how good a network is."""
+
+    names: ClassVar = {"accuracy": "accuracy", "macro_accuracy": "macro accuracy"}
+    """Metrics in words: that of `headline`, and one beside it."""
 
     def targets(self, labels: jax.Array) -> jax.Array:
         """Smoothed one-hot targets (images, classes) of labels (images,)."""
@@ -63,6 +114,10 @@ class Classification:
         heads = [optax.softmax_cross_entropy(head, weighted).mean() for head in auxiliary.values()]
         loss = main + self.auxiliary_weight * sum(heads, start=jnp.zeros_like(main))
         return loss, {"loss": loss, "accuracy": _in_top(1, logits, targets.argmax(-1)).mean()}
+
+    def outputs(self, network: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
+        """What evaluation compares with labels: logits."""
+        return network(images)
 
     def evaluate(self, logits: jax.Array, batch: Mapping[str, Any]) -> Sums:
         """Sums over the images of a batch that its `mask` keeps.
@@ -91,6 +146,34 @@ class Classification:
         if self.num_classes > 5:
             sums["top5"] = (_in_top(5, logits, labels) * mask).sum()
         return sums
+
+    def means(self, parts: Sequence[Sums]) -> Means:
+        """Means over the images of all batches: `loss`, `accuracy`, `top5`, and `class_accuracy`.
+
+        `macro_accuracy` is the mean over classes that have images. `images` is the number of
+        images counted, all that could be decoded, and `class_images` that by label; `confusion`
+        as `evaluate` counts it. `class_accuracy` is NaN for a class without images.
+        """
+        sums = jax.device_get(jax.tree.map(lambda *values: sum(values), *parts))
+        count, class_count = sums.pop("count"), sums.pop("class_count")
+        class_correct, confusion = sums.pop("class_accuracy"), sums.pop("confusion", None)
+        with np.errstate(invalid="ignore"):
+            means = {name: np.asarray(value / count) for name, value in sums.items()}
+            means["class_accuracy"] = class_correct / class_count
+            known = means["class_accuracy"][class_count > 0]
+            means["macro_accuracy"] = np.asarray(known.mean() if known.size else np.nan)
+        counts = {"images": np.asarray(count, np.int64), "class_images": class_count}
+        return {**means, **counts, **({} if confusion is None else {"confusion": confusion})}
+
+    def examples(self, outputs: jax.Array, batch: Mapping[str, Any]) -> Mapping[str, jax.Array]:
+        """Nothing: there is no picture."""
+        return {}
+
+    def draw(
+        self, examples: Mapping[str, np.ndarray], classes: Sequence[str]
+    ) -> Callable[[Any], None] | None:
+        """None: there is no picture."""
+        return None
 
 
 def _in_top(k: int, logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -131,7 +214,7 @@ class TrainStep:
     """
 
     model: nn.Module
-    task: Classification
+    task: Task
     optimizer: optax.GradientTransformation
     augment: Augmentation
     mixing: Mixing | None
@@ -145,13 +228,16 @@ class TrainStep:
     frozen: tuple[str, ...] = ()
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        """Takes one step on `batch`: uint8 images (n, height, width, channels) and labels (n,)."""
+        """Takes one step on `batch`: uint8 images (n, height, width, channels) and their labels.
+
+        Labels are as the task takes them, (n,) or (n, height, width).
+        """
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         images = self.augment(key, batch["image"])
         targets = self.task.targets(batch["label"])
         if self.mixing is not None:
             images, targets = self.mixing(key, images, targets)
-        gradients, batch_stats, metrics = self._gradients(state, images, targets)
+        gradients, batch_stats, metrics = self._gradients(state, images, targets, key)
         if self.equivalent_l2:
             penalty = jax.grad(
                 lambda params: equivalent_l2({"params": params, "batch_stats": batch_stats})
@@ -181,7 +267,7 @@ class TrainStep:
         }
 
     def _gradients(
-        self, state: TrainState, images: jax.Array, targets: jax.Array
+        self, state: TrainState, images: jax.Array, targets: jax.Array, key: jax.Array
     ) -> tuple[Any, Any, Sums]:
         """Means over microbatches of the gradient, the new running statistics and the metrics.
 
@@ -190,7 +276,12 @@ class TrainStep:
         batch at once would give.
         """
 
-        def of_microbatch(images: jax.Array, targets: jax.Array) -> tuple[Any, Any, Sums]:
+        def of_microbatch(
+            images: jax.Array, targets: jax.Array, number: Any = 0
+        ) -> tuple[Any, Any, Sums]:
+            # Of what drops channels; nothing is drawn where nothing does.
+            dropout = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), number)
+
             def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
                 params = self._keep(params, jax.lax.stop_gradient(params))
                 with _frozen(self.frozen):
@@ -199,6 +290,7 @@ class TrainStep:
                         images,
                         train=True,
                         mutable=["batch_stats", "auxiliary"],
+                        rngs={"dropout": dropout},
                     )
                 loss, metrics = self.task.loss(logits, updated.get("auxiliary", {}), targets)
                 return loss, (updated["batch_stats"], metrics)
@@ -209,10 +301,11 @@ class TrainStep:
         if self.microbatches == 1:
             return of_microbatch(images, targets)
 
-        def add(total: Any, microbatch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        def add(total: Any, microbatch: tuple[jax.Array, ...]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, of_microbatch(*microbatch)), None
 
-        split = (self._split(images), self._split(targets))
+        numbers = jnp.arange(self.microbatches)
+        split = (self._split(images), self._split(targets), numbers)
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
             jax.eval_shape(of_microbatch, *(values[0] for values in split)),
@@ -276,14 +369,25 @@ class EvalStep:
       model: the network, in the form of the variables.
       task: which sums.
       normalize: pixels to the network's input.
+      replicated: sharding of the examples; None leaves it to the compiler.
     """
 
     model: nn.Module
-    task: Classification
+    task: Task
     normalize: Normalize
+    replicated: jax.sharding.Sharding | None = None
 
-    def __call__(self, variables: Any, batch: Batch) -> Sums:
-        """Sums over the images that `batch["mask"]` keeps."""
-        logits = self.model.apply(variables, self.normalize(batch["image"]))
-        assert isinstance(logits, jax.Array)
-        return self.task.evaluate(logits, batch)
+    def __call__(self, variables: Any, batch: Batch) -> dict[str, Any]:
+        """Sums over the images that `batch["mask"]` keeps; `examples` for a picture, if any."""
+
+        def network(images: jax.Array) -> jax.Array:
+            logits = self.model.apply(variables, images)
+            assert isinstance(logits, jax.Array)
+            return logits
+
+        outputs = self.task.outputs(network, self.normalize(batch["image"]))
+        examples = self.task.examples(outputs, batch)
+        if self.replicated is not None:
+            examples = jax.lax.with_sharding_constraint(examples, self.replicated)
+        sums = self.task.evaluate(outputs, batch)
+        return {**sums, "examples": examples} if examples else {**sums}

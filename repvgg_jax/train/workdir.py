@@ -9,6 +9,7 @@ metrics.jsonl      one JSON object per row
 tensorboard/       the same for TensorBoard
 curves.png         the same as a picture
 confusion.png      what the final evaluation took for what
+examples.png       of segmentation: images, labels, predictions and errors of the last evaluation
 report.html        the same as a page, with the configuration and the machine
 profile/           a trace, with --profile_steps
 owner.json         which process holds the directory, while a run is at work
@@ -145,6 +146,11 @@ class Workdir:
     def confusion(self) -> pathlib.Path:
         """See the module."""
         return self.path / "confusion.png"
+
+    @property
+    def examples(self) -> pathlib.Path:
+        """See the module."""
+        return self.path / "examples.png"
 
     @property
     def report(self) -> pathlib.Path:

@@ -1,0 +1,217 @@
+"""Segmentation through the loop that classification uses: training, evaluation, conversion."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from repvgg_jax import Variant
+from repvgg_jax.convert.deployed import Output, load_deployed
+from repvgg_jax.convert.pipeline import convert
+from repvgg_jax.convert.source import from_run, from_weights
+from repvgg_jax.data.dataset import Dataset, load
+from repvgg_jax.data.scenes import load_digits_scenes
+from repvgg_jax.data.settings import DataSettings
+from repvgg_jax.export import parse_targets
+from repvgg_jax.train import loop
+from repvgg_jax.train.config import default_config
+from repvgg_jax.train.evaluate import evaluate_only
+from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.loop import train
+from repvgg_jax.train.settings import Settings
+from tests.helpers.jit import quick_jit
+from tests.helpers.runs import assert_same, numbers, rows
+
+TINY = Variant("tiny-scenes", (1, 1), (4, 8), 4, strides=(1, 2), stem_stride=2)
+
+
+def tiny_config(**overrides) -> ConfigDict:
+    config = default_config(TINY)
+    config.task = "segmentation"
+    config.segmentation.output_stride, config.segmentation.bins = 4, (1, 2)
+    config.segmentation.width, config.segmentation.auxiliary_width = 8, 4
+    config.data.source, config.data.train_size = "scenes", 33
+    config.data.eval_size = 64
+    config.train.batch_size, config.train.epochs = 8, 2
+    config.optimizer.schedule, config.optimizer.learning_rate = "poly", 1.0
+    config.eval.batch_size = 8
+    config.report.every_steps = 2
+    with config.unlocked():
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    return config
+
+
+def few_scenes(settings: DataSettings, *, training: bool = True) -> Dataset:
+    """32 scenes to train on and 12 to evaluate on."""
+    found = load(settings, training=training)
+    train, evaluation, _ = load_digits_scenes()
+    return dataclasses.replace(
+        found,
+        train=dataclasses.replace(train, count=32),
+        evaluation=dataclasses.replace(evaluation, count=12),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch):
+    for module in ("loop", "evaluate", "restore", "experiment"):
+        monkeypatch.setattr(f"repvgg_jax.train.{module}.load", few_scenes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("segmentation") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("loop", "evaluate", "restore", "experiment"):
+            patch.setattr(f"repvgg_jax.train.{module}.load", few_scenes)
+        train(tiny_config(), path)
+    return path
+
+
+def test_a_run_reports_miou_of_both_forms_and_draws_examples(run):
+    *_, last = rows(run)
+    assert 0 < last["final/miou"] < 1
+    assert last["final/miou_fused"] == pytest.approx(last["final/miou"], abs=1e-3)
+    assert last["step"] == 8
+    evaluated = [row for row in rows(run) if "eval/miou" in row]
+    assert len(evaluated) == 2
+    assert (run / "examples.png").read_bytes().startswith(b"\x89PNG")
+    page = (run / "report.html").read_text()
+    assert "examples" in page
+    assert "IoU" in page
+    # The best checkpoint is that of the best mIoU.
+    manifest = json.loads((run / "checkpoints" / "8" / "manifest" / "metadata").read_text())
+    assert manifest["accuracy"] == pytest.approx(evaluated[-1]["eval/miou"])
+
+
+def test_an_interrupted_run_ends_bitwise_the_same(run, tmp_path, monkeypatch):
+    steps = iter(range(100))
+    with monkeypatch.context() as patch:
+        poll = loop.StopRequest.poll
+
+        def stop_at_five(request):
+            if next(steps) == 5:
+                request.signal = loop.signal.SIGTERM
+            return poll(request)
+
+        patch.setattr(loop.StopRequest, "poll", stop_at_five)
+        stopped = train(tiny_config(), tmp_path)
+    assert 0 < stopped.step < 8
+    assert train(tiny_config(), tmp_path).step == 8
+    assert numbers(tmp_path)[-1] == numbers(run)[-1]
+
+
+def test_evaluation_alone_finds_what_the_run_did(run):
+    found = evaluate_only(tiny_config(), run)
+    last = rows(run)[-1]
+    assert float(found.trained["miou"]) == last["final/miou"]
+    assert float(found.fused["miou"]) == last["final/miou_fused"]
+    assert any("miou" in line for line in found.lines(by_class=True))
+
+
+def test_microbatches_and_devices_do_not_change_a_step():
+    config = tiny_config(bn__group_size=4, segmentation__dropout=0.0, data__masks__blur=1.0)
+    one = Experiment.from_config(config)
+    batch = _batch(one)
+    state = one.initial_state()
+    two = dataclasses.replace(one.train_step, microbatches=2)
+    whole, halves = (quick_jit(step)(state, batch)[1] for step in (one.train_step, two))
+    # Every pixel of a microbatch counts 1 / its own labeled pixels: here all are labeled.
+    assert float(whole["loss"]) == pytest.approx(float(halves["loss"]), rel=1e-4)
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    run = Experiment.from_config(tiny_config(segmentation__dropout=0.5))
+    step, state, batch = quick_jit(run.train_step), run.initial_state(), _batch(run)
+    first, again = (step(state, batch) for _ in range(2))
+    assert_same(first, again, 0)
+    later = step(state.replace(step=state.step + 1), batch)
+    assert float(first[1]["loss"]) == float(again[1]["loss"]) != float(later[1]["loss"])
+
+
+def _batch(run: Experiment):
+    from repvgg_jax.data.batches import train_batches
+
+    batches = train_batches(
+        run.dataset, batch_size=8, seed=0, start_step=0, sharding=run.over_batch
+    )
+    return jax.device_get(next(batches))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        ({"augment__flip": 0.5}, "config.data.masks"),
+        ({"augment__mixup": 0.2}, "config.augment.mixup"),
+        ({"train__label_smoothing": 0.1}, "label_smoothing"),
+        ({"task": "classification"}, "label per pixel"),
+        ({"data__source": "digits", "data__train_size": 0}, "per image"),
+        ({"segmentation__bins": (1, 1)}, "bins"),
+        ({"protocol": "semseq"}, "semseg"),
+    ],
+)
+def test_what_a_segmentation_cannot_be_is_one_line(overrides, word, monkeypatch):
+    monkeypatch.setattr("repvgg_jax.train.experiment.load", load)
+    config = tiny_config(**overrides)
+    if config.data.source == "digits":
+        config.data.mean, config.data.std, config.data.eval_size = (0.3,), (0.3,), 0
+    with pytest.raises(ValueError, match=word) as caught:
+        Experiment.from_config(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_resnet_is_a_backbone_only():
+    config = default_config("ResNet-50")
+    assert Settings.from_config(config).as_json()["model"]["variant"] == "ResNet-50"
+    config.task = "classification"
+    with pytest.raises(ValueError, match="ResNet-50"):
+        Settings.from_config(config)
+
+
+def test_poly_falls_with_the_power_of_the_steps_left():
+    run = Experiment.from_config(tiny_config(optimizer__learning_rate=0.32))
+    rates = [run.learning_rate(step) for step in (1, 5)]
+    np.testing.assert_allclose(rates, [0.01, 0.01 * 0.5**0.9], rtol=1e-6)
+
+
+def test_a_run_is_converted_proven_and_read_back(run, tmp_path):
+    source = from_run(run)
+    targets = parse_targets(["safetensors", "orbax", "stablehlo"])
+    done = convert(source, Output(tmp_path / "deploy"), targets=targets)
+    assert done.proof is not None
+    assert done.proof.holds
+    assert done.proof.images == 12
+    assert "pixels" in str(done.proof)
+    assert all("UNPROVEN" not in line for line in done.lines)
+    deployed = load_deployed(tmp_path / "deploy")
+    images = source.normalize(source.images[:2])
+    again = deployed.model.apply(deployed.variables, images)
+    trained = source.model.apply(source.variables, images)
+    np.testing.assert_allclose(again, trained, atol=1e-5 * float(np.abs(trained).max()))
+
+
+def test_onnx_runtimes_agree_pixel_by_pixel(run, tmp_path):
+    pytest.importorskip("onnxruntime")
+    source = from_run(run)
+    for name, formats, inside in (("a", ["onnx", "onnx:float16"], False), ("b", ["onnx"], True)):
+        done = convert(
+            source,
+            Output(tmp_path / name),
+            targets=parse_targets([*formats, "safetensors"]),
+            with_preprocessing=inside,
+        )
+        assert all("UNPROVEN" not in line for line in done.lines)
+    # The directory is a source, too.
+    again = convert(
+        from_weights(str(tmp_path / "a")), Output(tmp_path / "c"), targets=parse_targets(["onnx"])
+    )
+    assert again.proof is None
+
+
+def test_formats_of_classifiers_refuse_a_segmenter(run, tmp_path):
+    with pytest.raises(ValueError, match="holds classifiers"):
+        convert(from_run(run), Output(tmp_path / "d"), targets=parse_targets(["torch-timm"]))
+    assert not (tmp_path / "d").exists()
