@@ -157,6 +157,7 @@ def convert(
             artifacts,
             proof=proof,
             source=source.details,
+            crop=source.crop,
             earlier=output.path,
         )
     return Conversion(
