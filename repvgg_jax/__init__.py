@@ -2,6 +2,7 @@
 
 from repvgg_jax._version import __version__
 from repvgg_jax.block import ReparamBlock, RepVGGBlock, fuse_model
+from repvgg_jax.convert.deployed import load_deployed
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.nnx import to_nnx
 from repvgg_jax.reparam import fuse_linear, fuse_params, unfuse_params
@@ -48,6 +49,7 @@ __all__ = [
     "fuse_model",
     "fuse_params",
     "get_variant",
+    "load_deployed",
     "load_pretrained",
     "load_scales",
     "load_variables",

@@ -2,7 +2,7 @@
 
 A command is a module with its flags, `main(arguments) -> int` and `run()`, which calls `run` of
 this module; `repvgg_jax.train.command` is one. `train.py` calls the command's `run`; the console
-scripts of an installed package are `train`, `convert` and `prepare` of this module.
+scripts of an installed package are `train`, `convert`, `prepare` and `predict` of this module.
 """
 
 import importlib
@@ -90,6 +90,8 @@ def _keep_compiled_programs() -> None:
 def run(
     main: Callable[[Sequence[str]], int],
     defaults: Callable[[Sequence[str]], Mapping[str, str]] = lambda _: {},
+    *,
+    positional: bool = False,
 ) -> NoReturn:
     """Parses the flags, runs `main` and exits with its status, 1 for an error, 2 for a flag.
 
@@ -98,11 +100,16 @@ def run(
       defaults: takes the command line, returns flags to add if they are not given. The recipe is
         one: it depends on other flags, and a flag's own default would be read before errors can
         be caught.
+      positional: whether it takes arguments that are not flags.
     """
     _configure_logging()
     for flag in flags.FLAGS.get_flags_for_module(main.__module__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # for --help
-    app.run(lambda argv: _guarded(main, argv), flags_parser=lambda argv: _parse(argv, defaults))
+
+    def parse(arguments: Sequence[str]) -> Sequence[str]:
+        return _parse(arguments, defaults, positional=positional)
+
+    app.run(lambda argv: _guarded(main, argv), flags_parser=parse)
     raise AssertionError("app.run does not return")
 
 
@@ -112,7 +119,10 @@ def is_given(name: str, arguments: Sequence[str]) -> bool:
 
 
 def _parse(
-    arguments: Sequence[str], defaults: Callable[[Sequence[str]], Mapping[str, str]]
+    arguments: Sequence[str],
+    defaults: Callable[[Sequence[str]], Mapping[str, str]],
+    *,
+    positional: bool,
 ) -> Sequence[str]:
     try:
         added = [
@@ -124,7 +134,7 @@ def _parse(
         rest = flags.FLAGS(arguments)
     except _FLAG_ERRORS as error:
         _fail(error, status=2)
-    if len(rest) > 1:
+    if len(rest) > 1 and not positional:
         _fail(ValueError(f"unexpected argument {rest[1]!r}; see --help"), status=2)
     return rest
 
@@ -191,11 +201,16 @@ def prepare() -> None:
     _script("repvgg_jax.data.prepare.__main__", extra="train")
 
 
-def _script(module: str, *, extra: str) -> None:
+def predict() -> None:
+    """The console script `repvgg-predict`."""
+    _script("repvgg_jax.predict", extra="train", positional=True)
+
+
+def _script(module: str, *, extra: str, positional: bool = False) -> None:
     """Runs a command whose libraries may not be installed: they come with an extra."""
     try:
         loaded = importlib.import_module(module)
-        run(loaded.main, getattr(loaded, "defaults", lambda _: {}))
+        run(loaded.main, getattr(loaded, "defaults", lambda _: {}), positional=positional)
     except ModuleNotFoundError as error:
         ours = (error.name or "").partition(".")[0] == __package__
         if ours or (flags.FLAGS.is_parsed() and flags.FLAGS.traceback):

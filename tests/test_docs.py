@@ -128,7 +128,7 @@ def test_rooms_exist():
 def test_scripts_exist():
     named = {script for page in DOCS.glob("*.md") for script in scripts(page.name)}
     assert named
-    for script in named - {"classify.py"}:  # data.md shows it
+    for script in named:
         module = script.removeprefix("-m ").replace(".", "/")
         paths = [f"{module}/__main__.py", f"{module}.py"] if "-m " in script else [script]
         assert any((ROOT / path).is_file() for path in paths), script
@@ -226,9 +226,14 @@ def test_own_images_from_a_tree_to_their_classes(tmp_path):
     changes = " ".join(f"--config.train.{change}" for change in changes)
     shell(f"{train} {changes} --config.data.train_size=32", tmp_path)
     assert "written to deploy-flowers" in shell(convert, tmp_path)
-    lines = shell(ask, tmp_path).splitlines()
-    assert [line.partition(":")[0] for line in lines] == ask.split()[2:]
-    assert all(re.search(r": (daisy|tulip), probability [01]\.\d\d$", line) for line in lines)
+    files = ask.split()[5:]
+    rows = [line.split() for line in shell(ask, tmp_path).splitlines()]
+    assert [row[0] for row in rows] == files
+    assert {row[1] for row in rows} <= {"daisy", "tulip"}
+    lines = shell(f"python classify.py {' '.join(files)}", tmp_path).splitlines()
+    for (file, best, share, *_), line in zip(rows, lines, strict=True):
+        assert line.startswith(f"{file}: {best}, probability ")
+        assert abs(float(line.split()[-1]) - float(share.rstrip("%")) / 100) < 0.011
 
 
 @pytest.mark.slow

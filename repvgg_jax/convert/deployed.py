@@ -11,13 +11,15 @@ model.onnx, …        what `--format` asks for
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
+import numpy as np
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
@@ -36,6 +38,9 @@ from repvgg_jax.typed import typed
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights import load_weights
 
+if TYPE_CHECKING:
+    from repvgg_jax.classifier import Classifier
+
 KIND = "repvgg_jax deployment"
 
 # Keys of the two files; files on disk have them, so spellings stay.
@@ -43,6 +48,27 @@ _ARTIFACTS = "artefacts"
 
 _FORMAT = 2  # of the directory: proof.json has a digest of itself
 _MOST = 10_000_000  # classes, or pixels of a side: anything above is damage
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """How evaluation turned image files into pixels; see `config.data`.
+
+    Attributes:
+      fraction: of the side that just covers the crop, that remains.
+      background: color behind transparent pixels.
+      white: what becomes 255 in images of more than 8 bits; 0: their type's largest.
+    """
+
+    fraction: float = 0.875
+    background: tuple[int, int, int] = (255, 255, 255)
+    white: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction={self.fraction} must be above 0, up to 1")
+        if not all(0 <= value <= 255 for value in self.background) or not self.white >= 0:
+            raise ValueError(f"background={self.background} or white={self.white} is no color")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +86,45 @@ class Deployment:
     variables: dict[str, Any]
     metadata: dict[str, Any]
     proof: dict[str, Any]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names by label; empty if unknown."""
+        return tuple(self.metadata["classes"])
+
+    def preprocess(self, image: Any) -> np.ndarray:
+        """An image file as evaluation crops and resizes it, see `Classifier.preprocess`."""
+        return self._classifier.preprocess(image)
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Probabilities (images, classes) of uint8 images, see `Classifier.predict`.
+
+        The first call compiles, with the weights as constants.
+        """
+        return self._classifier.predict(images)
+
+    @functools.cached_property
+    def _classifier(self) -> "Classifier":
+        return self.classifier()
+
+    def classifier(self, *, constant_weights: bool = True) -> "Classifier":
+        """The network with everything between an image file and its classes.
+
+        Raises:
+          ValueError: it has no classes.
+        """
+        from repvgg_jax.classifier import Classifier, center_crop
+
+        found = Metadata.from_json(self.metadata)
+        return Classifier(
+            self.model,
+            self.variables,
+            Normalize(found.mean, found.std),
+            found.classes,
+            found.image_shape,
+            center_crop(found.image_shape, **dataclasses.asdict(found.crop)),
+            constant_weights,
+        )
 
 
 def load_deployed(path: str | pathlib.Path, *, verify: bool = True) -> Deployment:
@@ -199,6 +264,7 @@ class Metadata:
       with_preprocessing: whether its graphs take uint8 images.
       format: version of the directory; 2 has a digest of `proof.json`.
       segmentation: None for a classifier.
+      crop: how its images were read; earlier versions do not say.
     """
 
     variant: Variant | None
@@ -211,6 +277,7 @@ class Metadata:
     with_preprocessing: bool = False
     format: int = 1
     segmentation: SegmenterForm | None = None
+    crop: Crop = Crop()
 
     def __post_init__(self) -> None:
         if not 1 <= self.format <= _FORMAT:
@@ -360,6 +427,7 @@ def write_description(
     *,
     proof: Proof | None,
     source: Mapping[str, Any],
+    crop: Crop = Crop(),
     earlier: pathlib.Path | None = None,
 ) -> Kept:
     """Writes `metadata.json` and `proof.json` next to the artifacts.
@@ -370,6 +438,7 @@ def write_description(
       artifacts: what was written there.
       proof: that it computes what its source does; None if the source is in deploy form.
       source: where the network comes from.
+      crop: how images were read.
       earlier: the directory whose place this one takes.
 
     Returns:
@@ -389,6 +458,7 @@ def write_description(
         "image_shape": list(network.image_shape),
         "mean": list(network.normalize.mean),
         "std": list(network.normalize.std),
+        "crop": dataclasses.asdict(crop),
         "with_preprocessing": network.with_preprocessing,
         WEIGHTS: weights_digest(network.params),
         "source": dict(source),

@@ -163,6 +163,7 @@ def convert(
             artifacts,
             proof=proof,
             source=source.details,
+            crop=source.crop,
             earlier=output.path,
         )
     return Conversion(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from repvgg_jax.convert.deployed import is_deployment, load_deployed
+from repvgg_jax.convert.deployed import Crop, Metadata, is_deployment, load_deployed
 from repvgg_jax.data.settings import DataSettings, Size, height_width, parse_size
 from repvgg_jax.export.description import Description, read_description
 from repvgg_jax.model import RepVGG, create_model
@@ -46,6 +46,7 @@ class Source:
       labels: name of every class; empty if unknown.
       details: where it comes from, for `metadata.json`.
       notes: what was assumed, or what else there is, a line each.
+      crop: how image files become its images.
     """
 
     title: str
@@ -57,6 +58,7 @@ class Source:
     labels: tuple[str, ...]
     details: dict[str, Any]
     notes: tuple[str, ...] = ()
+    crop: Crop = Crop()  # noqa: RUF009 (frozen)
 
     @property
     def per_pixel(self) -> bool:
@@ -137,7 +139,15 @@ def from_run(path: pathlib.Path, *, step: Step = "newest", data: str | None = No
             "images": image_source,
         },
         notes=tuple(notes),
+        crop=crop_of(run.settings.data),
     )
+
+
+def crop_of(settings: DataSettings) -> Crop:
+    """How a run's evaluation reads image files."""
+    # Without a size, images are taken as they are.
+    fraction = settings.eval_crop if settings.eval_size else 1.0
+    return Crop(fraction, settings.background, settings.white)
 
 
 def from_weights(name: str, facts: Facts | None = None, *, data: str | None = None) -> Source:
@@ -198,6 +208,7 @@ def _from_deployed(path: pathlib.Path, data: str | None) -> Source:
             "source": metadata.get("source"),
             "images": image_source,
         },
+        crop=Metadata.from_json(metadata).crop,
     )
 
 

@@ -1,0 +1,135 @@
+"""Classes of image files: the same numbers as in evaluation, by every way to name a network."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import repvgg_jax as rv
+from repvgg_jax.classifier import find_images
+from repvgg_jax.convert.deployed import Output, load_deployed
+from repvgg_jax.convert.pipeline import convert
+from repvgg_jax.convert.source import from_run
+from repvgg_jax.data.dataset import load
+from repvgg_jax.export import parse_targets
+from repvgg_jax.train.restore import load_run
+from tests.helpers.commands import ROOT
+
+
+def predict(*arguments: object) -> subprocess.CompletedProcess:
+    """Runs the command."""
+    command = [sys.executable, "-m", "repvgg_jax.predict", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def deployed(small_run, tmp_path_factory):
+    """A converted run on digits."""
+    path = tmp_path_factory.mktemp("predict") / "deploy"
+    convert(from_run(small_run[0]), Output(path), targets=parse_targets(["safetensors"]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(small_run, tmp_path_factory):
+    """Validation images as files, and their probabilities by the training form."""
+    ran = load_run(small_run[0])
+    source = load(ran.settings.data).evaluation
+    path = tmp_path_factory.mktemp("images")
+    (path / "more").mkdir()
+    pixels = np.stack([source[i]["image"] for i in range(5)])
+    for i, image in enumerate(pixels):
+        Image.fromarray(image[..., 0]).save(path / ("more" if i > 2 else ".") / f"{i}.png")
+    logits = ran.model.apply(ran.variables, ran.normalize(pixels))
+    return path, pixels, np.asarray(jax.nn.softmax(logits))
+
+
+def test_a_deployment_predicts_what_evaluation_does(deployed, images):
+    path, pixels, expected = images
+    net = rv.load_deployed(deployed)
+    read = np.stack([net.preprocess(file) for file in find_images([str(path)])])
+    np.testing.assert_array_equal(read, pixels)
+    np.testing.assert_allclose(net.predict(read), expected, atol=1e-5)
+    np.testing.assert_array_equal(net.preprocess(pixels[0]), pixels[0])
+    assert net.classes == tuple("0123456789")
+    assert net.predict(pixels[:0]).shape == (0, 10)
+
+
+def test_variable_weights_give_the_same(deployed, images):
+    _, pixels, expected = images
+    found = load_deployed(deployed).classifier(constant_weights=False).predict(pixels)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.zeros((8, 8, 1), np.uint8), "must be uint8"),
+        (np.zeros((2, 8, 8, 1), np.float32), "must be uint8"),
+    ],
+)
+def test_images_of_another_kind(deployed, bad, message):
+    with pytest.raises(ValueError, match=message):
+        load_deployed(deployed).predict(bad)
+
+
+def test_how_images_are_read_is_stored(deployed, small_run):
+    """As the run's evaluation reads them; directories of earlier versions do not say."""
+    content = json.loads((deployed / "metadata.json").read_text())
+    assert content["crop"] == {"fraction": 1.0, "background": [255, 255, 255], "white": 0.0}
+    assert from_run(small_run[0]).crop.fraction == 1.0
+
+
+def test_images_are_found(tmp_path):
+    for name in ("a.JPG", "b/c.png", "b/notes.txt", "b/d/e.webp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    names = [name.removeprefix(f"{tmp_path}/") for name in find_images([str(tmp_path)])]
+    assert names == ["a.JPG", "b/c.png", "b/d/e.webp"]
+    assert find_images([f"{tmp_path}/**/*.png"]) == [f"{tmp_path}/b/c.png"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="none holds no images"):
+        find_images([f"{tmp_path}/none"])
+    with pytest.raises(ValueError, match=r"no image file.*nothing\.png"):
+        find_images([f"{tmp_path}/nothing.png"])
+
+
+@pytest.mark.system
+def test_the_command(deployed, images, small_run):
+    """JSON and nothing else on standard output, for a directory of images; then a table."""
+    path, _, expected = images
+    files = find_images([str(path)])
+    done = predict(f"--model={deployed}", "--json", path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [image["file"] for image in found] == files
+    for image, probabilities in zip(found, expected, strict=True):
+        assert len(image["top"]) == 5
+        assert image["top"][0]["class"] == str(probabilities.argmax())
+        assert image["top"][0]["probability"] == pytest.approx(probabilities.max(), abs=1e-5)
+    done = predict(f"--model={small_run[0]}", "--top=1", files[0])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{files[0]}  {expected[0].argmax()} {expected[0].max():.1%}")
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=DEPLOY"], "give --model"),
+        (["--model=DEPLOY", "--step=3", "IMAGE"], "--step=3 is for a run"),
+        (["--model=DEPLOY", "README.md"], r"README.md: .* no image format"),
+    ],
+)
+def test_what_cannot_be_classified(deployed, images, arguments, message):
+    places = {"DEPLOY": str(deployed), "IMAGE": str(images[0] / "0.png")}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    done = predict(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(f"error: .*{message}.*\n", done.stderr)
