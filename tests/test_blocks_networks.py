@@ -15,7 +15,7 @@ from repvgg_jax.weights.detect import detect
 from repvgg_jax.weights.names import NAMINGS
 from repvgg_jax.weights.tree import leaves
 from tests.helpers.jit import quick_jit
-from tests.trees import random_images, random_variables
+from tests.helpers.trees import random_images, random_variables
 
 PARAMETERS = {  # training form, deploy form
     "mobileone_s0": (5_293_272, 2_078_504),

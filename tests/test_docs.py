@@ -22,8 +22,8 @@ from repvgg_jax import ReparamBlock, reparam
 from repvgg_jax.data.augment import __main__ as picture
 from repvgg_jax.data.sources import SUFFIXES
 from repvgg_jax.train.settings import Settings
-from tests.flags import xla_flags
 from tests.helpers.commands import run
+from tests.helpers.flags import xla_flags
 from tests.helpers.pictures import encoded, images, photo, write_tars
 from tests.helpers.processes import RECIPE
 

@@ -11,8 +11,9 @@ import repvgg_jax as rv
 from repvgg_jax.segmentation.network import dilations, make_backbone
 from repvgg_jax.segmentation.resnet import RESNETS, ResNetVariant
 from repvgg_jax.segmentation.weights import load_resnet, start_from_classifier
+from repvgg_jax.text import named_leaves
 from tests.helpers.jit import quick_jit
-from tests.trees import paths, random_images, random_variables
+from tests.helpers.trees import paths, random_images, random_variables
 
 TINY = rv.Variant("tiny", (1, 1, 6, 1), (8, 8, 16, 24), stem_channels=8, groups=2)
 TINY_SE = rv.Variant(
@@ -275,15 +276,7 @@ def classifier():
 
 
 def loaded(variables, **options):
-    return rv.load_weights(dict(_flat(variables)), variant=TINY, **options)
-
-
-def _flat(tree):
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf))
-        for path, leaf in leaves
-    ]
+    return rv.load_weights(jax.device_get(named_leaves(variables)), variant=TINY, **options)
 
 
 @pytest.mark.parametrize("form", ["training", "deploy"])
