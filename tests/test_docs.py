@@ -110,7 +110,10 @@ def test_every_option_of_terms_and_blocks_is_explained():
 
 
 def test_rooms_exist():
-    """Every file and directory of the architecture page, and every package on that page."""
+    """Every file and directory of the architecture page, and every package on that page.
+
+    So are the modules beside the packages, and those of `reparam`.
+    """
     (tree,) = re.findall(r"^## Rooms\n\n```text\n(.*?)^```", text("architecture.md"), re.M | re.S)
     parents, found = {0: ROOT}, set()
     for line in tree.splitlines():
@@ -122,7 +125,12 @@ def test_rooms_exist():
             found.add(path)
             parents[indent + 2] = path
     packages = {path.parent for path in (ROOT / "repvgg_jax").rglob("__init__.py")}
-    assert packages <= found
+    modules = {
+        path
+        for folder in (ROOT / "repvgg_jax", ROOT / "repvgg_jax" / "reparam")
+        for path in folder.glob("[!_]*.py")
+    }
+    assert packages | modules <= found
 
 
 def test_scripts_exist():
