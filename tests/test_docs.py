@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import repvgg_jax
 from repvgg_jax import ReparamBlock, reparam
 from repvgg_jax.data.augment import __main__ as picture
 from repvgg_jax.data.sources import SUFFIXES
@@ -107,6 +108,15 @@ def test_every_option_of_terms_and_blocks_is_explained():
         if term and (found := value.strip("` ")) not in ("", "none"):
             (field,) = (f for f in dataclasses.fields(getattr(reparam, term)) if f.name == option)
             assert str(field.default) == found.strip('"'), name
+
+
+@pytest.mark.core
+def test_every_public_name_is_on_the_page_of_them():
+    """In the first column of its tables, and nothing else is there."""
+    listed = re.findall(r"^\|(.*?)\|", text("api.md"), re.M)
+    names = {name for cell in listed for name in re.findall(r"`(\w+)`", cell)}
+    linear = {"Linear"}  # in words, beside its terms
+    assert names | linear == {*repvgg_jax.__all__, *reparam.__all__}
 
 
 def test_rooms_exist():
