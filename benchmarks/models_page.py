@@ -96,7 +96,7 @@ def page() -> str:
     tested = tested_layouts()
     parts = [INTRODUCTION]
     families: dict[str, dict[str, Any]] = {"": dict(variants.VARIANTS)}
-    for name, variant in getattr(variants, "FAMILY", {}).items():
+    for name, variant in variants.FAMILY.items():
         families.setdefault(name.partition("_")[0], {})[name] = variant
     for prefix, members in families.items():
         title, link = FAMILIES.get(prefix, (prefix, ""))

@@ -1,7 +1,7 @@
 """What was measured of a table of the paper, as a page of Markdown and a picture."""
 
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import harness
@@ -199,7 +199,7 @@ def _costs(table: str, rows: Sequence[str]) -> list[str]:
         if table in "45":
             cell |= {"paper: G MACs": here.macs, "paper: G Winograd": here.winograd}
         cells.append(cell)
-    return ["## Costs, and what the paper prints", "", _markdown(cells), ""]
+    return ["## Costs, and what the paper prints", "", harness.table(cells), ""]
 
 
 def _segmenter_costs(row: str) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _density_printed(rows: Sequence[str]) -> list[str]:
         for row, (macs, took, speed) in ((row, paper.DENSITY[row]) for row in rows)
     ]
     title = f"## As printed: 1080Ti, batch {images}, {channels} channels, {size}x{size} pixels"
-    return [title, "", _markdown(cells), ""]
+    return [title, "", harness.table(cells), ""]
 
 
 def _speeds(table: str, rows: Sequence[str], records: Sequence[Record], case: str) -> list[str]:
@@ -229,7 +229,7 @@ def _speeds(table: str, rows: Sequence[str], records: Sequence[Record], case: st
     reference = paper.TABLES[table].reference
 
     def body(cell: Callable[[Record], str]) -> str:
-        return _markdown(
+        return harness.table(
             [
                 {"": row}
                 | {
@@ -293,7 +293,7 @@ def _ahead(rows: Sequence[str], records: Sequence[Record]) -> list[str]:
         f"Batch {job['batch']}, {job['dtype']}: read from and written to main memory per batch, "
         "and kernels. Counted from the compiled program, not timed.",
         "",
-        _markdown(cells),
+        harness.table(cells),
         "",
     ]
 
@@ -333,7 +333,3 @@ def _spread(found: dict[str, float] | None) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def _markdown(rows: Iterable[dict[str, Any]]) -> str:
-    return harness.table(list(rows))

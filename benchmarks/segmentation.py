@@ -14,10 +14,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import convolutions
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import paper
 
 import repvgg_jax as rv
 
@@ -38,9 +40,9 @@ class Row:
 
     backbone: str
     fast: bool
-    miou: float
+    miou: float | None
     accuracy: float
-    speed: float
+    speed: float | None
 
     @property
     def name(self) -> str:
@@ -49,13 +51,25 @@ class Row:
         return f"{prefix}{self.backbone}{'-fast' if self.fast else ''}"
 
 
-ROWS = (
-    Row("B1g2", True, 78.88, 96.19, 10.9),
-    Row("ResNet-50", False, 77.17, 95.99, 10.4),
-    Row("B1g2", False, 78.70, 96.27, 8.0),
-    Row("B2", True, 79.52, 96.36, 6.9),
-    Row("ResNet-101", False, 78.51, 96.30, 6.7),
-    Row("B2", False, 80.57, 96.50, 4.5),
+PIXEL_ACCURACY = {
+    "B1g2-fast": 96.19,
+    "ResNet-50": 95.99,
+    "B1g2": 96.27,
+    "B2-fast": 96.36,
+    "ResNet-101": 96.30,
+    "B2": 96.50,
+}
+"""In percent, of the paper; its other columns are in `paper.TABLES`."""
+
+ROWS = tuple(
+    Row(
+        backbone=name.removesuffix("-fast"),
+        fast=name.endswith("-fast"),
+        miou=printed.accuracy,
+        accuracy=PIXEL_ACCURACY[name],
+        speed=printed.speed,
+    )
+    for name, printed in paper.TABLES["8"].rows.items()
 )
 
 
@@ -72,26 +86,7 @@ def count(row: Row, size: int, *, deploy: bool) -> tuple[int, int]:
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
-    return parameters, macs(jax.make_jaxpr(model.apply)(variables, images).jaxpr)
-
-
-def macs(jaxpr: Any) -> int:
-    """Multiply-accumulates of the convolutions of a program and of the programs inside it."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            out_channel = equation.params["dimension_numbers"].rhs_spec[0]
-            kernel = equation.invars[1].aval.shape
-            taps = math.prod(kernel) // kernel[out_channel]
-            total += taps * math.prod(equation.outvars[0].aval.shape)
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")
-        ):
-            if hasattr(inner, "eqns"):
-                total += macs(inner)
-            elif hasattr(inner, "jaxpr"):
-                total += macs(inner.jaxpr)
-    return total
+    return parameters, convolutions.count(model.apply, variables, images).macs
 
 
 def build(name: str, size: int, batch: int) -> tuple[Callable[[], Any], None]:
@@ -111,7 +106,9 @@ def build(name: str, size: int, batch: int) -> tuple[Callable[[], Any], None]:
 def main() -> None:
     """Counts, measures what the flags select, and reports."""
     parser = harness.arguments(__doc__)
-    parser.add_argument("--image-size", type=int, default=713, help="pixels, for MACs")
+    parser.add_argument(
+        "--image-size", type=int, default=paper.SEGMENTED_SIZE, help="pixels, for MACs"
+    )
     parser.add_argument("--time", action="store_true", help="also time both forms")
     parser.add_argument("--time-size", type=int, default=257, help="pixels, for times")
     parser.add_argument("--batch", type=int, default=1, help="images, for times")

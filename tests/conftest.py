@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 
-from tests.flags import xla_flags
+from tests.helpers.flags import xla_flags
 from tests.helpers.shared import digits_run, small_run  # noqa: F401, fixtures
 
 # Before jax is imported: the number of devices is fixed when its backend starts. Flags given from

@@ -9,7 +9,7 @@ from flax import linen as nn
 import repvgg_jax as rv
 from repvgg_jax import reparam
 from tests.helpers.jit import quick_jit
-from tests.trees import TINY, random_images, random_variables, randomise
+from tests.helpers.trees import TINY, random_images, random_variables, randomize
 
 pytestmark = pytest.mark.core
 
@@ -17,7 +17,7 @@ X = random_images((2, 6, 6, 8))
 
 
 def variables_of(module, x=X, **options):
-    return randomise(jax.eval_shape(lambda x: module.init(jax.random.key(0), x, **options), x))
+    return randomize(jax.eval_shape(lambda x: module.init(jax.random.key(0), x, **options), x))
 
 
 @pytest.mark.parametrize("form", ["branches", "covariance"])

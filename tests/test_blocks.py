@@ -17,7 +17,7 @@ from flax import linen as nn
 from repvgg_jax import ReparamBlock, fuse_linear, fuse_model, fuse_params, reparam
 from repvgg_jax.reparam import REPVGG
 from tests.helpers.jit import quick_jit
-from tests.trees import random_images, randomise
+from tests.helpers.trees import random_images, randomize
 
 CHANNELS = 4
 DENSE = ({}, {"features": 8, "stride": 2, "groups": 2, "dilation": 2})
@@ -69,7 +69,7 @@ def block_of(spec, options, dtype=jnp.float64, **more):
 
 def variables_of(block, seed=0):
     x = jax.ShapeDtypeStruct((1, 8, 8, CHANNELS), block.dtype)
-    return randomise(jax.eval_shape(block.init, jax.random.key(0), x), seed)
+    return randomize(jax.eval_shape(block.init, jax.random.key(0), x), seed)
 
 
 @pytest.mark.parametrize(("spec", "options"), CASES)
@@ -345,7 +345,7 @@ class TestOtherConvolutions:
             3, (3,) * dims, strides, ((dilation, dilation),) * dims, kernel_dilation=dilation
         )
         variables = quick_jit(layer.init)(jax.random.key(0), jnp.zeros((1, *(8,) * dims, 2)))
-        variables = randomise(variables)
+        variables = randomize(variables)
         found = fuse_linear(
             quick_jit(lambda x: layer.apply(variables, x)),
             in_channels=2,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import repvgg_jax as rv
 from repvgg_jax import reparam
@@ -15,7 +16,8 @@ from repvgg_jax.weights.detect import detect
 from repvgg_jax.weights.names import NAMINGS
 from repvgg_jax.weights.tree import leaves
 from tests.helpers.jit import quick_jit
-from tests.trees import random_images, random_variables
+from tests.helpers.pth_writer import write_zip
+from tests.helpers.trees import random_images, random_variables
 
 PARAMETERS = {  # training form, deploy form
     "mobileone_s0": (5_293_272, 2_078_504),
@@ -225,7 +227,8 @@ class TestCheckpoints:
         again = model.fuse(merged.variables)
         chex.assert_trees_all_close(again, fused, atol=1e-4, rtol=1e-3)
 
-    def test_scales_of_the_authors(self):
+    def test_scales_of_the_authors(self, tmp_path):
+        """In memory, and in a file of either kind, alone or beside other entries."""
         variant = tiny("repopt_b1_search")
         variables = random_variables(rv.create_model(variant, num_classes=3))
         state = rv.to_state_dict(variables, variant=variant)
@@ -233,6 +236,14 @@ class TestCheckpoints:
         found = rv.load_scales({"model": alone})
         expected = reparam.extract_scales(reparam.repopt_search(), variables["params"])
         chex.assert_trees_all_equal(found, expected)
+        write_zip(tmp_path / "scales.pth", state, wrapper="model")
+        safetensors.numpy.save_file(alone, tmp_path / "scales.safetensors")
+        for path in tmp_path.iterdir():
+            chex.assert_trees_all_equal(rv.load_scales(path), expected)
+        both = {"model": alone, "ema": {key: 2 * value for key, value in alone.items()}}
+        chex.assert_trees_all_equal(rv.load_scales(both, entry="model"), expected)
+        with pytest.raises(ValueError, match="entry="):
+            rv.load_scales(both)
         with pytest.raises(ValueError, match=r"no scales.*linear.bias"):
             rv.load_scales({"linear.bias": state["linear.bias"]})
 

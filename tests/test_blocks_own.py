@@ -12,7 +12,7 @@ import repvgg_jax as rv
 from repvgg_jax import proof, reparam
 from repvgg_jax.export import Network, Normalize, export
 from tests.helpers.jit import quick_jit
-from tests.trees import random_images, random_variables, randomise
+from tests.helpers.trees import random_images, random_variables, randomize
 
 OWN = reparam.BlockSpec(
     "own",
@@ -95,7 +95,7 @@ def test_a_fold_inside_a_gradient():
     """E.g. a penalty on the kernel that deploys."""
     block = rv.ReparamBlock(4, spec=OWN)
     x = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
-    variables = randomise(jax.eval_shape(block.init, jax.random.key(0), x))
+    variables = randomize(jax.eval_shape(block.init, jax.random.key(0), x))
 
     def penalty(params):
         fused = rv.fuse_params({**variables, "params": params}, blocks=(OWN,))

@@ -33,7 +33,7 @@ from repvgg_jax.train.state import TrainState
 from repvgg_jax.train.workdir import RunMetadata, Workdir
 from tests.helpers import export_networks as nets
 from tests.helpers.commands import ROOT, check_one_line, run
-from tests.trees import random_variables
+from tests.helpers.trees import random_variables
 
 OLD = ROOT / "tests" / "data" / "v0.1-0164ae8"  # a run and a deploy directory of that commit
 DEFAULT = parse_targets(["orbax", "safetensors"])

@@ -7,7 +7,7 @@ from repvgg_jax import create_model
 from repvgg_jax.block import RepVGGBlock
 from repvgg_jax.cpu_conv import conv_general_dilated, training_conv_general_dilated
 from tests.helpers.jit import quick_jit
-from tests.trees import random_images
+from tests.helpers.trees import random_images
 
 
 def operands(channels, features, groups, height, width):

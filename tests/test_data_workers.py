@@ -16,7 +16,7 @@ import pytest
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.settings import DataSettings
-from tests.flags import xla_flags
+from tests.helpers.flags import xla_flags
 from tests.helpers.pictures import images, write_tree
 from tests.helpers.processes import RECIPE, ROOT
 from tests.helpers.sharding import OVER_BATCH

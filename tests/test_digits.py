@@ -13,8 +13,8 @@ import pytest
 
 from configs.digits import get_config
 from repvgg_jax.train.loop import train
-from tests.flags import xla_flags
 from tests.helpers.commands import ROOT, run
+from tests.helpers.flags import xla_flags
 from tests.helpers.runs import final_state, rows
 
 pytestmark = pytest.mark.slow

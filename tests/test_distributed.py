@@ -21,7 +21,7 @@ import pytest
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.validate import check_batches
-from tests.flags import xla_flags
+from tests.helpers.flags import xla_flags
 from tests.helpers.pictures import damaged, images, write_tree
 from tests.helpers.processes import FLOAT64, RECIPE, ROOT, free_port, started
 

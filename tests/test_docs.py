@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import repvgg_jax
 from repvgg_jax import ReparamBlock, reparam
 from repvgg_jax.data.augment import __main__ as picture
 from repvgg_jax.data.sources import SUFFIXES
 from repvgg_jax.train.settings import Settings
-from tests.flags import xla_flags
 from tests.helpers.commands import run
+from tests.helpers.flags import xla_flags
 from tests.helpers.pictures import encoded, images, photo, write_tars
 from tests.helpers.processes import RECIPE
 
@@ -109,8 +110,20 @@ def test_every_option_of_terms_and_blocks_is_explained():
             assert str(field.default) == found.strip('"'), name
 
 
+@pytest.mark.core
+def test_every_public_name_is_on_the_page_of_them():
+    """In the first column of its tables, and nothing else is there."""
+    listed = re.findall(r"^\|(.*?)\|", text("api.md"), re.M)
+    names = {name for cell in listed for name in re.findall(r"`(\w+)`", cell)}
+    linear = {"Linear"}  # in words, beside its terms
+    assert names | linear == {*repvgg_jax.__all__, *reparam.__all__}
+
+
 def test_rooms_exist():
-    """Every file and directory of the architecture page, and every package on that page."""
+    """Every file and directory of the architecture page, and every package on that page.
+
+    So are the modules beside the packages, and those of `reparam`.
+    """
     (tree,) = re.findall(r"^## Rooms\n\n```text\n(.*?)^```", text("architecture.md"), re.M | re.S)
     parents, found = {0: ROOT}, set()
     for line in tree.splitlines():
@@ -122,7 +135,12 @@ def test_rooms_exist():
             found.add(path)
             parents[indent + 2] = path
     packages = {path.parent for path in (ROOT / "repvgg_jax").rglob("__init__.py")}
-    assert packages <= found
+    modules = {
+        path
+        for folder in (ROOT / "repvgg_jax", ROOT / "repvgg_jax" / "reparam")
+        for path in folder.glob("[!_]*.py")
+    }
+    assert packages | modules <= found
 
 
 def test_scripts_exist():

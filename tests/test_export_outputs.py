@@ -14,7 +14,7 @@ from repvgg_jax import RepVGGBlock, create_model, fuse_model, fuse_params, load_
 from repvgg_jax.export import FORMATS, Network, Normalize, Target, export
 from repvgg_jax.export.module import with_settings
 from tests.helpers import export_networks as nets
-from tests.trees import random_variables
+from tests.helpers.trees import random_variables
 
 STAGES = ("stage1", "stage3")
 

@@ -23,14 +23,14 @@ from repvgg_jax import (
 )
 from repvgg_jax.layers import BatchNorm
 from tests.helpers.jit import quick_jit
-from tests.trees import (
+from tests.helpers.trees import (
     TINY,
     TINY_AUXILIARY,
     paths,
     random_images,
     random_leaf,
     random_variables,
-    randomise,
+    randomize,
 )
 
 pytestmark = pytest.mark.core
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.core
 
 def block_variables(block: RepVGGBlock, in_channels: int, seed: int = 0):
     x = jax.ShapeDtypeStruct((1, 8, 8, in_channels), jnp.float32)
-    return randomise(jax.eval_shape(block.init, jax.random.key(0), x), seed)
+    return randomize(jax.eval_shape(block.init, jax.random.key(0), x), seed)
 
 
 def linear_response(block: RepVGGBlock, variables, x: np.ndarray) -> np.ndarray:
@@ -254,7 +254,7 @@ class TestTrees:
             params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), variables["params"])
             stats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), stats)
             found = quick_jit(jax.grad(penalty))(params)
-            direction = randomise(params, seed=1)
+            direction = randomize(params, seed=1)
             step = 1e-6
             up, down = (
                 penalty(jax.tree.map(lambda p, d, s=s: p + s * step * d, params, direction))
@@ -300,7 +300,7 @@ class TestTrees:
                 return RepVGG(TINY, num_classes=0, deploy=self.deploy, name="backbone")(x)
 
         images = random_images((2, 32, 32, 3))
-        tree = randomise(jax.eval_shape(Detector().init, jax.random.key(0), images))
+        tree = randomize(jax.eval_shape(Detector().init, jax.random.key(0), images))
         fused = fuse_params(tree)
         assert fused["params"]["neck"] is tree["params"]["neck"]
         assert fused["params"]["conv3x3"] is tree["params"]["conv3x3"]

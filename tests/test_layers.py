@@ -5,7 +5,7 @@ import pytest
 
 from repvgg_jax.layers import BatchNorm
 from tests.helpers.jit import quick_jit
-from tests.trees import random_images
+from tests.helpers.trees import random_images
 
 pytestmark = pytest.mark.core
 

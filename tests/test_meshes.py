@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import repvgg_jax as rv
 from repvgg_jax import reparam
 from tests.helpers.jit import quick_jit
-from tests.trees import random_images, randomise
+from tests.helpers.trees import random_images, randomize
 
 IMAGES = random_images((16, 14, 14, 3))
 OVER_BATCH, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
@@ -26,7 +26,7 @@ def network(**options):
     """A first layer and a block that CPUs compute by patches, and their variables."""
     model = nn.Sequential([rv.RepVGGBlock(32, **options), rv.RepVGGBlock(32, stride=2, **options)])
     shape = jax.ShapeDtypeStruct(IMAGES.shape, jnp.float32)
-    return model, randomise(jax.eval_shape(model.init, jax.random.key(0), shape))
+    return model, randomize(jax.eval_shape(model.init, jax.random.key(0), shape))
 
 
 def training_step(model, axis=None):
@@ -185,6 +185,6 @@ def test_every_block_on_explicit_axes(name, train):
     mesh = mesh_of(AxisType.Explicit)
     block = rv.ReparamBlock(8, spec=BLOCKS[name], train=train, se=rv.SqueezeExcite(4))
     images = random_images((16, 6, 6, 8))
-    variables = randomise(jax.eval_shape(block.init, jax.random.key(0), images))
+    variables = randomize(jax.eval_shape(block.init, jax.random.key(0), images))
     arguments = placed(mesh, variables, images)
     jax.jit(training_step(block)).trace(*arguments)

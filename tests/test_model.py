@@ -11,7 +11,7 @@ import pytest
 from repvgg_jax import VARIANTS, RepVGGBlock, Variant, cost, create_model, fuse_params
 from repvgg_jax.model import keep_convolutions
 from tests.helpers.jit import quick_jit
-from tests.trees import TINY, TINY_AUXILIARY, paths, random_images, random_variables
+from tests.helpers.trees import TINY, TINY_AUXILIARY, paths, random_images, random_variables
 
 pytestmark = pytest.mark.core
 

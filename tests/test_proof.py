@@ -5,7 +5,7 @@ import pytest
 
 from repvgg_jax import create_model, fuse_params
 from repvgg_jax.proof import compare, logits, prove
-from tests.trees import TINY, random_images, random_variables
+from tests.helpers.trees import TINY, random_images, random_variables
 
 MODEL = create_model(TINY, num_classes=5)
 IMAGES = random_images((10, 32, 32, 3))

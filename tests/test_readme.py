@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from repvgg_jax import VARIANTS, cost
-from tests.flags import xla_flags
+from tests.helpers.flags import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -12,7 +12,7 @@ import pytest
 import repvgg_jax as rv
 from repvgg_jax import reparam
 from tests.helpers.jit import quick_jit
-from tests.trees import random_images
+from tests.helpers.trees import random_images
 
 SEARCH = reparam.repopt_search()
 SCALES = ("scale_3x3", "scale_1x1")

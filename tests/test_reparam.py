@@ -21,7 +21,7 @@ from repvgg_jax import (
 )
 from repvgg_jax.reparam import ACB, DBB, QAREPVGG, REPVGG, conv_bn, large_kernel, mobileone
 from tests.helpers.jit import quick_jit
-from tests.trees import TINY_AUXILIARY, random_images, random_variables, randomise
+from tests.helpers.trees import TINY_AUXILIARY, random_images, random_variables, randomize
 
 pytestmark = pytest.mark.core
 
@@ -86,7 +86,7 @@ def block_and_variables(spec, options, *, activation=None, features=4):
     )
     with jax.enable_x64(True):
         x = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float64)
-        return block, randomise(jax.eval_shape(block.init, jax.random.key(0), x))
+        return block, randomize(jax.eval_shape(block.init, jax.random.key(0), x))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -156,7 +156,7 @@ def test_unfusing_inverts_fusing(spec):
     with jax.enable_x64(True):
         options = {"groups": 4} if spec.name.startswith("MobileOne") else {}
         block, target = block_and_variables(spec, options)
-        like = randomise(target, seed=1)
+        like = randomize(target, seed=1)
         x = jnp.asarray(random_images((1, 8, 8, 4), dtype=np.float64))
         if spec.traceless:
             with pytest.raises(ValueError, match="fuse_model"):
@@ -177,7 +177,7 @@ def test_the_inverse_solves_for_any_term_that_it_can():
     spec = reparam.BlockSpec("x", reparam.Sum((scaled, normed)))
     _, target = block_and_variables(spec, {})
     deployed = fuse_params(target, blocks=(spec,))
-    again = reparam.unfuse_params(deployed, like=randomise(target, seed=1), blocks=(spec,))
+    again = reparam.unfuse_params(deployed, like=randomize(target, seed=1), blocks=(spec,))
     chex.assert_trees_all_close(fuse_params(again, blocks=(spec,)), deployed, atol=1e-12)
 
 
@@ -195,7 +195,7 @@ class TestRecognition:
     def backbone(self):
         block = RepVGGBlock(4)
         x = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
-        return randomise(jax.eval_shape(block.init, jax.random.key(0), x))
+        return randomize(jax.eval_shape(block.init, jax.random.key(0), x))
 
     @pytest.mark.parametrize(
         "children", [("conv1x1", "bn1x1"), ("conv3x3", "bn3x3"), ("reparam",), ("reparam", "bn")]
@@ -315,7 +315,7 @@ class TestRecognition:
         for known in (REPVGG, DBB, spec):
             _, variables = block_and_variables(known, {})
             with jax.enable_x64(True):
-                parts = [randomise(variables, seed) for seed in range(6)]
+                parts = [randomize(variables, seed) for seed in range(6)]
                 stack = jax.tree.map(
                     lambda *leaves: jnp.stack(leaves).reshape(2, 3, *leaves[0].shape), *parts
                 )
@@ -334,7 +334,7 @@ class TestRecognition:
         mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
         block = ReparamBlock(4, spec=spec)
         x = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
-        variables = randomise(jax.eval_shape(block.init, jax.random.key(0), x))
+        variables = randomize(jax.eval_shape(block.init, jax.random.key(0), x))
 
         def put(leaf):
             spec = (None, None, *axes) if leaf.ndim == 4 else ("b",)
@@ -370,7 +370,7 @@ class TestFuseModel:
     def test_blocks_of_any_model(self):
         x = random_images((2, 8, 8, 3))
         model = self.Net()
-        variables = randomise(jax.eval_shape(model.init, jax.random.key(0), x))
+        variables = randomize(jax.eval_shape(model.init, jax.random.key(0), x))
         fused = fuse_model(model, variables, x, expect=3)
         assert fused["params"]["conv1x1"] is variables["params"]["conv1x1"]
         assert "batch_stats" not in fused
@@ -394,7 +394,7 @@ class TestFuseModel:
     @pytest.mark.parametrize("given_as", [np.asarray, jnp.asarray])
     def test_impossible_variances(self, given_as):
         x = random_images((2, 8, 8, 3))
-        variables = randomise(jax.eval_shape(self.Net().init, jax.random.key(0), x))
+        variables = randomize(jax.eval_shape(self.Net().init, jax.random.key(0), x))
         variables["batch_stats"]["first"]["bn"]["var"][0] = -1
         with pytest.raises(ValueError, match="first/bn/var"):
             fuse_model(self.Net(), jax.tree.map(given_as, variables), x)

@@ -17,7 +17,7 @@ from flax.training.train_state import TrainState
 
 import repvgg_jax as rv
 from repvgg_jax.reparam import decay_mask, equivalent_l2
-from tests.trees import TINY_AUXILIARY, random_variables
+from tests.helpers.trees import TINY_AUXILIARY, random_variables
 
 pytestmark = pytest.mark.core
 

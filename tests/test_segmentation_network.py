@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,10 @@ import repvgg_jax as rv
 from repvgg_jax.segmentation.network import dilations, make_backbone
 from repvgg_jax.segmentation.resnet import RESNETS, ResNetVariant
 from repvgg_jax.segmentation.weights import load_resnet, start_from_classifier
+from repvgg_jax.text import named_leaves
 from tests.helpers.jit import quick_jit
-from tests.trees import paths, random_images, random_variables
+from tests.helpers.pth_writer import write_zip
+from tests.helpers.trees import paths, random_images, random_variables
 
 TINY = rv.Variant("tiny", (1, 1, 6, 1), (8, 8, 16, 24), stem_channels=8, groups=2)
 TINY_SE = rv.Variant(
@@ -275,15 +278,7 @@ def classifier():
 
 
 def loaded(variables, **options):
-    return rv.load_weights(dict(_flat(variables)), variant=TINY, **options)
-
-
-def _flat(tree):
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf))
-        for path, leaf in leaves
-    ]
+    return rv.load_weights(jax.device_get(named_leaves(variables)), variant=TINY, **options)
 
 
 @pytest.mark.parametrize("form", ["training", "deploy"])
@@ -322,7 +317,7 @@ def test_another_backbone_is_refused():
         start_from_classifier(loaded(classifier()[1]), classifier()[1])
 
 
-def test_a_resnet_starts_from_semseg_weights(rng):
+def test_a_resnet_starts_from_semseg_weights(rng, tmp_path):
     """Under the keys of hszhao/semseg; the classifier and counters are left out."""
     network = tiny(TINY_RESNET)
     fresh = random_variables(network, size=33)
@@ -360,6 +355,12 @@ def test_a_resnet_starts_from_semseg_weights(rng):
         saved["module.layer2.1.bn2.weight"],
         rtol=1e-6,
     )
+    stored = {key: np.float32(value) for key, value in saved.items() if value.ndim}
+    write_zip(tmp_path / "resnet.pth", stored, wrapper="state_dict")
+    from_file = start_from_classifier(
+        load_resnet(tmp_path / "resnet.pth", variant="ResNet-50"), fresh
+    )
+    chex.assert_trees_all_equal(from_file.variables, started.variables)
     del saved["module.layer2.1.conv2.weight"]
     with pytest.raises(ValueError, match="stage2_block1"):
         start_from_classifier(load_resnet(saved, variant="ResNet-50"), fresh)

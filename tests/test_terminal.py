@@ -10,7 +10,7 @@ import subprocess
 import sys
 import termios
 
-from tests.flags import xla_flags
+from tests.helpers.flags import xla_flags
 from tests.helpers.processes import RECIPE, ROOT, TIMEOUT
 
 COLUMNS = 160

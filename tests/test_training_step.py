@@ -21,7 +21,7 @@ from repvgg_jax.train.step import Classification, EvalStep
 from repvgg_jax.train.validate import check_batches
 from tests.helpers.jit import QUICK, quick_jit
 from tests.helpers.runs import assert_same, in_float64, small_config, small_experiment
-from tests.trees import TINY_AUXILIARY, paths, random_variables
+from tests.helpers.trees import TINY_AUXILIARY, paths, random_variables
 
 
 def batch_of(run: Experiment, size: int = 64):

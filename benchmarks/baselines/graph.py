@@ -19,8 +19,8 @@ from baselines.network import (
     Sum,
     evaluate,
 )
+from repvgg_jax.export.onnx import IR_VERSION, OPSET
 
-OPSET, IR_VERSION = 17, 8  # as in repvgg_jax/export/onnx.py
 INPUT, OUTPUT = "images", "logits"
 
 

@@ -1,4 +1,4 @@
-"""Operations of the covariance settings.
+"""Operations of the covariance form.
 
 Feature maps are (images, height, width, channels). Small arrays are (G, channels), or a matrix
 per group, (G, k, in / k, out / k), for G groups of images and k groups of channels.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from repvgg_jax.batch_stats import per_image
+from repvgg_jax.batch_stats import per_image, values_per_channel
 
 Params = Mapping[str, Mapping[str, jax.Array]]
 Statistics = dict[str, tuple[jax.Array, jax.Array]]
@@ -174,7 +174,7 @@ def mean_and_covariance(
     channel.
     """
     channels = seen.shape[-1] // columns
-    count = values_per_channel(settings, seen) * columns
+    count = values_per_channel(seen.shape, settings.image_groups) * columns
     mean = sums(settings, seen).reshape(-1, columns, channels).sum(axis=1) / count
     near = jnp.zeros(mean.shape, seen.dtype)
     if settings.shifts(seen.dtype):
@@ -186,11 +186,6 @@ def mean_and_covariance(
     # Those of a column with itself lie on the diagonal.
     own = [jnp.split(row, columns, axis=-1)[i] for i, row in enumerate(products)]
     return near, mean, sum(own[1:], own[0]) / count - outer_small(settings, mean, mean)
-
-
-def values_per_channel(settings: BlockSettings, y3: jax.Array) -> int:
-    """Values per channel in one image group of the output."""
-    return y3[..., 0].size // settings.image_groups
 
 
 def wide_type(dtype: Any) -> Any:

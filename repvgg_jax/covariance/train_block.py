@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from repvgg_jax.batch_stats import per_image
+from repvgg_jax.batch_stats import per_image, values_per_channel
 from repvgg_jax.covariance.first_layer import from_patches
 from repvgg_jax.covariance.ops import (
     BlockSettings,
@@ -30,7 +30,6 @@ from repvgg_jax.covariance.ops import (
     rounded,
     sums,
     sums_of_two,
-    values_per_channel,
     wide_type,
 )
 from repvgg_jax.meshes import on_auto_axes, varying_alike
@@ -164,7 +163,7 @@ def _backward_on(settings: BlockSettings, residuals: Any, cotangents: Any) -> tu
     x, seen, y3, out, params, shift, moments, product = residuals
     dout, dstatistics = cotangents
     kernel = params["conv3x3"]["kernel"].astype(x.dtype)
-    count = values_per_channel(settings, y3)
+    count = values_per_channel(y3.shape, settings.image_groups)
     dz = jnp.where(out > 0, dout, 0) if settings.relu else dout
 
     # What reaches the folded block: sums over images and pixels.
@@ -236,7 +235,7 @@ def _measure(
     pointwise: jax.Array,
 ) -> tuple[Shift, Moments, jax.Array]:
     """The moments of a block's input and of its convolutions' outputs, and CW."""
-    count = values_per_channel(settings, y3)
+    count = values_per_channel(y3.shape, settings.image_groups)
     near, mean, covariance = mean_and_covariance(settings, seen)
     product = matmul(covariance, pointwise)
     var1 = flat((pointwise * product).sum(axis=-2))

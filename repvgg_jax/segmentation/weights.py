@@ -11,7 +11,8 @@ from flax.traverse_util import unflatten_dict
 
 from repvgg_jax.text import first_few, plural
 from repvgg_jax.weights import Weights, files, merge_weights
-from repvgg_jax.weights.tensor import describe, read_float32
+from repvgg_jax.weights.state_dict import find_state_dict
+from repvgg_jax.weights.tensor import Shapes, read_float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,41 +94,61 @@ _RESNET_LEAVES = {
 }
 
 
-def load_resnet(source: str | os.PathLike | Mapping[str, Any], *, variant: str) -> Weights:
+def load_resnet(
+    source: str | os.PathLike | Mapping[str, Any], *, variant: str, entry: str | None = None
+) -> Weights:
     """Loads the convolutions of a ResNet with a deep stem, as hszhao/semseg names them.
 
     Such are its `resnet50_v2.pth` and `resnet101_v2.pth`, trained on ImageNet. The classifier is
     left out. `start_from_classifier` compares names and shapes with those of the segmenter.
 
     Args:
-      source: a file, or a state dict of NumPy, JAX or PyTorch arrays; with or without the
-        wrapper `state_dict` and the prefix `module.`.
+      source: a file, or a state dict of NumPy, JAX or PyTorch arrays, which may be inside other
+        mappings; with or without the prefix `module.`.
       variant: its name, e.g. `ResNet-50`.
+      entry: which state dict, as in `load_weights`.
 
     Raises:
       ValueError: not a readable file, keys of another network, or damaged arrays.
     """
-    where = "the state dict" if isinstance(source, Mapping) else os.fspath(source)
-    saved = source if isinstance(source, Mapping) else files.read(source)
-    saved = saved.get("state_dict", saved) if isinstance(saved, Mapping) else {}
+    contents, where = files.contents_of(source)
     leaves: dict[tuple[str, ...], np.ndarray] = {}
-    unknown = []
-    for key, value in saved.items():
-        name = str(key).removeprefix("module.")
-        tensor = describe(value)
-        if name.startswith("fc.") or name.endswith("num_batches_tracked"):
-            continue
-        path = None if tensor is None else _resnet_path(name, len(tensor.shape))
-        if path is None or tensor is None:
-            unknown.append(name)
-            continue
-        array = read_float32(tensor, f"{where}: {key}")
-        leaves[path] = array.transpose(2, 3, 1, 0) if path[-1] == "kernel" else array
+    try:
+        state = find_state_dict(contents.value, entry, _has_resnet)
+        unknown = list(state.others)
+        for key, tensor in state.tensors.items():
+            name = key.removeprefix("module.")
+            if name.startswith("fc.") or name.endswith("num_batches_tracked"):
+                continue
+            path = _resnet_path(name, len(tensor.shape))
+            if path is None:
+                unknown.append(name)
+                continue
+            array = read_float32(tensor, key)
+            leaves[path] = array.transpose(2, 3, 1, 0) if path[-1] == "kernel" else array
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     if unknown or not leaves:
         raise ValueError(
             f"{where} is no ResNet with a deep stem: it has {first_few(unknown) or 'no arrays'}"
         )
-    return Weights(variant, False, unflatten_dict(leaves), num_classes=0, family="semseg")
+    return Weights(
+        variant,
+        False,
+        unflatten_dict(leaves),
+        num_classes=0,
+        family="semseg",
+        unused=state.beside,
+        placeholders=contents.placeholders,
+    )
+
+
+def _has_resnet(shapes: Shapes) -> bool:
+    """Whether there is any convolution of such a ResNet among these arrays."""
+    return any(
+        len(shape) == 4 and _resnet_path(key.removeprefix("module."), 4)
+        for key, shape in shapes.items()
+    )
 
 
 def _resnet_path(key: str, axes: int) -> tuple[str, ...] | None:

@@ -50,6 +50,17 @@ def read(path: str | os.PathLike) -> Contents:
         raise ValueError(f"{path}: {text}") from error
 
 
+def contents_of(source: str | os.PathLike | Mapping[str, Any]) -> tuple[Contents, str]:
+    """The contents of a file or of a state dict in memory, and what messages call it.
+
+    Raises:
+      ValueError: as `read`.
+    """
+    if isinstance(source, Mapping):
+        return Contents(source, ()), "the state dict"
+    return read(source), os.fspath(source)
+
+
 def _reader(path: pathlib.Path) -> Callable[[pathlib.Path], Any]:
     """The reader for a file's format."""
     if not path.exists():

@@ -27,7 +27,6 @@ from repvgg_jax.weights.names import Entry
 from repvgg_jax.weights.state_dict import find_state_dict
 from repvgg_jax.weights.tensor import Shapes, Tensor, read_float32
 from repvgg_jax.weights.tree import in_head, leaves
-from repvgg_jax.weights.unpickle import Contents
 
 Path = tuple[str, ...]
 
@@ -109,10 +108,7 @@ def load_weights(
     """
     if in_channels is not None and in_channels < 1:
         raise ValueError(f"in_channels={in_channels} must be 1 or more")
-    if isinstance(source, Mapping):
-        contents, where = Contents(source, ()), "the state dict"
-    else:
-        contents, where = files.read(source), os.fspath(source)
+    contents, where = files.contents_of(source)
     own = None if variant is None else get_variant(variant)
     others: Mapping[str, str] = {}
     try:

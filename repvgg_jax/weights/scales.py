@@ -10,18 +10,22 @@ import numpy as np
 from repvgg_jax.text import first_few
 from repvgg_jax.weights import files
 from repvgg_jax.weights.names_family import REPOPT
-from repvgg_jax.weights.tensor import describe, read_float32
+from repvgg_jax.weights.state_dict import find_state_dict
+from repvgg_jax.weights.tensor import read_float32
 
 _OURS = {theirs: ours for ours, theirs in REPOPT.items() if ours.startswith("scale_")}
 _KEY = re.compile(rf"stage(\d+)\.(?:(\d+)\.)?({'|'.join(_OURS)})\.weight", re.ASCII)
 
 
-def load_scales(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Any]:
+def load_scales(
+    source: str | os.PathLike | Mapping[str, Any], *, entry: str | None = None
+) -> dict[str, Any]:
     """The scales in a file of RepOptimizers, e.g. `RepOpt-VGG-B1-scales.pth`.
 
     Args:
-      source: a file, or a state dict, with keys such as `stage1.0.scale_conv.weight`; under
-        `model` or `state_dict` as well. Other keys are left out.
+      source: a file, or a state dict, with keys such as `stage1.0.scale_conv.weight`, which may be
+        inside other mappings. Other keys are left out.
+      entry: which state dict, as in `load_weights`.
 
     Returns:
       `{"stage1_block0": {"scale_3x3": {"scale": …}, …}, …}` for `reparam.rep_optimizer`, float32.
@@ -29,23 +33,25 @@ def load_scales(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Any]
     Raises:
       ValueError: not a readable file, or there are no scales in it.
     """
-    where = "the state dict" if isinstance(source, Mapping) else os.fspath(source)
-    saved: Any = source if isinstance(source, Mapping) else files.read(source)
-    for wrapper in ("model", "state_dict"):
-        if isinstance(saved.get(wrapper), Mapping):
-            saved = saved[wrapper]
+    contents, where = files.contents_of(source)
     scales: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    for key, value in saved.items():
-        match = _KEY.fullmatch(str(key).removeprefix("module."))
-        tensor = describe(value) if match else None
-        if match and tensor:
-            stage, index, name = match.groups()
-            block = f"stage{stage}_block{index}" if index is not None else "stem"
-            leaf = read_float32(tensor, f"{where}: {key}").reshape(-1)
-            scales.setdefault(block, {})[_OURS[name]] = {"scale": leaf}
+    try:
+        state = find_state_dict(contents.value, entry, lambda shapes: any(map(_match, shapes)))
+        for key, tensor in state.tensors.items():
+            if match := _match(key):
+                stage, index, name = match.groups()
+                block = f"stage{stage}_block{index}" if index is not None else "stem"
+                leaf = read_float32(tensor, key).reshape(-1)
+                scales.setdefault(block, {})[_OURS[name]] = {"scale": leaf}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     if not scales:
         raise ValueError(
             f"{where}: no scales, such as stage1.0.scale_conv.weight; the keys are "
-            f"{first_few(saved)}"
+            f"{first_few(state.tensors)}"
         )
     return scales
+
+
+def _match(key: str) -> re.Match[str] | None:
+    return _KEY.fullmatch(key.removeprefix("module."))

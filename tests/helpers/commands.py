@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from tests.flags import xla_flags
+from tests.helpers.flags import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHORT = ["--config.train.epochs=1", "--config.optimizer.warmup_epochs=0"]

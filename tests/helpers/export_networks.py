@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from repvgg_jax import RepVGG, SqueezeExcite, Variant, create_model, fuse_params
 from repvgg_jax.export import FORMATS, Artifact, Network, Normalize, export
-from tests.trees import random_variables
+from tests.helpers.trees import random_variables
 
 # As in repvgg_jax.export.onnx, for tests that import openvino before it does.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

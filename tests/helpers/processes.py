@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from tests.flags import xla_flags
+from tests.helpers.flags import xla_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds; these machines are busy

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repvgg_jax import RepVGG, SqueezeExcite, Variant
+from repvgg_jax.text import named_leaves
 
 TINY = Variant("tiny", depths=(1, 2), channels=(8, 16), stem_channels=8)
 TINY_AUXILIARY = Variant(
@@ -34,7 +35,7 @@ def random_leaf(rng: np.random.Generator, name: str, shape: tuple[int, ...], dty
     return (0.5 * rng.standard_normal(shape)).astype(dtype)  # bias, mean
 
 
-def randomise(tree: Any, seed: int = 0) -> Any:
+def randomize(tree: Any, seed: int = 0) -> Any:
     """NumPy leaves of the same shapes and dtypes with random values."""
     rng = np.random.default_rng(seed)
     return jax.tree_util.tree_map_with_path(
@@ -45,7 +46,7 @@ def randomise(tree: Any, seed: int = 0) -> Any:
 def random_variables(model: RepVGG, *, size: int = 32, channels: int = 3, seed: int = 0) -> Any:
     """Random variables of a network, without initializing it."""
     images = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-    return randomise(jax.eval_shape(model.init, jax.random.key(0), images), seed)
+    return randomize(jax.eval_shape(model.init, jax.random.key(0), images), seed)
 
 
 def random_images(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
@@ -55,5 +56,4 @@ def random_images(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32
 
 def paths(tree: Any) -> list[str]:
     """Every leaf as `params/stem/conv3x3/kernel`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return list(named_leaves(tree))
