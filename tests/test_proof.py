@@ -38,7 +38,7 @@ def test_numbers_of_a_comparison():
     a = np.array([[1.0, -4.0], [2.0, 0.0]])
     b = np.array([[1.0, -4.0], [2.0, 2.5]])
     proof = compare(a, b, tolerance=0.7)
-    assert dataclasses.astuple(proof) == (2, 2.5, 4.0, 0.5, 0.7)
+    assert dataclasses.astuple(proof) == (2, 2.5, 4.0, 0.5, 0.7, "logit")
     assert proof.relative == 0.625
     assert proof.as_dict()["holds"] is True
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from repvgg_jax.cluster import lock
-from repvgg_jax.train import evaluate, loop, memory
+from repvgg_jax.train import evaluate, loop, memory, resume
 from repvgg_jax.train import step as step_module
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.hooks import parse_steps
@@ -57,7 +57,7 @@ def test_what_a_run_leaves(small_run):
         "confusion.png",
         "report.html",
     }
-    assert Workdir(path).read_settings() == small_settings()
+    assert Workdir(path).read_settings() == resume.started(small_settings(), "cpu")
     table = rows(path)
     assert [row["step"] for row in table if "train/loss" in row] == [4, 8, 11, 12, 16, 20, 22]
     assert [row["step"] for row in table if "eval/accuracy" in row] == [11, 22]

@@ -13,7 +13,7 @@ import pytest
 
 from repvgg_jax import fuse_params, save_weights, to_state_dict
 from repvgg_jax.data.sources import photo_crops
-from repvgg_jax.train import loop
+from repvgg_jax.train import loop, resume
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.restore import load_run, starting_state, validation_images
 from repvgg_jax.train.workdir import Workdir
@@ -33,7 +33,7 @@ class TestLoadRun:
     def test_what_is_in_a_run(self, small_run):
         run = load_run(small_run[0])
         assert str(run) == f"step 22 of {small_run[0]}"
-        assert run.settings == small_settings()
+        assert run.settings == resume.started(small_settings(), "cpu")
         assert run.classes == tuple("0123456789")
         assert (run.normalize.mean, run.normalize.std) == ((0.305,), (0.376,))
         assert run.eval_shape == run.metadata.image_shape == (8, 8, 1)

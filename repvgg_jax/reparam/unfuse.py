@@ -125,7 +125,9 @@ class _Unfusing(Walk):
             like = ours[name] if stats else ours["params"]
             below = ours.get(stats or "batch_stats", {})
             result[name] = self.node(like, below, theirs[name], where)
-        for name in dict.fromkeys(statistics.values()):
+        for name in dict.fromkeys(
+            name for name in statistics.values() if {name} & {*ours, *theirs}
+        ):
             result[name] = self.filled(_merge(ours.get(name, {}), theirs.get(name, {})), (name,))
         return result
 

@@ -180,15 +180,12 @@ class Target:
 
     def check_installed(self) -> None:
         """Raises ValueError if the compiler is missing, with the command that installs it."""
-        module, extra = (
-            ("libtpu", "tpu") if self.platform == "tpu" else ("jax_cuda12_plugin", "cuda")
-        )
+        if self.platform == "tpu":
+            kind, module, install = "TPUs", "libtpu", how_to_install(extra="tpu")
+        else:
+            kind, module, install = "NVIDIA GPUs", "jax_cuda12_plugin", how_to_install(extra="cuda")
         if importlib.util.find_spec(module) is None:
-            kind = "TPUs" if self.platform == "tpu" else "NVIDIA GPUs"
-            raise ValueError(
-                f"compiling for {kind} needs {module}, also without one: "
-                + how_to_install(extra=extra)
-            )
+            raise ValueError(f"compiling for {kind} needs {module}, also without one: {install}")
 
     def devices(self) -> list[Any]:
         """The devices, in a process with `environment`."""
