@@ -2,11 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint clean
+.PHONY: demo demo-segmentation test check lint clean
 
 demo: .venv/runtime
 	$(BIN)/python train.py --config configs/digits.py
 	$(BIN)/python convert.py --workdir runs/digits --output deploy
+
+demo-segmentation: .venv/runtime
+	$(BIN)/python train.py --config configs/digits_scenes.py
+	$(BIN)/python convert.py --workdir runs/digits_scenes --output deploy-scenes
 
 test: .venv/develop
 	$(BIN)/python -m pytest

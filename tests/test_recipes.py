@@ -13,7 +13,9 @@ from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.validate import check_batches
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "configs"
-FILES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("digits", "__init__"))
+ALL = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+FILES = [n for n in ALL if not n.startswith(("digits", "cityscapes_"))]
+CITYSCAPES = [n for n in ALL if n.startswith("cityscapes_")]
 
 
 def recipe(name: str) -> Settings:
@@ -43,6 +45,37 @@ def test_a_recipe(name):
         jax.ShapeDtypeStruct((2, size, size, 3), "float32"),
     )[0]
     assert logits.shape == (2, 1000)
+
+
+@pytest.mark.parametrize("name", CITYSCAPES)
+def test_table_8(name):
+    settings = recipe(name)
+    text = (FOLDER / f"{name}.py").read_text()
+    assert f"python train.py --config configs/{name}.py" in text
+    assert (settings.task, settings.protocol) == ("segmentation", "semseg")
+    assert settings.segmentation.fast == name.endswith("_fast")
+    short = settings.model.variant.name.lower().replace("esnet-", "")
+    assert short == name.removeprefix("cityscapes_").removesuffix("_fast")
+    optimizer, data = settings.optimizer, settings.data
+    rate = schedule(optimizer, batch_size=16, steps_per_epoch=185, total_steps=40 * 185)
+    assert [float(rate(step)) for step in (0, 3700, 7400)] == pytest.approx(
+        [0.01, 0.01 * 0.5**0.9, 0], abs=1e-7
+    )
+    assert (optimizer.name, optimizer.momentum, optimizer.weight_decay) == ("sgd", 0.9, 1e-4)
+    assert (settings.train.batch_size, settings.train.epochs) == (16, 40)
+    assert (settings.train.auxiliary_weight, settings.bn.group_size) == (0.4, None)
+    assert (data.train_size, data.eval_size, data.num_classes) == (713, (1024, 2048), 19)
+    logits = jax.eval_shape(
+        build_model(settings, num_classes=19).init_with_output,
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((1, 65, 65, 3), "float32"),
+    )[0]
+    assert logits.shape == (1, 65, 65, 19)
+
+
+def test_table_8_has_six_rows():
+    rows = ("b1g2", "b1g2_fast", "b2", "b2_fast", "r101", "r50")
+    assert [f"cityscapes_{row}" for row in rows] == CITYSCAPES
 
 
 def test_lengths():

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from repvgg_jax.data.dataset import FAILURES, Dataset
 from repvgg_jax.data.decoding import Decoder, open_image
+from repvgg_jax.data.masks import IGNORE
 from repvgg_jax.data.sources import Source
 from repvgg_jax.text import first_few, one_line, plural
 
@@ -27,12 +28,13 @@ class Seen:
 
     Attributes:
       name: as in messages.
-      label: number of its class; -1 if it cannot be read.
+      label: number of its class; -1 if it cannot be read, or has a class per pixel.
       bad: why it cannot be read or decoded; empty if it can.
       kind: format and mode of the file, e.g. `JPEG RGB`.
       size: height and width in pixels.
       digest: of the file.
       notes: e.g. `turned by EXIF`.
+      shown: numbers of the classes that its pixels have, if they have any.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Seen:
     size: tuple[int, int] = (0, 0)
     digest: bytes = b""
     notes: tuple[str, ...] = ()
+    shown: tuple[int, ...] = ()
 
 
 def look(source: Source, number: int, decoder: Decoder) -> Seen:
@@ -49,12 +52,16 @@ def look(source: Source, number: int, decoder: Decoder) -> Seen:
     name, label = f"number {number}", -1
     try:
         example = source[number]
-        name, label = example.get("name", name), int(example["label"])
+        name, labels = example.get("name", name), np.asarray(example["label"])
         if "image" in example:
             pixels = np.asarray(example["image"])
             size, digest = pixels.shape[:2], _digest(pixels.tobytes())
+            if labels.ndim:
+                shown = tuple(np.unique(labels[labels != IGNORE]).tolist())
+                return Seen(name, label, kind="pair", size=size, digest=digest, shown=shown)
+            label = int(labels)
             return Seen(name, label, kind="array", size=size, digest=digest)
-        encoded = example["encoded"]
+        label, encoded = int(labels), example["encoded"]
         pixels = decoder(encoded)
         with open_image(encoded, max_pixels=decoder.max_pixels) as image:
             kind = f"{image.format} {image.mode}"
@@ -112,7 +119,8 @@ def survey(
         problems += [f"{split} image {seen.bad}" for seen in images if seen.bad]
     counts = {
         split: np.bincount(
-            [seen.label for seen in images if seen.label >= 0], minlength=len(dataset.classes)
+            [label for seen in images for label in (seen.shown or (seen.label,)) if label >= 0],
+            minlength=len(dataset.classes),
         )
         for split, images in splits.items()
     }

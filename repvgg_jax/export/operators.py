@@ -255,7 +255,7 @@ def _segmenter(network: Network) -> Iterator[Operator]:
         lambda image: backbone.apply({"params": params["backbone"]}, image, method="features"),
         image,
     )
-    size = list(maps.values())[-1].shape[1:3]
+    size = maps[backbone.layers[-1].stage].shape[1:3]
     yield Keep("maps")
     names = ["maps"]
     for windows in network.model.bins:

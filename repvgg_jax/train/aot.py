@@ -25,12 +25,12 @@ from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.settings import height_width
 from repvgg_jax.data.sources import ArraySource
 from repvgg_jax.train import hlo, resume
-from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.experiment import Experiment, network_title
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.targets import Target
 from repvgg_jax.train.validate import check_batches, check_compiler_options
 
-_BUILT_IN = ("digits", "fake")  # sources that come with the package
+_BUILT_IN = ("digits", "fake", "scenes")  # sources that come with the package
 
 _COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -165,7 +165,7 @@ def _compile(settings: Settings, target: Target) -> Program:
     height, width, channels = run.dataset.image_shape
     return Program(
         title=(
-            f"RepVGG {run.model.variant.name} ({settings.model.dtype}) on {target.name}: "
+            f"{network_title(run.model)} ({settings.model.dtype}) on {target.name}: "
             f"{len(devices)} devices in {processes} process{'es' if processes > 1 else ''}, "
             f"images of {height}x{width}x{channels} in {len(run.dataset.classes)} classes"
         ),
@@ -190,7 +190,7 @@ def _compile(settings: Settings, target: Target) -> Program:
 
 
 def _dataset(settings: Settings) -> Dataset:
-    """The data set, or a blank one with the shapes of ImageNet."""
+    """The data set, or a blank one; with the number of images and classes of ImageNet."""
     if settings.data.source in _BUILT_IN:
         return load(settings.data)
     size = settings.data.train_size or 224
@@ -202,9 +202,12 @@ def _dataset(settings: Settings) -> Dataset:
         images = np.broadcast_to(np.zeros((), np.uint8), (count, *shape))
         return ArraySource(images, np.broadcast_to(np.int32(0), (count,)))
 
-    classes = tuple(f"class {i}" for i in range(1000))
+    classes = tuple(f"class {i}" for i in range(settings.data.num_classes or 1000))
     train, evaluation = blank(1_281_167), blank(50_000)
-    return Dataset(settings.data.source, train, evaluation, shape, eval_shape, classes)
+    per_pixel = settings.task == "segmentation"  # only the shapes of labels matter
+    return Dataset(
+        settings.data.source, train, evaluation, shape, eval_shape, classes, masks=per_pixel
+    )
 
 
 def _reason(status: int, output: str) -> str:

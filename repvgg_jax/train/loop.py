@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import pathlib
 import signal
 import time
@@ -334,7 +335,8 @@ def _evaluate(
         return None
     writer.write({"step": int(state.step), **metrics_row("eval", means)})
     writer.draw(picture=evaluator.picture)
-    return float(means[experiment.task.headline])
+    headline = float(means[experiment.task.headline])
+    return headline if math.isfinite(headline) else None  # no label counted
 
 
 def _finish(
