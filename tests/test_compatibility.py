@@ -70,6 +70,7 @@ def test_fusing_gives_the_same_kernels(variant):
     assert max(jax.tree.leaves(jax.tree.map(relative, old, fused))) <= 1e-6
 
 
+@pytest.mark.system
 def test_a_run_converts(variant, recorded, tmp_path):
     shutil.copytree(OLD / "run", tmp_path / "run")
     formats = "orbax,safetensors,stablehlo"
@@ -88,6 +89,7 @@ def test_a_run_converts(variant, recorded, tmp_path):
 @pytest.mark.parametrize(
     "source", ["--workdir=run", pytest.param("--init_from=deploy", marks=pytest.mark.slow)]
 )
+@pytest.mark.system
 def test_runs_and_conversions_are_evaluated(source, tmp_path):
     shutil.copytree(OLD / "run", tmp_path / "run")
     shutil.copytree(OLD / "deploy", tmp_path / "deploy")

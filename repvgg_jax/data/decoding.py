@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 """Of Pillow, all that are read. Others start programs (EPS: Ghostscript) or are rarely tried."""
@@ -33,7 +33,6 @@ MAX_PIXELS = 178_956_970
 
 MAX_BYTES = 1 << 30  # of a file; one that never ends must not fill the memory
 
-_ORIENTATION = 0x0112  # EXIF tag
 _WHITE_IS_ZERO = 262, 0  # TIFF tag PhotometricInterpretation, and its value
 
 
@@ -279,7 +278,7 @@ def _orientation_of_exif(exif: bytes) -> int:
     (count,) = struct.unpack_from(f"{order}H", exif, start)
     for entry in range(start + 2, start + 2 + 12 * count, 12):
         tag, kind = struct.unpack_from(f"{order}HH", exif, entry)
-        if tag == _ORIENTATION:
+        if tag == ExifTags.Base.Orientation:
             (value,) = struct.unpack_from(
                 f"{order}H" if kind == 3 else f"{order}I", exif, entry + 8
             )
