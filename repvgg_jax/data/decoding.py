@@ -59,7 +59,7 @@ def read_file(path: str | os.PathLike) -> bytes:
     """The bytes of an image file.
 
     Raises:
-      OSError: it cannot be read, is no regular file, or holds more than `MAX_BYTES`.
+      OSError: it cannot be read, is not a regular file, or holds more than `MAX_BYTES`.
     """
     with open_regular(path) as file:
         content = file.read(MAX_BYTES + 1)
@@ -190,7 +190,7 @@ class Decoder:
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
         image.load()
-        with contextlib.suppress(Exception):  # damaged EXIF is none, as in a JPEG
+        with contextlib.suppress(Exception):  # damaged EXIF is ignored, as in a JPEG
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
             return self._from_deep(image)

@@ -99,7 +99,7 @@ def survey(
       dataset: its images.
       decoder: as the run's.
       threads: that decode.
-      allow_empty: classes without images are no problem.
+      allow_empty: whether classes without images are allowed.
     """
     splits = {
         "train": _read("train", dataset.train, decoder, threads),
