@@ -102,7 +102,7 @@ def test_a_longer_run_has_the_rates_of_one_that_was_longer_from_its_start():
     # Back to the whole batch in the middle of an epoch, at the nearest batch.
     again = resume.resumed(found.settings, small_settings(), step=20, images=1437)
     assert again.train.step_offset == round(31 / 22 * 11) - 20
-    assert resume.started(found.settings).train.step_offset == 0
+    assert resume.started(found.settings, "cpu").train.step_offset == 0
 
 
 def test_a_length_that_is_over():
@@ -146,7 +146,7 @@ def test_another_batch_size_goes_on_where_the_run_was(small_run, tmp_path):
     chex.assert_trees_all_equal(final_state(path, config), end)
     # A new run with the recipe of this one starts at its start.
     other = dataclasses.replace(Workdir(path).read_settings(), seed=1)
-    assert resume.started(other).train.step_offset == 0
+    assert resume.started(other, "cpu").train.step_offset == 0
 
 
 def test_a_config_of_a_version_without_offset(tmp_path):
