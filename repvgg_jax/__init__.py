@@ -1,8 +1,9 @@
 """RepVGG in JAX: train three branches, deploy one 3x3 convolution, proven equal."""
 
+from typing import TYPE_CHECKING, Any
+
 from repvgg_jax._version import __version__
 from repvgg_jax.block import ReparamBlock, RepVGGBlock, fuse_model
-from repvgg_jax.convert.deployed import load_deployed
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.nnx import to_nnx
 from repvgg_jax.reparam import fuse_linear, fuse_params, unfuse_params
@@ -28,6 +29,9 @@ from repvgg_jax.weights import (
     save_weights,
     to_state_dict,
 )
+
+if TYPE_CHECKING:
+    from repvgg_jax.convert.deployed import load_deployed
 
 __all__ = [
     "FAMILY",
@@ -61,3 +65,16 @@ __all__ = [
     "to_state_dict",
     "unfuse_params",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `load_deployed` when it is used: with it come packages that networks do not need."""
+    if name == "load_deployed":
+        from repvgg_jax.convert.deployed import load_deployed
+
+        return load_deployed
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

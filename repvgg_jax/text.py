@@ -106,7 +106,7 @@ def positive_integer(where: str, name: str, value: Any) -> int:
     """An integer of any library as Python's.
 
     Raises:
-      ValueError: it is none, or below 1.
+      ValueError: it is not an integer, or is below 1.
     """
     try:
         number = operator.index(value)

@@ -285,6 +285,7 @@ def test_what_is_not_installed_is_said(monkeypatch):
     assert "JAX" in paper_rows.not_measurable("8", "PyTorch")
 
 
+@pytest.mark.system
 def test_a_program_that_hangs_ends_with_its_processes(tmp_path):
     """Beyond the limit the whole group of processes is killed, not the first one alone."""
     script = tmp_path / "hangs.py"
@@ -303,6 +304,7 @@ def test_a_program_that_hangs_ends_with_its_processes(tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.system
 def test_the_error_of_a_program_is_what_it_raised(tmp_path):
     """Not the last line, if a message has several."""
     script = tmp_path / "fails.py"

@@ -1,17 +1,15 @@
 """What commit 0164ae8 wrote can still be read; `tests/data/v0.1-0164ae8` says how it was made."""
 
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
 from repvgg_jax import Variant, create_model, fuse_params, load_weights
+from tests.helpers import commands
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OLD = ROOT / "tests" / "data" / "v0.1-0164ae8"
@@ -36,16 +34,9 @@ def relative(expected, found) -> float:
 
 
 def run(script: str, *arguments: object, cwd: pathlib.Path) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    status, out, err = commands.run(script, *arguments, cwd=cwd)
+    assert (status, err) == (0, "")
+    return out
 
 
 def logits(variant, path: pathlib.Path, images, *, deploy: bool):
@@ -70,6 +61,7 @@ def test_fusing_gives_the_same_kernels(variant):
     assert max(jax.tree.leaves(jax.tree.map(relative, old, fused))) <= 1e-6
 
 
+@pytest.mark.system
 def test_a_run_converts(variant, recorded, tmp_path):
     shutil.copytree(OLD / "run", tmp_path / "run")
     formats = "orbax,safetensors,stablehlo"
@@ -88,6 +80,7 @@ def test_a_run_converts(variant, recorded, tmp_path):
 @pytest.mark.parametrize(
     "source", ["--workdir=run", pytest.param("--init_from=deploy", marks=pytest.mark.slow)]
 )
+@pytest.mark.system
 def test_runs_and_conversions_are_evaluated(source, tmp_path):
     shutil.copytree(OLD / "run", tmp_path / "run")
     shutil.copytree(OLD / "deploy", tmp_path / "deploy")

@@ -277,6 +277,7 @@ def test_every_command_of_augmentation(tmp_path):
             assert shown.std() > 5  # there is something to see
 
 
+@pytest.mark.system
 def test_a_place_that_is_none_is_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "repvgg_jax.data.augment", "--output=none/augment.png"],
@@ -326,6 +327,7 @@ def calls(section: str) -> list[list[str]]:
     return [shlex.split(call) for call in plain] + [re.split(r",\s+", call) for call in listed]
 
 
+@pytest.mark.system
 def test_every_command_of_launching_and_scaling():
     """Flags are known, the recipe loads, and the batch is the one that the page promises."""
     slice_of_256, asked, promised = (256, 64), [], []

@@ -47,6 +47,7 @@ def fused_plain():
     return fuse_params(nets.variables("plain"))
 
 
+@pytest.mark.system
 def test_the_room_imports_no_runtime():
     code = """
 import sys, repvgg_jax.export

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = (
     "tensorflow", "tensorflow_datasets", "grain", "orbax", "sklearn", "ml_collections",
     "matplotlib", "torch", "safetensors", "huggingface_hub", "tensorboardX",
@@ -22,6 +24,7 @@ print(json.dumps([
 """
 
 
+@pytest.mark.system
 def test_import_is_light():
     """Beyond jax and Flax, which it cannot do without, only what Python brings."""
     added, heavy = json.loads(subprocess.check_output([sys.executable, "-c", PROGRAM], text=True))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-# Which address gloo listens on is no setting of jax's public interface.
+# Which address gloo listens on is not a setting of jax's public interface.
 from jax._src import xla_bridge
 from jax._src.lib import _jax  # type: ignore[attr-defined]
 from jax.extend.backend import register_backend_factory

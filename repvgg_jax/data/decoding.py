@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 """Of Pillow, all that are read. Others start programs (EPS: Ghostscript) or are rarely tried."""
@@ -33,7 +33,6 @@ MAX_PIXELS = 178_956_970
 
 MAX_BYTES = 1 << 30  # of a file; one that never ends must not fill the memory
 
-_ORIENTATION = 0x0112  # EXIF tag
 _WHITE_IS_ZERO = 262, 0  # TIFF tag PhotometricInterpretation, and its value
 
 
@@ -60,7 +59,7 @@ def read_file(path: str | os.PathLike) -> bytes:
     """The bytes of an image file.
 
     Raises:
-      OSError: it cannot be read, is no regular file, or holds more than `MAX_BYTES`.
+      OSError: it cannot be read, is not a regular file, or holds more than `MAX_BYTES`.
     """
     with open_regular(path) as file:
         content = file.read(MAX_BYTES + 1)
@@ -191,7 +190,7 @@ class Decoder:
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
         image.load()
-        with contextlib.suppress(Exception):  # damaged EXIF is none, as in a JPEG
+        with contextlib.suppress(Exception):  # damaged EXIF is ignored, as in a JPEG
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
             return self._from_deep(image)
@@ -279,7 +278,7 @@ def _orientation_of_exif(exif: bytes) -> int:
     (count,) = struct.unpack_from(f"{order}H", exif, start)
     for entry in range(start + 2, start + 2 + 12 * count, 12):
         tag, kind = struct.unpack_from(f"{order}HH", exif, entry)
-        if tag == _ORIENTATION:
+        if tag == ExifTags.Base.Orientation:
             (value,) = struct.unpack_from(
                 f"{order}H" if kind == 3 else f"{order}I", exif, entry + 8
             )

@@ -140,7 +140,7 @@ def _padded(
     before: Sequence[int],
     fill: Sequence[float],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """With so many more rows and columns, some of them before the first."""
+    """Adds rows and columns of the border, some of them before the first."""
     if not any(missing):
         return image, label
     (top, left), (rows, columns) = before, missing

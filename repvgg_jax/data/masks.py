@@ -77,7 +77,7 @@ _CITYSCAPES_IDS = 34  # ids of all classes, evaluated or not, are 0 … 33
 def cityscapes_train_ids() -> np.ndarray:
     """The train id of every label id, uint8 (256,); 255 for classes that are not evaluated.
 
-    Values that are no label id have 254, which `read_mask` refuses.
+    Values that are not label ids become 254, which `read_mask` refuses.
     """
     table = np.full(256, _INVALID, np.uint8)
     table[:_CITYSCAPES_IDS] = IGNORE

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import ExifTags
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from repvgg_jax.data.dataset import FAILURES, Dataset
@@ -16,7 +17,6 @@ from repvgg_jax.data.masks import IGNORE
 from repvgg_jax.data.sources import Source
 from repvgg_jax.text import first_few, one_line, plural
 
-_ORIENTATION = 0x0112  # EXIF tag
 _BLOCK = 256  # images that are handed to the threads at a time
 _LISTED_CLASSES, _EXTREME_CLASSES = 50, 5
 _LISTED_BAD = 20
@@ -65,7 +65,7 @@ def look(source: Source, number: int, decoder: Decoder) -> Seen:
         pixels = decoder(encoded)
         with open_image(encoded, max_pixels=decoder.max_pixels) as image:
             kind = f"{image.format} {image.mode}"
-            turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
             clear = image.has_transparency_data
             dark = image.mode[0] in "IF" and pixels.max() < 32
         notes = {
@@ -106,7 +106,7 @@ def survey(
       dataset: its images.
       decoder: as the run's.
       threads: that decode.
-      allow_empty: classes without images are no problem.
+      allow_empty: whether classes without images are allowed.
     """
     splits = {
         "train": _read("train", dataset.train, decoder, threads),

@@ -21,7 +21,7 @@ class Description:
     """A header, read back.
 
     Attributes:
-      variant: the architecture; None if an older version wrote it for a variant of one's own.
+      variant: the architecture; None if it is not an official one and an older version wrote it.
       activation: of the blocks.
       image_shape: (height, width, channels).
       normalize: pixels to what the network takes.
@@ -90,4 +90,4 @@ def _header(path: str | os.PathLike) -> dict[str, str] | None:
         with safetensors.safe_open(os.fspath(path), framework="np") as opened:
             return opened.metadata()
     except (OSError, safetensors.SafetensorError):
-        return None  # what is wrong is said by whoever reads the weights
+        return None  # whoever reads the weights says what is wrong

@@ -88,12 +88,12 @@ def unboxed(node: Tree) -> Tree:
 
 
 def boxed_like(box: Tree, value: Any) -> Any:
-    """A box like that one around another array; the array itself if `box` is none."""
+    """A box like that one around another array; the array itself if `box` is not one."""
     return jax.tree.unflatten(jax.tree.structure(box), [value]) if _is_box(box) else value
 
 
 def _is_pytree_dataclass(node: Tree) -> bool:
-    """Whether a node is a dataclass that JAX looks into; a module of Linen is none."""
+    """Whether a node is a dataclass that JAX looks into; Linen modules are not."""
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         return False
     return not jax.tree_util.all_leaves((node,))

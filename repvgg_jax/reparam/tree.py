@@ -97,7 +97,11 @@ class Walk:
 
 
 def matching_block(node: Tree, blocks: Sequence[BlockSpec]) -> BlockSpec | None:
-    """The block whose training-form children are exactly those of this node."""
+    """The block whose training-form children are exactly those of this node.
+
+    Raises:
+      ValueError: it fits two blocks that compute different functions.
+    """
     if not isinstance(node, Mapping):
         return None
     keys = node.keys()

@@ -246,7 +246,7 @@ class _Inverse:
 
         Args:
           term: the expression.
-          target: what it shall compute.
+          target: what it must compute.
           unbiased: whether the target's bias is zero, whatever the values.
         """
         if _is_free(term):

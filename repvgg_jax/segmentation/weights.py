@@ -54,7 +54,7 @@ def start_from_classifier(loaded: Weights, fresh: Mapping[str, Any]) -> Started:
       fresh: `create_segmenter(…).init(…)`.
 
     Raises:
-      ValueError: `fresh` is no segmenter in training form, or of another backbone; the message
+      ValueError: `fresh` is not a segmenter in training form, or has another backbone; the message
         lists differences.
     """
     collections = ("params", "batch_stats")
@@ -130,7 +130,7 @@ def load_resnet(
         raise ValueError(f"{where}: {error}") from error
     if unknown or not leaves:
         raise ValueError(
-            f"{where} is no ResNet with a deep stem: it has {first_few(unknown) or 'no arrays'}"
+            f"{where} is not a ResNet with a deep stem: it has {first_few(unknown) or 'no arrays'}"
         )
     return Weights(
         variant,

@@ -10,7 +10,7 @@ _ALWAYS = 64 << 20  # bytes that any archive may expand to
 
 
 def open_zip(path: str | os.PathLike) -> zipfile.ZipFile:
-    """Opens an archive that is no bomb; its file is closed when nothing refers to it.
+    """Opens an archive, unless it is a zip bomb; its file is closed when nothing refers to it.
 
     Raises:
       ValueError: a directory larger than that of any network's weights; records that overlap, or

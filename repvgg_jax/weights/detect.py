@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from repvgg_jax.reparam.linear import Conv, walk
-from repvgg_jax.text import first_few
+from repvgg_jax.text import first_few, plural
 from repvgg_jax.variants import ALL, Variant
 from repvgg_jax.weights.names import NAMINGS, Entry, Naming
 from repvgg_jax.weights.tensor import Shapes
@@ -197,7 +197,7 @@ def detect(
         f"but {wrong}"
     )
     if unused:
-        message += f"; {len(unused)} of no RepVGG [{first_few(unused)}]"
+        message += f"; {plural(len(unused), 'other array')} [{first_few(unused)}]"
     if variant is None and "stem" in found and architecture != _architecture(_blocks(nearest)):
         hint = f"these have {architecture}, pass variant= if that is one of your own"
         raise UnknownVariantError(f"{message}; {hint}", architecture)

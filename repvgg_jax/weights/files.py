@@ -319,7 +319,7 @@ def load_variables(
     try:
         return unflatten_dict(arrays, sep="/")
     except (TypeError, AttributeError, IndexError) as error:  # one path is the beginning of another
-        raise ValueError(f"{path}: its keys are no tree: {first_few(arrays)}") from error
+        raise ValueError(f"{path}: its keys do not form a tree: {first_few(arrays)}") from error
 
 
 def _write_safetensors(path: pathlib.Path, state: dict[str, np.ndarray]) -> None:

@@ -155,7 +155,7 @@ class _Storage:
         return self.fetch()
 
     def described_as(self, dtype: np.dtype, numel: int, key: str) -> "_Storage":
-        """Itself, if all its tensors agree about it."""
+        """This storage; raises ValueError unless all its tensors agree on dtype and size."""
         if (self.dtype, self.numel) != (dtype, numel):
             raise ValueError(f"storage {key!r} has contradictory descriptions")
         return self

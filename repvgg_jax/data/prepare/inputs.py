@@ -36,7 +36,7 @@ class Item:
       label: number of its class.
       file: that holds its bytes.
       offset: of its first byte in `file`.
-      size: in bytes; -1 for what is no readable file.
+      size: in bytes; -1 if it is not a readable file.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Item:
         """The bytes of the encoded image.
 
         Raises:
-          OSError: it cannot be read, or not completely, or is no regular file.
+          OSError: it cannot be read, or not completely, or is not a regular file.
         """
         with open_regular(self.file) as file:
             file.seek(self.offset)
@@ -218,7 +218,7 @@ def _devkit_files(path: pathlib.Path) -> dict[str, bytes]:
                 if name not in _DEVKIT_FILES:
                     continue
                 if not member.isfile() or member.size > _DEVKIT_BYTES:
-                    raise ValueError(f"{path}: {name} in it is no file of at most 64 MiB")
+                    raise ValueError(f"{path}: {name} in it is not a file of at most 64 MiB")
                 content = tar.extractfile(member)
                 assert content is not None  # as of every file
                 files[name] = content.read()
