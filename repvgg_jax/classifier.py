@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from PIL import Image
 
 from repvgg_jax.data.decoding import Decoder, read_file
 from repvgg_jax.data.images import CenterCrop
 from repvgg_jax.data.sources import SUFFIXES
 from repvgg_jax.normalize import Normalize
+from repvgg_jax.segmentation.pictures import default_colors, overlay
 from repvgg_jax.text import first_few
 
 BATCH = 32
@@ -48,7 +50,7 @@ class Classifier:
     constant_weights: bool = True
 
     def preprocess(self, image: str | os.PathLike | bytes | np.ndarray) -> np.ndarray:
-        """An image as evaluation crops and resizes it.
+        """An image as evaluation of a classifier crops and resizes it.
 
         Args:
           image: a path, the content of a file, or uint8 pixels (height, width, channels).
@@ -65,10 +67,22 @@ class Classifier:
         else:
             encoded = image if isinstance(image, bytes) else read_file(image)
             pixels = self.crop({"encoded": encoded})
+        return self._with_channels(pixels)
+
+    def whole(self, path: str | os.PathLike) -> np.ndarray:
+        """All pixels of an image file, uint8 (height, width, channels): what segmenters take.
+
+        Raises:
+          OSError: the file cannot be read.
+          ValueError: it is not an image, or has other channels.
+        """
+        return self._with_channels(self.crop.decoder(read_file(path)))
+
+    def _with_channels(self, pixels: np.ndarray) -> np.ndarray:
         channels = self.image_shape[-1]
         if pixels.shape[-1] == 3 and channels == 1:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
-        if pixels.shape != self.image_shape:
+        if pixels.shape[-1] != channels:
             raise ValueError(
                 f"an image of {pixels.shape[-1]} channels, but the network takes {channels}"
             )
@@ -78,10 +92,10 @@ class Classifier:
         """Probabilities of the classes.
 
         Args:
-          images: uint8 (images, height, width, channels), as `preprocess` returns them.
+          images: uint8 (images, height, width, channels), as `preprocess` or `whole` returns them.
 
         Returns:
-          float32 (images, classes).
+          float32 (images, classes); of a segmenter (images, height, width, classes).
 
         Raises:
           ValueError: images of another type or rank.
@@ -110,6 +124,34 @@ class Classifier:
         for start in range(0, len(paths), BATCH):
             batch = paths[start : start + BATCH]
             yield from zip(batch, self.predict(self._read(batch)), strict=True)
+
+    def write_mask(
+        self, path: str | os.PathLike, output: pathlib.Path
+    ) -> tuple[pathlib.Path, pathlib.Path, np.ndarray]:
+        """Writes the classes of an image's pixels, by a segmenter.
+
+        Args:
+          path: the image.
+          output: the directory for `NAME.mask.png`, which holds the labels, and
+            `NAME.overlay.png`, the image with the colors of its classes.
+
+        Returns:
+          Both paths, and the mask, uint8 (height, width).
+
+        Raises:
+          OSError: a file cannot be read or written.
+          ValueError: it is not an image; it is named.
+        """
+        try:
+            pixels = self.whole(path)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+        mask = self.predict(pixels[None])[0].argmax(axis=-1).astype(np.uint8)
+        stem = pathlib.Path(path).stem
+        masks, overlays = output / f"{stem}.mask.png", output / f"{stem}.overlay.png"
+        Image.fromarray(mask).save(masks)
+        Image.fromarray(overlay(pixels, mask, default_colors(self._num_classes))).save(overlays)
+        return masks, overlays, mask
 
     def names(self, labels: Iterable[int]) -> list[str]:
         """Names of classes; the label itself if they have none."""

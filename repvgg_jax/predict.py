@@ -1,20 +1,24 @@
-"""Classes of image files, by a converted network, a run or a checkpoint file.
+"""Classes of image files, or of their pixels, by a converted network, a run or a checkpoint file.
 
 python -m repvgg_jax.predict --model deploy cat.jpg photos/
 python -m repvgg_jax.predict --model runs/flowers --json 'photos/**/*.png'
+python -m repvgg_jax.predict --model deploy-scenes --output masks street.png
 """
 
+import collections
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 from repvgg_jax import cli
+from repvgg_jax.segmentation.network import Segmenter
+from repvgg_jax.text import first_few
 
 MODEL = flags.DEFINE_string(
     "model",
@@ -23,6 +27,9 @@ MODEL = flags.DEFINE_string(
 )
 TOP = flags.DEFINE_integer("top", 5, "Classes per image.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print a list of JSON objects instead of a table.")
+OUTPUT = flags.DEFINE_string(
+    "output", None, "Of a segmenter: the directory for a mask and an overlay of every image."
+)
 STEP = flags.DEFINE_string("step", None, "Of a run: the checkpoint, a number, best or newest.")
 
 _MANY = 256  # images from which constant weights pay for the longer compilation
@@ -41,12 +48,49 @@ def main(arguments: Sequence[str]) -> int:
     paths = find_images(arguments[1:])
     classifier = _open(MODEL.value, STEP.value, constant_weights=len(paths) >= _MANY)
     found = []
-    for number, (path, probabilities) in enumerate(classifier.predict_files(paths), 1):
-        found.append({"file": os.fspath(path), "top": _top(classifier, probabilities)})
+    for number, row in enumerate(_rows(classifier, paths), 1):
+        found.append(row)
         if number % _EVERY == 0:
             print(f"{number} of {len(paths)} images", file=sys.stderr, flush=True)
     print(json.dumps(found, indent=2) if JSON.value else _table(found))
     return 0
+
+
+def _rows(classifier: Any, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What is said of every image."""
+    if isinstance(classifier.model, Segmenter):
+        if OUTPUT.value is None:
+            raise ValueError(
+                f"{MODEL.value} is a segmenter: give --output, the directory for its masks"
+            )
+        stems = [pathlib.Path(path).stem for path in paths]
+        numbers = collections.Counter(stems)
+        if twice := sorted({stem for stem in stems if numbers[stem] > 1}):
+            raise ValueError(
+                f"images of the same name would write the same masks: {first_few(twice)}; give "
+                "them in several calls"
+            )
+        output = pathlib.Path(OUTPUT.value)
+        output.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            yield {"file": path, **_segment(classifier, path, output)}
+        return
+    if OUTPUT.value is not None:
+        raise ValueError(f"--output={OUTPUT.value} is for segmenters; {MODEL.value} has no masks")
+    for path, probabilities in classifier.predict_files(paths):
+        yield {"file": os.fspath(path), "top": _top(classifier, probabilities)}
+
+
+def _segment(classifier: Any, path: str, output: pathlib.Path) -> dict[str, Any]:
+    """Writes an image's mask and overlay; their names, and the share of every class found."""
+    masks, overlays, mask = classifier.write_mask(path, output)
+    labels, counts = np.unique(mask, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[: TOP.value]
+    top = [
+        {"class": name, "share": float(counts[i] / mask.size)}
+        for name, i in zip(classifier.names(labels[order].tolist()), order, strict=True)
+    ]
+    return {"mask": str(masks), "overlay": str(overlays), "top": top}
 
 
 def _open(model: str, step: str | None, *, constant_weights: bool) -> Any:
@@ -111,7 +155,10 @@ def _table(found: Sequence[dict[str, Any]]) -> str:
     width = max(len(image["file"]) for image in found)
     return "\n".join(
         f"{image['file']:<{width}}  "
-        + "  ".join(f"{each['class']} {each['probability']:.1%}" for each in image["top"])
+        + "  ".join(
+            f"{each['class']} {each.get('probability', each.get('share')):.1%}"
+            for each in image["top"]
+        )
         for image in found
     )
 

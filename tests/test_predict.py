@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 import repvgg_jax as rv
-from repvgg_jax.classifier import find_images
+from repvgg_jax.classifier import Classifier, center_crop, find_images
 from repvgg_jax.convert.deployed import Output, load_deployed
 from repvgg_jax.convert.pipeline import convert
 from repvgg_jax.convert.source import from_run
 from repvgg_jax.data.dataset import load
 from repvgg_jax.export import parse_targets
+from repvgg_jax.normalize import Normalize
 from repvgg_jax.train.restore import load_run
 from tests.helpers.commands import ROOT
 
@@ -83,6 +84,28 @@ def test_how_images_are_read_is_stored(deployed, small_run):
     content = json.loads((deployed / "metadata.json").read_text())
     assert content["crop"] == {"fraction": 1.0, "background": [255, 255, 255], "white": 0.0}
     assert from_run(small_run[0]).crop.fraction == 1.0
+
+
+def test_masks_of_a_segmenter(tmp_path):
+    """The labels of a whole image, and the image under their colors."""
+    variant = rv.Variant("tiny", (1, 1, 1, 1), (8, 8, 16, 16), 8)
+    network = rv.create_segmenter(variant, num_classes=3, width=8, auxiliary_width=8)
+    pixels = np.random.default_rng(0).integers(0, 256, (33, 41, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "street.png")
+    normalize = Normalize((0.5,), (0.25,))
+    variables = jax.jit(network.init)(jax.random.key(0), normalize(pixels[None]))
+    logits = jax.jit(network.apply)(variables, normalize(pixels[None]))
+    crop = center_crop((33, 33, 3), fraction=1.0, background=(0, 0, 0), white=0.0)
+    segmenter = Classifier(
+        network.clone(deploy=True), rv.fuse_params(variables), normalize, (), (33, 33, 3), crop
+    )
+    mask_path, overlay_path, mask = segmenter.write_mask(tmp_path / "street.png", tmp_path)
+    ranked = np.sort(np.asarray(logits[0]), axis=-1)
+    clear = ranked[..., -1] - ranked[..., -2] > 1e-4
+    np.testing.assert_array_equal(mask[clear], np.asarray(logits[0]).argmax(-1)[clear])
+    np.testing.assert_array_equal(np.asarray(Image.open(mask_path)), mask)
+    assert mask_path.name == "street.mask.png"
+    assert np.asarray(Image.open(overlay_path)).shape == (33, 41, 3)
 
 
 def test_images_are_found(tmp_path):
