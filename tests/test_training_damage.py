@@ -93,7 +93,7 @@ def test_a_damaged_file_is_one_line(name, read, loads, path, rng):
 
 
 def test_damaged_rows_are_left_out_and_counted(path, rng, monkeypatch, caplog):
-    monkeypatch.setattr(report, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(report, "draw_curves", lambda *args, **options: None)
     file = path / "metrics.jsonl"
     data, before = file.read_bytes(), rows(path)
     lines = data.splitlines(keepends=True)
@@ -238,7 +238,7 @@ class TestKilled:
             assert [entry.name for entry in copy.iterdir()] == ["22"]
 
 
-def _draw(rows, path, title):
+def _draw(rows, path, title, **options):
     with report.replacing(path) as temporary:
         temporary.write_bytes(b"a picture")
 
