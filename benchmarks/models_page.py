@@ -14,9 +14,10 @@ import harness
 import paper
 from baselines import BASELINES, cost
 
-from repvgg_jax import variants
+from repvgg_jax import costs, variants
+from repvgg_jax.costs import Cost
 from repvgg_jax.files import write_text
-from repvgg_jax.variants import Cost, get_variant
+from repvgg_jax.variants import get_variant
 from repvgg_jax.weights.load import PRETRAINED
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -107,7 +108,7 @@ def page() -> str:
             places = [f"[authors]({link})"] if link else []
             places += [f"hub: `{key}`" for key in hub]
             rows.append(
-                _costs(name, variants.cost(name))
+                _costs(name, costs.cost(name))
                 | {
                     "top-1 %": accuracy,
                     "source": source,

@@ -4,20 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 from repvgg_jax._version import __version__
 from repvgg_jax.block import ReparamBlock, RepVGGBlock, fuse_model
+from repvgg_jax.costs import Cost, cost
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.nnx import to_nnx
 from repvgg_jax.reparam import fuse_linear, fuse_params, unfuse_params
 from repvgg_jax.segmentation.network import Segmenter, create_segmenter
-from repvgg_jax.variants import (
-    FAMILY,
-    VARIANTS,
-    Cost,
-    Layer,
-    SqueezeExcite,
-    Variant,
-    cost,
-    get_variant,
-)
+from repvgg_jax.variants import FAMILY, VARIANTS, Layer, SqueezeExcite, Variant, get_variant
 from repvgg_jax.weights import (
     Weights,
     load_pretrained,

@@ -12,9 +12,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from repvgg_jax.costs import Cost
 from repvgg_jax.reparam import BlockSpec, Chain, Geometry, conv_bn, leaves, macs
 from repvgg_jax.reparam import Conv as Convolution
-from repvgg_jax.variants import Cost, Layer, Variant
+from repvgg_jax.variants import Layer, Variant
 
 Activation = Literal["relu", "silu"] | None
 
