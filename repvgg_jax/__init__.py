@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from repvgg_jax._version import __version__
-from repvgg_jax.block import ReparamBlock, RepVGGBlock, fuse_model
+from repvgg_jax.block import ReparamBlock, RepVGGBlock
 from repvgg_jax.costs import Cost, cost
+from repvgg_jax.fuse_module import fuse_model
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.nnx import to_nnx
 from repvgg_jax.reparam import fuse_linear, fuse_params, unfuse_params

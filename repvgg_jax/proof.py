@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from repvgg_jax.block import fuse_model
+from repvgg_jax.fuse_module import fuse_model
 from repvgg_jax.model import RepVGG
 
 PIXEL_LOGIT = "logit of a pixel"
