@@ -9,7 +9,7 @@ from flax import nnx
 
 import repvgg_jax as rv
 from tests.helpers.jit import quick_jit
-from tests.helpers.weights_samples import CLASSES, random_variables
+from tests.helpers.weights_samples import CLASSES, random_weights
 
 TINY = rv.Variant("tiny", (2,), (8,), stem_channels=4)
 
@@ -28,7 +28,7 @@ def float64():
 
 @pytest.fixture
 def variables():
-    return random_variables(TINY)
+    return random_weights(TINY)
 
 
 def loss_of(logits, labels):
@@ -141,7 +141,7 @@ def test_train_and_eval_are_respected_from_outside_too(variables, batch):
 def test_auxiliary_heads_keep_their_parameters(batch):
     images = batch[0]
     model = rv.create_model(AUXILIARY, num_classes=CLASSES)
-    variables = random_variables(AUXILIARY)
+    variables = random_weights(AUXILIARY)
     module = rv.to_nnx(model, variables)
     expected, new = model.apply(variables, images, train=True, mutable=["batch_stats", "auxiliary"])
     logits, heads = module(images, train=True, auxiliary=True)
@@ -158,7 +158,7 @@ def test_auxiliary_heads_keep_their_parameters(batch):
 def test_a_split_module_fuses_and_unfuses(batch):
     images = batch[0]
     model = rv.create_model(AUXILIARY, num_classes=CLASSES)
-    module = rv.to_nnx(model, random_variables(AUXILIARY))
+    module = rv.to_nnx(model, random_weights(AUXILIARY))
     expected = module(images)
     graph, state = nnx.split(module)
     _, fused = rv.fuse_params((graph, state), expect=2)

@@ -24,7 +24,7 @@ from tests.helpers.weights_samples import (
     TINY,
     assert_identical,
     has_names,
-    random_variables,
+    random_weights,
     refusal,
     thin,
 )
@@ -40,12 +40,12 @@ FORMS = pytest.mark.parametrize("deploy", [False, True], ids=["train", "deploy"]
 
 @pytest.fixture
 def variables():
-    return random_variables(TINY)
+    return random_weights(TINY)
 
 
 @pytest.fixture(scope="module")
 def state():
-    return rv.to_state_dict(random_variables(TINY), variant=TINY)
+    return rv.to_state_dict(random_weights(TINY), variant=TINY)
 
 
 def without_head(variables):
@@ -103,7 +103,7 @@ def test_mmpretrain_names():
 @pytest.mark.parametrize("name", ["A0", "B1g4", "D2se", "plus-L2pse"])
 def test_a_round_trip_is_the_identity(name, family, deploy):
     variant = thin(rv.VARIANTS[name])
-    variables = random_variables(variant, deploy=deploy)
+    variables = random_weights(variant, deploy=deploy)
     if not has_names(family, variant):
         with pytest.raises(ValueError, match=f"{family} has no names .*{name}"):
             rv.to_state_dict(variables, family=family, variant=variant)
@@ -118,7 +118,7 @@ def test_a_round_trip_is_the_identity(name, family, deploy):
 
 def test_num_batches_tracked_is_dropped_and_written_as_zero():
     variant = rv.Variant("one", (1,), (8,), stem_channels=4)
-    state = rv.to_state_dict(random_variables(variant), variant=variant)
+    state = rv.to_state_dict(random_weights(variant), variant=variant)
     key = "stage0.rbr_dense.bn.num_batches_tracked"
     assert state[key].dtype == np.int64
     assert state[key].shape == ()
@@ -151,7 +151,7 @@ class TwoBlocks(rv.Variant):
 @FORMS
 def test_blocks_of_other_kinds_have_flax_names(deploy):
     variant = TwoBlocks("two", (2, 2), (8, 12), stem_channels=4, groups=2)
-    variables = random_variables(variant, deploy=deploy)
+    variables = random_weights(variant, deploy=deploy)
     state = rv.to_state_dict(variables, family="flax", variant=variant)
     loaded = rv.load_weights(state, variant=variant)
     assert (loaded.deploy, loaded.family) == (deploy, "flax")
@@ -243,11 +243,11 @@ def test_unknown_networks_show_their_keys():
 
 
 def test_another_variant_than_expected():
-    state = rv.to_state_dict(random_variables(rv.VARIANTS["A1"], deploy=True))
+    state = rv.to_state_dict(random_weights(rv.VARIANTS["A1"], deploy=True))
     message = refusal(state, variant="B0")
     assert "nearest to B0 (official names, deploy form), but 12 missing" in message
     # RepVGGplus has official names of its own, in which there is no B0.
-    plus = random_variables(thin(rv.VARIANTS["plus-L2pse"]))
+    plus = random_weights(thin(rv.VARIANTS["plus-L2pse"]))
     state = rv.to_state_dict(plus, variant=thin(rv.VARIANTS["plus-L2pse"]))
     message = refusal(state, variant="B0")
     assert "(8, 14, 24, 1)" in message
@@ -265,7 +265,7 @@ def test_an_architecture_of_your_own_is_asked_for(state):
 def test_networks_with_a_width_per_block(family, deploy):
     """As channel pruning leaves them."""
     pruned = rv.Variant("pruned", (2, 2), ((8, 6), (10, 10)), stem_channels=8)
-    variables = random_variables(pruned, deploy=deploy)
+    variables = random_weights(pruned, deploy=deploy)
     state = rv.to_state_dict(variables, family=family, variant=pruned)
     assert_identical(rv.load_weights(state, variant=pruned).variables, variables)
     message = refusal(state, variant=None)
@@ -405,7 +405,7 @@ def test_impossible_channels(state):
             return (dataclasses.replace(stem, block=block), *others)
 
     variant = Normed("normed", (1,), (8,), stem_channels=4)
-    own = rv.to_state_dict(random_variables(variant), family="flax", variant=variant)
+    own = rv.to_state_dict(random_weights(variant), family="flax", variant=variant)
     assert "stem/bn" in refusal(own, variant=variant, in_channels=1)
 
 
@@ -445,7 +445,7 @@ def test_another_number_of_classes_explains_how_to_load_the_backbone(state, vari
 
 def test_auxiliary_heads_are_dropped_with_the_head():
     variant = rv.Variant("aux", (1,), (8,), stem_channels=8, auxiliary=("stage1_block0",))
-    state = rv.to_state_dict(random_variables(variant), variant=variant)
+    state = rv.to_state_dict(random_weights(variant), variant=variant)
     assert "stage1_aux.0.bn.weight" in state
     loaded = rv.load_weights(state, variant=variant, num_classes=0)
     assert loaded.variables["params"].keys() == {"stem", "stage1_block0"}
@@ -455,7 +455,7 @@ def test_auxiliary_heads_are_dropped_with_the_head():
 @FORMS
 @pytest.mark.parametrize("family", ["official", "flax"])
 def test_images_with_another_number_of_channels(family, deploy):
-    variables = random_variables(TINY, deploy=deploy, in_channels=1)
+    variables = random_weights(TINY, deploy=deploy, in_channels=1)
     state = rv.to_state_dict(variables, family=family, variant=TINY)
     loaded = rv.load_weights(state, variant=TINY)
     assert loaded.in_channels == 1
@@ -576,7 +576,7 @@ FEATURES = jax.jit(rv.create_model(TINY, num_classes=0).apply)
 
 def fresh(variant=TINY, num_classes=CLASSES, deploy=False):
     """As from `model.init`, which would take long to compile."""
-    variables = random_variables(variant, deploy=deploy, num_classes=num_classes, seed=1)
+    variables = random_weights(variant, deploy=deploy, num_classes=num_classes, seed=1)
     return jax.tree.map(jnp.asarray, variables)
 
 
@@ -638,7 +638,7 @@ def test_another_epsilon_is_passed_on_and_used_to_unfuse(variables):
 
 def test_auxiliary_heads_stay_fresh_if_they_do_not_fit():
     variant = rv.Variant("aux", (1, 1), (8, 8), stem_channels=8, auxiliary=("stage1_block0",))
-    source = random_variables(variant)
+    source = random_weights(variant)
 
     def loaded(variables):
         return rv.load_weights(rv.to_state_dict(variables, variant=variant), variant=variant)
@@ -701,7 +701,7 @@ def test_the_pretrained_names_are_timms():
 
 @pytest.mark.usefixtures("offline")
 def test_a_cached_model_loads_by_any_of_its_names(tmp_path):
-    variables = random_variables(rv.VARIANTS["A0"], num_classes=1000)
+    variables = random_weights(rv.VARIANTS["A0"], num_classes=1000)
     put_into_cache(tmp_path, "repvgg_a0.rvgg_in1k", variables)
     for name in ("repvgg_a0.rvgg_in1k", "timm/repvgg_a0.rvgg_in1k", "repvgg_a0"):
         loaded = rv.load_pretrained(name, cache_dir=tmp_path)
@@ -713,7 +713,7 @@ def test_a_cached_model_loads_by_any_of_its_names(tmp_path):
 
 @pytest.mark.usefixtures("offline")
 def test_a_cached_file_of_another_variant_is_refused(tmp_path):
-    variables = random_variables(rv.VARIANTS["A0"], deploy=True)
+    variables = random_weights(rv.VARIANTS["A0"], deploy=True)
     put_into_cache(tmp_path, "repvgg_a1.rvgg_in1k", variables)
     with pytest.raises(ValueError, match=r"nearest to A1 .* misshaped"):
         rv.load_pretrained("repvgg_a1", cache_dir=tmp_path)

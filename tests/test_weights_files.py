@@ -25,7 +25,7 @@ from tests.helpers.weights_samples import (
     CLASSES,
     TINY,
     assert_identical,
-    random_variables,
+    random_weights,
     refusal,
 )
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.core
 
 @pytest.fixture(scope="module")
 def variables():
-    return random_variables(TINY)
+    return random_weights(TINY)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import safetensors.numpy
 import repvgg_jax as rv
 from repvgg_jax.weights import FAMILIES
 from tests.helpers import pth_writer
-from tests.helpers.weights_samples import assert_identical, has_names, random_variables
+from tests.helpers.weights_samples import assert_identical, has_names, random_weights
 
 VARIANT = rv.Variant("fuzzed", (1,), (4,), stem_channels=4)
 SECONDS = 2  # CPU time per file; valid files take milliseconds
@@ -46,7 +46,7 @@ headers of .npy records as literals.
 
 def seeds(directory):
     """One valid file per format."""
-    state = rv.to_state_dict(random_variables(VARIANT, num_classes=2), variant=VARIANT)
+    state = rv.to_state_dict(random_weights(VARIANT, num_classes=2), variant=VARIANT)
     paths = [directory / name for name in ("pth", "legacy", "safetensors", "npz", "deflated")]
     # With objects of every kind beside the weights, and one that would run a command.
     pth_writer.write_zip(paths[0], state, wrapper="state_dict", beside=pickle.dumps(OBJECTS, 2))
@@ -181,7 +181,7 @@ def test_files_that_ask_for_much_are_refused_within_2_seconds_and_500_mb(tmp_pat
 @pytest.mark.parametrize("deploy", [False, True], ids=["train", "deploy"])
 @pytest.mark.parametrize("name", ["B3g4", "D2se", "plus-L2pse"])
 def test_full_size_models_are_detected_and_identical(name, deploy):
-    variables = random_variables(rv.VARIANTS[name], deploy=deploy, num_classes=1000)
+    variables = random_weights(rv.VARIANTS[name], deploy=deploy, num_classes=1000)
     for family in FAMILIES:
         if has_names(family, rv.VARIANTS[name]):
             loaded = rv.load_weights(rv.to_state_dict(variables, family=family))
@@ -194,7 +194,7 @@ def test_full_size_models_are_detected_and_identical(name, deploy):
 @pytest.mark.parametrize("name", ["B3", "D2se"])
 @pytest.mark.parametrize("kind", ["pth", "pth-legacy"])
 def test_the_largest_models_load_within_4_gib_and_a_minute_of_cpu_time(name, kind, tmp_path):
-    variables = random_variables(rv.VARIANTS[name], num_classes=1000)
+    variables = random_weights(rv.VARIANTS[name], num_classes=1000)
     path = tmp_path / "weights.pth"
     writer = pth_writer.write_zip if kind == "pth" else pth_writer.write_legacy
     writer(path, rv.to_state_dict(variables))

@@ -8,7 +8,7 @@ import pytest
 
 import repvgg_jax as rv
 from tests.helpers.jit import quick_jit
-from tests.helpers.weights_samples import assert_identical, random_variables
+from tests.helpers.weights_samples import assert_identical, random_weights
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
 
@@ -81,7 +81,7 @@ def test_every_family_loads_as_pytorch_loads_it(dialect, deploy, zipped, tmp_pat
 @pytest.mark.parametrize("deploy", [False, True], ids=["train", "deploy"])
 def test_what_we_write_pytorch_loads_strictly(dialect, deploy, suffix, tmp_path):
     variant, reference = network(dialect, deploy=deploy)
-    variables = random_variables(variant, deploy=deploy, num_classes=CLASSES)
+    variables = random_weights(variant, deploy=deploy, num_classes=CLASSES)
     path = tmp_path / f"ours{suffix}"
     family = "official" if dialect == "plus" else dialect
     rv.save_weights(path, variables, family=family, variant=variant)

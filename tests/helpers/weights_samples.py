@@ -27,7 +27,7 @@ def thin(variant: rv.Variant) -> rv.Variant:
     )
 
 
-def random_variables(
+def random_weights(
     variant: rv.Variant,
     *,
     deploy: bool = False,
