@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from repvgg_jax.data import masks
 from repvgg_jax.segmentation.inference import MMSEG, PROTOCOLS, SEMSEG, Protocol, predict, scores
 from repvgg_jax.segmentation.loss import IGNORE, pixel_cross_entropy, segmentation_loss
 from repvgg_jax.segmentation.metrics import Scores, confusion
@@ -18,6 +19,10 @@ CLASSES = 4
 
 
 # The loss.
+
+
+def test_data_loss_and_metrics_ignore_the_same_label():
+    assert masks.IGNORE == IGNORE
 
 
 def test_ignored_pixels_do_not_count(rng):
