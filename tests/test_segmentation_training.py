@@ -187,6 +187,7 @@ def test_a_run_is_converted_proven_and_read_back(run, tmp_path):
     assert "pixels" in str(done.proof)
     assert all("UNPROVEN" not in line for line in done.lines)
     deployed = load_deployed(tmp_path / "deploy")
+    assert deployed.predict(source.images[:2]).shape == (2, 64, 64, 11)
     images = source.normalize(source.images[:2])
     again = deployed.model.apply(deployed.variables, images)
     trained = source.model.apply(source.variables, images)

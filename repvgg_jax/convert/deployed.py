@@ -99,6 +99,8 @@ class Deployment:
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Probabilities (images, classes) of uint8 images, see `Classifier.predict`.
 
+        A segmenter's are those of every pixel, (images, height, width, classes).
+
         The first call compiles, with the weights as constants.
         """
         return self._classifier.predict(images)
