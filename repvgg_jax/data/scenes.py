@@ -17,12 +17,12 @@ SCENE_SIZE = 64
 
 SCENE_CLASSES = ("background", *(f"digit {digit}" for digit in range(10)))
 
-TRAINING_SCENES, VALIDATION_SCENES = 4000, 200
+TRAINING_SCENES, VALIDATION_SCENES = 8000, 200
 
 _DIGITS = (2, 3)  # per scene, least and most
-_SIDE = (24.0, 36.0)  # of a digit, pixels
-_DISTANCE = 0.8  # between two digits' centers, as a fraction of their mean side, at least
-_PLACES = 10  # tried for a digit; it is left out if it would cover too much of another
+_SIDE = (28.0, 40.0)  # of a digit, pixels
+_DISTANCE = 0.75  # between two digits' centers, as a fraction of their mean side, at least
+_PLACES = 40  # tried for a digit; it is left out if it would cover too much of another
 _ANGLE = 15.0  # degrees to each side
 _INK = 0.25  # fraction of full ink from which a pixel belongs to the digit
 _CONTRAST = 70.0  # gray levels between a digit and the background, at least
