@@ -139,13 +139,6 @@ def _open(model: str, step: str | None, *, constant_weights: bool) -> Any:
 
 
 def _check_classes(network: Any, model: str) -> None:
-    from repvgg_jax.segmentation.network import Segmenter
-
-    if isinstance(network, Segmenter):
-        raise ValueError(
-            f"{model} gives a class to every pixel, and this command tells that of an image; in "
-            "Python, load_deployed(…).predict(images) returns (images, height, width, classes)"
-        )
     if not network.num_classes:
         raise ValueError(f"{model} has no classifier; it returns pooled features")
 
