@@ -357,7 +357,7 @@ class TestInputs:
         ("files", "message"),
         [
             ({}, r"lacks meta\.mat and ILSVRC2012_val"),
-            ({"meta_mat": None}, r"meta\.mat .*no file"),
+            ({"meta_mat": None}, r"meta\.mat .*not a file"),
             ({"meta_mat": b"rubbish" * 99}, r"lacks ILSVRC2012_val"),
             (
                 {"meta_mat": b"rubbish" * 99, "ILSVRC2012_validation_ground_truth.txt": b"1"},

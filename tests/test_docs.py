@@ -79,7 +79,9 @@ def test_every_page_with_code_is_tested():
     assert {page for page in pages if python(page)} == {*PYTHON_HERE, *PYTHON_ELSEWHERE}
 
 
-@pytest.mark.parametrize("page", PYTHON_HERE)
+@pytest.mark.parametrize(
+    "page", [PYTHON_HERE[0], *(pytest.param(p, marks=pytest.mark.slow) for p in PYTHON_HERE[1:])]
+)
 def test_python_runs(page):
     """Top to bottom, in one namespace; `config` is what a recipe has."""
     from repvgg_jax.train.config import default_config

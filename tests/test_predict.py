@@ -86,6 +86,7 @@ def test_how_images_are_read_is_stored(deployed, small_run):
     assert from_run(small_run[0]).crop.fraction == 1.0
 
 
+@pytest.mark.slow
 def test_masks_of_a_segmenter(tmp_path):
     """The labels of a whole image, and the image under their colors."""
     variant = rv.Variant("tiny", (1, 1, 1, 1), (8, 8, 16, 16), 8)
@@ -122,6 +123,7 @@ def test_images_are_found(tmp_path):
         find_images([f"{tmp_path}/nothing.png"])
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_the_command(deployed, images, small_run):
     """JSON and nothing else on standard output, for a directory of images; then a table."""
@@ -140,6 +142,7 @@ def test_the_command(deployed, images, small_run):
     assert done.stdout.startswith(f"{files[0]}  {expected[0].argmax()} {expected[0].max():.1%}")
 
 
+@pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -201,7 +201,7 @@ def test_shapes_fuse_to_shapes(variables):
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(fused))
 
 
-@pytest.mark.parametrize("copies", [1, 2, 3])
+@pytest.mark.parametrize("copies", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_a_stack_has_the_penalty_of_its_layers(variables, copies):
     one = float(equivalent_l2(variables))
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * copies), variables)
