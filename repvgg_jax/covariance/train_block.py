@@ -28,7 +28,6 @@ from repvgg_jax.covariance.ops import (
     outer,
     outer_small,
     rounded,
-    sums,
     sums_of_two,
     wide_type,
 )
@@ -239,21 +238,18 @@ def _measure(
     near, mean, covariance = mean_and_covariance(settings, seen)
     product = matmul(covariance, pointwise)
     var1 = flat((pointwise * product).sum(axis=-2))
-    if not settings.shifts(x.dtype):
-        wide3 = y3.astype(mean.dtype)
-        sum3, squares3 = sums_of_two(settings, wide3, jnp.square(wide3))
-        mean3 = sum3 / count
-        var3 = jnp.maximum(squares3 / count - jnp.square(mean3), 0)
-        shift = Shift(jnp.zeros_like(mean3), jnp.zeros_like(mean))
-        return shift, Moments(mean3, var3, mean, diagonal(covariance), var1), product
 
-    # What the 3x3 convolution makes of a constant image, on average over pixels: its mean
-    # up to the deviations of x. Near the border some taps see only padding.
-    summed = (_share_inside(settings, x, y3)[:, :, None, None] * kernel).sum(axis=(0, 1))
-    near3 = apply(near.astype(mean.dtype), in_groups(settings, summed).swapaxes(0, 1)[None])
-    shifted3 = y3 - per_image(y3, near3)
-    mean3 = sums(settings, shifted3) / count
-    var3 = jnp.maximum(sums(settings, jnp.square(shifted3)) / count - jnp.square(mean3), 0)
+    near3 = jnp.zeros((settings.image_groups, y3.shape[-1]), mean.dtype)
+    shifted3 = y3.astype(mean.dtype)
+    if settings.shifts(x.dtype):
+        # What the 3x3 convolution makes of a constant image, on average over pixels: its mean
+        # up to the deviations of x. Near the border some taps see only padding.
+        summed = (_share_inside(settings, x, y3)[:, :, None, None] * kernel).sum(axis=(0, 1))
+        near3 = apply(near.astype(mean.dtype), in_groups(settings, summed).swapaxes(0, 1)[None])
+        shifted3 -= per_image(y3, near3)
+    sum3, squares3 = sums_of_two(settings, shifted3, jnp.square(shifted3))
+    mean3 = sum3 / count
+    var3 = jnp.maximum(squares3 / count - jnp.square(mean3), 0)
     shift = Shift(near3, near.astype(mean.dtype))
     return shift, Moments(mean3, var3, mean, diagonal(covariance), var1), product
 
