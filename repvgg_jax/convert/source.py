@@ -184,31 +184,24 @@ def from_weights(name: str, facts: Facts | None = None, *, data: str | None = No
 
 def _from_deployed(path: pathlib.Path, data: str | None) -> Source:
     deployed = load_deployed(path)
-    metadata = deployed.metadata
-    try:
-        height, width, channels = metadata["image_shape"]
-        normalize = Normalize(tuple(metadata["mean"]), tuple(metadata["std"]))
-        labels = tuple(metadata["classes"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path / 'metadata.json'} lacks a valid {error}") from error
-    images, image_source = _images(
-        (height, width, channels), data, _proof_images(deployed.model, (height, width, channels))
-    )
+    metadata = Metadata.from_json(deployed.metadata)
+    shape = metadata.image_shape
+    images, image_source = _images(shape, data, _proof_images(deployed.model, shape))
     return Source(
         title=f"{network_title(deployed.model)} of {path}",
         model=deployed.model,
         variables=deployed.variables,
         images=images,
         image_source=image_source,
-        normalize=normalize,
-        labels=labels,
+        normalize=Normalize(metadata.mean, metadata.std),
+        labels=metadata.classes,
         details={
             "deployment": str(path),
             "fused": deployed.proof.get("fused"),
-            "source": metadata.get("source"),
+            "source": deployed.metadata.get("source"),
             "images": image_source,
         },
-        crop=Metadata.from_json(metadata).crop,
+        crop=metadata.crop,
     )
 
 
