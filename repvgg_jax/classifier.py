@@ -1,5 +1,6 @@
 """A network with everything between an image file and the probabilities of its classes."""
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -142,10 +143,8 @@ class Classifier:
           OSError: a file cannot be read or written.
           ValueError: it is not an image; it is named.
         """
-        try:
+        with _naming(path):
             pixels = self.whole(path)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
         mask = self.predict(pixels[None])[0].argmax(axis=-1).astype(np.uint8)
         stem = pathlib.Path(path).stem
         masks, overlays = output / f"{stem}.mask.png", output / f"{stem}.overlay.png"
@@ -160,10 +159,8 @@ class Classifier:
     def _read(self, paths: Sequence[str | os.PathLike]) -> np.ndarray:
         images = []
         for path in paths:
-            try:
+            with _naming(path):
                 images.append(self.preprocess(path))
-            except ValueError as error:
-                raise ValueError(f"{os.fspath(path)}: {error}") from error
         return np.stack(images)
 
     @property
@@ -179,6 +176,15 @@ class Classifier:
         if self.constant_weights:
             return jax.jit(functools.partial(probabilities, self.variables))
         return functools.partial(jax.jit(probabilities), jax.device_put(self.variables))
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike) -> Iterator[None]:
+    """A context in which errors name the file that they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
 def center_crop(

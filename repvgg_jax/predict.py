@@ -6,6 +6,7 @@ python -m repvgg_jax.predict --model deploy-scenes --output masks street.png
 """
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
@@ -133,7 +134,7 @@ def _open(model: str, step: str | None, *, constant_weights: bool) -> Any:
         normalize,
         classes,
         shape,
-        center_crop(shape, fraction=crop.fraction, background=crop.background, white=crop.white),
+        center_crop(shape, **dataclasses.asdict(crop)),
         constant_weights,
     )
 
