@@ -176,7 +176,7 @@ def mean_and_covariance(
     channels = seen.shape[-1] // columns
     count = values_per_channel(seen.shape, settings.image_groups) * columns
     mean = sums(settings, seen).reshape(-1, columns, channels).sum(axis=1) / count
-    near = jnp.zeros(mean.shape, seen.dtype)
+    near = jnp.zeros_like(mean, dtype=seen.dtype)
     if settings.shifts(seen.dtype):
         # In the convolutions' dtype, so that subtracting it from x loses nothing more.
         near = lax.stop_gradient(mean.astype(seen.dtype))

@@ -28,6 +28,7 @@ from repvgg_jax.covariance.ops import (
     outer,
     outer_small,
     rounded,
+    sums,
     sums_of_two,
     wide_type,
 )
@@ -239,8 +240,8 @@ def _measure(
     product = matmul(covariance, pointwise)
     var1 = flat((pointwise * product).sum(axis=-2))
 
-    near3 = jnp.zeros((settings.image_groups, y3.shape[-1]), mean.dtype)
     shifted3 = y3.astype(mean.dtype)
+    near3 = jnp.zeros_like(sums(settings, shifted3))  # varies over the axes that `mean` does
     if settings.shifts(x.dtype):
         # What the 3x3 convolution makes of a constant image, on average over pixels: its mean
         # up to the deviations of x. Near the border some taps see only padding.
