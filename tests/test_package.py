@@ -290,7 +290,7 @@ def test_the_citation_names_software_and_paper():
 
 
 def test_ci_runs_what_the_test_command_skips(tmp_path):
-    """With the second environment played by a variable; files are told apart, not named."""
+    """With the second environment played by a variable."""
     missing = "os.environ.get('EVERYTHING') is None"
     (tmp_path / "test_library.py").write_text(
         "import os, pytest\n"
@@ -308,7 +308,7 @@ def test_ci_runs_what_the_test_command_skips(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\naddopts = -m 'not slow'\n")
 
     def passed(*options: str, **variables: str) -> list[str]:
-        command = [sys.executable, "-m", "pytest", "-n", "2", "-v", "-p", "tests.helpers.skipped"]
+        command = [sys.executable, "-m", "pytest", "-n", "2", "-v", "-p", "tests.helpers.passed"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
         done = subprocess.run(
             [*command, "-p", "no:cacheprovider", *options],
@@ -321,7 +321,7 @@ def test_ci_runs_what_the_test_command_skips(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return sorted(re.findall(r"PASSED \S+::(\w+)", done.stdout))
 
-    assert passed("--skipped-to=skipped") == ["test_c", "test_d"]
-    assert (tmp_path / "skipped").read_text() == "test_library.py\ntest_part.py\n"
-    again = passed("--skipped-from=skipped", "-m", "slow or not slow", EVERYTHING="1")
-    assert again == ["test_a", "test_b", "test_c", "test_e"]
+    assert passed("--passed-to=passed") == ["test_c", "test_d"]
+    assert (tmp_path / "passed").read_text() == "test_part.py::test_c\ntest_plain.py::test_d\n"
+    again = passed("--not-in=passed", "-m", "slow or not slow", EVERYTHING="1")
+    assert again == ["test_a", "test_b", "test_e"]
