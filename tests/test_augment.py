@@ -121,6 +121,7 @@ def alone(augment):
 class TestKeys:
     """What happens to an image is a function of the key and of its index in the batch."""
 
+    @pytest.mark.slow
     def test_eight_devices_give_what_one_gives_without_communication(self, augment, alone):
         program = jax.jit(augment, in_shardings=(None, OVER_BATCH), out_shardings=OVER_BATCH)
         compiled = program.lower(KEY, PHOTOS).compile()
@@ -251,6 +252,7 @@ class TestMixing:
         cut = np.asarray(((masks == 0) | (masks == 1)).all((1, 2)))
         assert abs(cut.mean() - 0.5) < 5 * np.sqrt(0.25 / 1000) + 0.02  # a weight can round to 1
 
+    @pytest.mark.slow
     def test_eight_devices_give_what_one_gives(self):
         # The all-reduce is one flag of the sampler's loop; images stay where they are.
         allowed = {

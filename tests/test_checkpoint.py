@@ -206,7 +206,7 @@ class TestRestoring:
         [
             pytest.param("emptied", marks=pytest.mark.slow),
             pytest.param("halved", marks=pytest.mark.slow),
-            "removed",
+            pytest.param("removed", marks=pytest.mark.slow),
             "flipped",
         ],
     )

@@ -17,7 +17,11 @@ pytestmark = pytest.mark.system
     ("arguments", "source"),
     [
         (["--init_from=runs/digits", "--workdir=nowhere"], "step 22 of runs/digits"),
-        (["--config.init_from=nothing.pth", "--by_class"], "step 22 of runs/digits"),
+        pytest.param(
+            ["--config.init_from=nothing.pth", "--by_class"],
+            "step 22 of runs/digits",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_evaluating_what_was_trained(digits_run, arguments, source):
@@ -45,11 +49,12 @@ def test_training_from_what_was_trained(digits_run, tmp_path):
     assert config["init_from"] == str(digits_run / "runs" / "digits")
 
 
+@pytest.mark.slow  # in one process: test_training_loop.py
 @pytest.mark.parametrize(
     "number",
     [
         signal.SIGTERM,
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        signal.SIGINT,
         # SIGKILL comes at many places in test_digits.py.
     ],
 )

@@ -77,9 +77,8 @@ def test_a_run_converts(variant, recorded, tmp_path):
     assert relative(recorded["deploy"], exported.call(recorded["images"])) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "source", ["--workdir=run", pytest.param("--init_from=deploy", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # in one process: test_a_run_converts
+@pytest.mark.parametrize("source", ["--workdir=run", "--init_from=deploy"])
 @pytest.mark.system
 def test_runs_and_conversions_are_evaluated(source, tmp_path):
     shutil.copytree(OLD / "run", tmp_path / "run")

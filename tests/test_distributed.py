@@ -77,7 +77,8 @@ def alone(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("launcher", ["slurm", pytest.param("open mpi", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["slurm", "open mpi"])
 def test_two_processes_are_one_run(alone, tmp_path, launcher):
     with started(tmp_path, 2, devices=4, launcher=launcher, recipe=FLOAT64) as run:
         assert run.wait() == [0, 0]

@@ -216,6 +216,7 @@ class TestModulesOfYourOwn:
                 Network(model, fused, **options)
 
 
+@pytest.mark.slow
 def test_the_page_says_how(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {"images": nets.images(), "variant": nets.variant(), "mean": nets.MEAN, "std": nets.STD}

@@ -230,6 +230,7 @@ def test_what_a_message_says_to_install_exists(extra, monkeypatch, tmp_path):
     assert messages.how_to_install(extra=extra).startswith(f'pip install ".[{extra}]"')
 
 
+@pytest.mark.slow
 def test_the_library_alone(wheel, tmp_path):
     """Models, fuse and weights; the commands name the extra that they need."""
     environment = _installed(wheel, tmp_path / "environment")
@@ -289,6 +290,7 @@ def test_the_citation_names_software_and_paper():
     ]
 
 
+@pytest.mark.slow
 def test_ci_runs_what_the_test_command_skips(tmp_path):
     """With the second environment played by a variable."""
     missing = "os.environ.get('EVERYTHING') is None"

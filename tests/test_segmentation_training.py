@@ -112,6 +112,7 @@ def test_evaluation_alone_finds_what_the_run_did(run):
     assert any("miou" in line for line in found.lines(by_class=True))
 
 
+@pytest.mark.slow
 def test_microbatches_and_devices_do_not_change_a_step():
     config = tiny_config(bn__group_size=4, segmentation__dropout=0.0, data__masks__blur=1.0)
     one = Experiment.from_config(config)

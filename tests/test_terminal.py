@@ -10,6 +10,8 @@ import subprocess
 import sys
 import termios
 
+import pytest
+
 from tests.helpers.flags import xla_flags
 from tests.helpers.processes import RECIPE, ROOT, TIMEOUT
 
@@ -35,6 +37,7 @@ def shown(command: list[str], **options) -> str:
     return text.decode()
 
 
+@pytest.mark.slow
 def test_the_live_line(tmp_path):
     (tmp_path / "recipe.py").write_text(RECIPE)
     # Test runners say in these how wide their own terminal is.

@@ -124,7 +124,7 @@ class Killed(BaseException):
     """As abrupt as it gets inside one process."""
 
 
-@pytest.mark.parametrize("at", [11, 17])
+@pytest.mark.parametrize("at", [11, pytest.param(17, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_and_ends_bitwise_identical(small_run, tmp_path, monkeypatch, at):
     path = tmp_path / "run"
     real = MetricsWriter.show

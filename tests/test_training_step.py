@@ -332,7 +332,7 @@ class TestEquivalentL2:
 class TestAccumulation:
     """Microbatches, one by one, are the batch at once: same groups, same statistics."""
 
-    @pytest.mark.parametrize("unrolled", [True, False])
+    @pytest.mark.parametrize("unrolled", [pytest.param(True, marks=pytest.mark.slow), False])
     def test_a_step_in_microbatches_is_the_step(self, unrolled):
         config = small_config(bn__group_size=8, model__dtype="float32")
         with in_float64(Experiment.from_config(config)) as (whole,):
@@ -352,7 +352,7 @@ class TestAccumulation:
             )
             assert_same(one, eight)
 
-    @pytest.mark.parametrize("unrolled", [True, False])
+    @pytest.mark.parametrize("unrolled", [pytest.param(True, marks=pytest.mark.slow), False])
     def test_every_device_works_on_every_microbatch(self, unrolled, monkeypatch):
         """Also if each holds one group: microbatches of four groups are then shared by eight."""
         config = small_config(
