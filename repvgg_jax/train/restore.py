@@ -243,12 +243,21 @@ def run_directory(source: str | pathlib.Path) -> Workdir | None:
     return Workdir(path) if path.is_dir() and not (path / "model.safetensors").exists() else None
 
 
-def check_source(source: str) -> None:
-    """Checks that there is something at `config.init_from`, without reading any weights.
+def check_start(settings: Settings) -> None:
+    """Checks, without reading any weights, that there is what a new run starts from.
 
     Raises:
-      ValueError: nothing there, or a run without a checkpoint.
+      ValueError: nothing at `config.init_from`, or a run without a checkpoint; or statistics are
+        to be kept that nothing has measured.
     """
+    source = settings.init_from
+    if not source:
+        if settings.bn.freeze_statistics:
+            raise ValueError(
+                f"config.bn.freeze_statistics={settings.bn.freeze_statistics} keeps statistics of "
+                "weights to start from; name them with config.init_from"
+            )
+        return
     if (workdir := run_directory(source)) is not None:
         workdir.read_settings()
         if not workdir.has_checkpoint:

@@ -65,6 +65,19 @@ class ModelSettings(Section, path="config.model"):
         choices=("auto", "branches", "covariance"),
     )
     remat: bool = setting(False, "recompute activations in the backward pass: less memory")
+    remat_policy: str = setting(
+        "nothing",
+        "what remat keeps of a block; convolutions: their outputs, which cost most to recompute",
+        choices=("nothing", "convolutions"),
+    )
+
+    def check(self) -> None:
+        """Checks that the policy has an effect."""
+        if self.remat_policy != "nothing" and not self.remat:
+            raise ValueError(
+                f"config.model.remat_policy={self.remat_policy} has an effect only with "
+                "config.model.remat=True"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +102,13 @@ def _parse_group_size(name: str, value: Any) -> int | None:
     return value
 
 
+def _check_names(setting: str, names: tuple[Any, ...]) -> None:
+    if not all(isinstance(name, str) and name for name in names):
+        raise ValueError(
+            f'{setting}={names!r} must hold names of blocks or stages, e.g. ("stem", "stage1")'
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class NormSettings(Section, path="config.bn"):
     """Batch normalization."""
@@ -101,6 +121,15 @@ class NormSettings(Section, path="config.bn"):
         plain=lambda size: "global" if size is None else size,
         any_type=True,
     )
+    freeze_statistics: tuple[str, ...] = setting(
+        (),
+        "blocks that normalize by their running statistics in training, too, and keep them, by "
+        'name or stage as in config.train.freeze, or ("all",)',
+    )
+
+    def check(self) -> None:
+        """Checks the form of the names."""
+        _check_names("config.bn.freeze_statistics", self.freeze_statistics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +164,7 @@ class TrainSettings(Section, path="config.train"):
 
     def check(self) -> None:
         """Checks the form of the compiler options and of the names to freeze."""
-        if not all(isinstance(name, str) and name for name in self.freeze):
-            raise ValueError(
-                f"config.train.freeze={self.freeze!r} must hold names of blocks or stages, e.g. "
-                '("stem", "stage1")'
-            )
+        _check_names("config.train.freeze", self.freeze)
         if not all(isinstance(text, str) and "=" in text for text in self.compiler_options):
             raise ValueError(
                 f"config.train.compiler_options={self.compiler_options!r} must hold strings "
