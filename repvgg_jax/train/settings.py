@@ -296,6 +296,11 @@ class Settings(Section, path="config"):
                 f"config.optimizer.warmup_epochs={self.optimizer.warmup_epochs} must be less than "
                 f"config.train.epochs={self.train.epochs}"
             )
+        if self.train.class_weights == self.data.sampling == "balanced":
+            raise ValueError(
+                "config.train.class_weights and config.data.sampling are both balanced, which "
+                "favors rare classes twice; give one of them"
+            )
         if self.task == "segmentation":
             self._check_segmentation()
         elif isinstance(self.model.variant, ResNetVariant):
@@ -325,6 +330,7 @@ class Settings(Section, path="config"):
             "config.train.label_smoothing": train.label_smoothing,
             "config.train.class_weights": train.class_weights != "none",
             "config.data.holdout": self.data.holdout,
+            "config.data.sampling": self.data.sampling != "uniform",
         }
         if found := [name for name, value in without.items() if value]:
             raise ValueError(f'{found[0]} is for config.task="classification"; leave it off')
