@@ -1,8 +1,8 @@
 """The proof that two networks are the same function: their logits on the same images."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from repvgg_jax.fuse_module import fuse_model
 from repvgg_jax.model import RepVGG
+from repvgg_jax.typed import typed
 
 PIXEL_LOGIT = "logit of a pixel"
 """What is compared of networks that give a class per pixel."""
@@ -63,6 +64,17 @@ class Proof:
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {**dataclasses.asdict(self), "relative": self.relative, "holds": self.holds}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """The inverse of `as_dict`.
+
+        Raises:
+          ValueError: a field is missing, or its type is not allowed.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known = {key: value for key, value in content.items() if key in fields}
+        return typed(cls, known, "proof")
 
 
 def compare(reference: np.ndarray, other: np.ndarray, *, tolerance: float = TOLERANCE) -> Proof:

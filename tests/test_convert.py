@@ -325,6 +325,31 @@ class TestEarlierConversion:
         done = convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
         assert "kept: orbax" in done.table()
 
+    @pytest.mark.parametrize("version", ["this", "v0.1-0164ae8"])
+    def test_formats_are_added_to_a_directory(self, deploy, tmp_path, version):
+        """It goes on saying where its network is from and how it was proven."""
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy if version == "this" else OLD / "deploy", path)
+        before, files = load_deployed(path), set(os.listdir(path))
+        source = from_weights(str(path), adding=True)
+        done = convert(source, Output(path), targets=parse_targets(["torch-timm"]))
+        (added,) = set(os.listdir(path)) - files
+        assert added.startswith("model.timm")
+        assert files < set(os.listdir(path))
+        assert "removed" not in done.table()
+        after = load_deployed(path)
+        chex.assert_trees_all_equal(after.variables, before.variables)
+        assert after.proof["fused"].items() >= before.proof["fused"].items()
+        assert after.metadata["source"] == before.metadata["source"]
+        assert len(after.proof["artefacts"]) == len(before.proof["artefacts"]) + 1
+
+    def test_graphs_that_are_added_preprocess_as_those_that_are_there(self, tmp_path):
+        path = tmp_path / "deploy"
+        targets = parse_targets(["safetensors", "stablehlo"])
+        convert(network(), Output(path), targets=targets, with_preprocessing=True)
+        assert from_weights(str(path), adding=True).with_preprocessing
+        assert not from_weights(str(path)).with_preprocessing
+
     def test_files_of_others_stay(self, deploy, tmp_path):
         path = tmp_path / "deploy"
         shutil.copytree(deploy, path)

@@ -14,6 +14,7 @@ import pytest
 from repvgg_jax.data.batches import eval_batches, train_batches
 from repvgg_jax.data.dataset import BadImages, TrainSizes, load
 from repvgg_jax.data.images import CenterCrop
+from repvgg_jax.data.sampling import draws
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import ArraySource
 from tests.helpers.pictures import damaged, encoded, images, in_memory, photo, write_tree
@@ -96,6 +97,55 @@ class TestOrder:
         mask = np.concatenate([batch["mask"] for batch in batches])
         seen = np.concatenate([batch["label"] for batch in batches])[mask]
         assert seen.tolist() == list(range(count))
+
+
+class TestBalancedSampling:
+    """Classes of 30, 6, 0 and 4 images: 13 seats of each class that has any, per pass."""
+
+    LABELS = np.repeat([0, 1, 3], [30, 6, 4])
+
+    def draws(self, passes):
+        source = ArraySource(np.zeros((40, 2, 2, 1), np.uint8), self.LABELS)
+        data = dataclasses.replace(in_memory(source), sampling="balanced")
+        stream = draws(data, seed=5)
+        return [stream[i] for i in range(39 * passes)]
+
+    def test_every_class_and_every_image_of_a_class_as_often(self):
+        numbers = np.array([number for number, _ in self.draws(10)])
+        for of_pass in numbers.reshape(10, 39):
+            assert np.bincount(self.LABELS[of_pass]).tolist() == [13, 13, 0, 13]
+        drawn = np.bincount(numbers)
+        for label in (0, 1, 3):
+            assert np.ptp(drawn[label == self.LABELS]) <= 1
+
+    def test_no_draw_is_that_of_another(self):
+        """So that an image that comes again is cropped anew."""
+        taken = self.draws(10)
+        assert len(set(taken)) == len(taken)
+        first = [number for number, before in taken if before == 0]
+        assert sorted(first) == list(range(40))
+
+    def test_is_found_without_what_comes_before(self, folder):
+        whole = train(dataset(folder, sampling="balanced"), 7)
+        later = dataset(folder, sampling="balanced", workers=2, threads=2)
+        assert_equal(train(later, 4, start=3), whole[3:])
+        other = train(dataset(folder, sampling="balanced"), 7, seed=1)
+        assert any((a["label"] != b["label"]).any() for a, b in zip(whole, other, strict=True))
+
+    def test_a_source_that_does_not_know_its_labels_is_read_once(self):
+        class Unknown:
+            def __len__(self):
+                return 6
+
+            def __getitem__(self, index):
+                if index == 2:
+                    raise OSError("damaged")
+                return {"image": np.zeros((2, 2, 1), np.uint8), "label": int(index > 3)}
+
+        data = dataclasses.replace(in_memory(numbered(4)), train=Unknown(), sampling="balanced")
+        taken = [draws(data, seed=0)[i][0] for i in range(12)]
+        assert sorted({*taken}) == [0, 1, 3, 4, 5]
+        assert sum(number > 3 for number in taken) == 6
 
 
 def test_batches_are_sharded_over_all_devices():

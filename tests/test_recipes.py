@@ -8,7 +8,8 @@ import pytest
 
 from repvgg_jax import VARIANTS
 from repvgg_jax.train.config import paper_120
-from repvgg_jax.train.experiment import build_model, schedule
+from repvgg_jax.train.experiment import build_model
+from repvgg_jax.train.optimizer import schedule
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.validate import check_batches
 

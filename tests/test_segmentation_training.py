@@ -148,6 +148,7 @@ def _batch(run: Experiment):
         ({"augment__flip": 0.5}, "config.data.masks"),
         ({"augment__mixup": 0.2}, "config.augment.mixup"),
         ({"train__label_smoothing": 0.1}, "label_smoothing"),
+        ({"data__sampling": "balanced"}, "sampling"),
         ({"task": "classification"}, "label per pixel"),
         ({"data__source": "digits", "data__train_size": 0}, "per image"),
         ({"segmentation__bins": (1, 1)}, "bins"),

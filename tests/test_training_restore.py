@@ -1,5 +1,6 @@
 """Weights to start from and to convert: of runs, files and the hub."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -11,13 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from repvgg_jax import fuse_params, save_weights, to_state_dict
+from repvgg_jax import create_model, fuse_params, save_weights, to_state_dict
+from repvgg_jax.data.dataset import load
 from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.train import loop, resume
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.restore import load_run, starting_state, validation_images
 from repvgg_jax.train.workdir import Workdir
 from tests.helpers.runs import SMALL, final_state, small_config, small_settings
+from tests.helpers.trees import random_variables
 
 OLD = pathlib.Path(__file__).parent / "data" / "v0.1-0164ae8" / "run"
 
@@ -142,6 +145,37 @@ class TestInitFrom:
         state = self.start(tmp_path / "w.npz")
         chex.assert_trees_all_equal(jax.device_get(state.params["stem"]), body["stem"])
         assert re.search("fresh.*head", caplog.text)
+
+    @pytest.mark.parametrize("deploy", [False, True])
+    def test_of_color_images_for_gray_ones(self, tmp_path, caplog, rng, deploy):
+        """The same network on images that repeat the channel."""
+        model = create_model(SMALL, num_classes=10)
+        color = random_variables(model, channels=3)
+        stored = fuse_params(color) if deploy else color
+        save_weights(tmp_path / "w.npz", stored, family="timm", variant=SMALL)
+        started = jax.device_get(self.start(tmp_path / "w.npz").variables)
+        gray = rng.normal(size=(2, 8, 8, 1)).astype(np.float32)
+        wanted = model.apply(color, np.repeat(gray, 3, axis=-1))
+        np.testing.assert_allclose(model.apply(started, gray), wanted, rtol=1e-4, atol=1e-4)
+        assert "from images of 3 channels to 1" in caplog.text
+
+    def test_a_run_on_gray_images_for_four_channels(self, small_run, rng):
+        digits = load(small_config().data)
+        wide = [
+            dataclasses.replace(source, images=source.images.repeat(4, axis=-1))
+            for source in (digits.train, digits.evaluation)
+        ]
+        dataset = dataclasses.replace(
+            digits, train=wide[0], evaluation=wide[1], image_shape=(8, 8, 4), eval_shape=(8, 8, 4)
+        )
+        config = small_config(init_from=str(small_run[0]), data__mean=(0.3,) * 4)
+        config.data.std = (0.4,) * 4
+        experiment = Experiment.from_config(config, dataset=dataset)
+        started = jax.device_get(starting_state(experiment).variables)
+        gray = rng.normal(size=(2, 8, 8, 1)).astype(np.float32)
+        wanted = experiment.model.apply(final_state(small_run[0]).variables, gray)
+        found = experiment.model.apply(started, gray.repeat(4, axis=-1))
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
     def test_one_of_several_entries(self, small_run, tmp_path):
         torch = pytest.importorskip("torch")

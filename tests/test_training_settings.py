@@ -299,6 +299,12 @@ class TestBatchSizes:
         ({"train__epochs": 0}, "config.train.epochs=0 must be 1 or more"),
         ({"train__epochs": -3}, "config.train.epochs=-3 must be 1 or more"),
         ({"train__accumulate": 0}, "config.train.accumulate=0 must be 1 or more"),
+        ({"bn__freeze_statistics": (1,)}, r"freeze_statistics=\(1,\) .*names"),
+        ({"model__remat_policy": "convolutions"}, r"remat_policy=.* only with .*remat=True"),
+        (
+            {"train__class_weights": "balanced", "data__sampling": "balanced"},
+            "class_weights and config.data.sampling .* give one",
+        ),
         ({"train__label_smoothing": 1.0}, r"train.label_smoothing=1.0 must be in \[0, 1\)"),
         ({"train__auxiliary_weight": -0.1}, "train.auxiliary_weight=-0.1 must be 0 or more"),
         ({"train__compiler_options": ("xla",)}, r"=\('xla',\) must hold strings NAME=VALUE"),

@@ -9,13 +9,10 @@ import pytest
 
 from repvgg_jax import create_model
 from repvgg_jax.reparam import decay_mask, equivalent_l2
-from repvgg_jax.train.experiment import (
-    Experiment,
-    balanced_weights,
-    frozen_names,
-    make_optimizer,
-    schedule,
-)
+from repvgg_jax.train.experiment import REMAT_POLICIES, Experiment, balanced_weights
+from repvgg_jax.train.freezing import Frozen
+from repvgg_jax.train.loop import train
+from repvgg_jax.train.optimizer import make_optimizer, schedule
 from repvgg_jax.train.settings import OptimizerSettings, Settings
 from repvgg_jax.train.step import Classification, EvalStep
 from repvgg_jax.train.validate import check_batches
@@ -456,12 +453,66 @@ class TestFreezing:
         model = create_model(TINY_AUXILIARY, num_classes=3)
         blocks = [layer.name for layer in model.layers]
         stage = blocks[1].partition("_")[0]
-        found = frozen_names(model, ("stem", stage))
-        assert found == tuple(b for b in blocks if b == "stem" or b.startswith(stage))
-        with pytest.raises(ValueError, match="'stage9' names no block"):
-            frozen_names(model, ("stage9",))
+        wanted = tuple(b for b in blocks if b == "stem" or b.startswith(stage))
+        assert Frozen.of(model, ("stem", stage), ()) == Frozen(blocks=wanted)
+        assert Frozen.of(model, (), ("stem", stage)) == Frozen(statistics=wanted)
+        assert Frozen.of(model, (), ("all",)).statistics == ("all",)
+        with pytest.raises(ValueError, match=r"train\.freeze: .*'stage9' names no block"):
+            Frozen.of(model, ("stage9",), ())
+        with pytest.raises(ValueError, match=r"bn\.freeze_statistics: .*'stage9' names no"):
+            Frozen.of(model, (), ("stage9",))
         with pytest.raises(ValueError, match="nothing to train"):
-            frozen_names(model, (*blocks, "aux", "head"))
+            Frozen.of(model, (*blocks, "aux", "head"), ())
+
+    @pytest.mark.parametrize("form", ["branches", "covariance"])
+    @pytest.mark.parametrize("names", [("all",), ("stem", "stage1")])
+    def test_frozen_statistics_are_used_and_kept(self, form, names):
+        """The gradient is that of evaluation, or of half of it; to the bit they stay."""
+        run = small_experiment(
+            bn__freeze_statistics=names,
+            bn__group_size=8,
+            model__train_form=form,
+            train__batch_size=24,
+            train__accumulate=3,
+            optimizer__warmup_epochs=0.0,
+            augment__affine__shift=0.0,
+            ema__decay=0.9,
+        )
+        noisy = random_variables(run.model, channels=1, size=8)
+        state, batch = run.initial_state().replace(**noisy, ema=noisy), batch_of(run, 24)
+        after, metrics = quick_jit(run.train_step)(state, batch)
+        for found in (after.batch_stats, after.ema["batch_stats"]):
+            for block, statistics in noisy["batch_stats"].items():
+                kept = names == ("all",) or block.startswith(names)
+                same = [
+                    bool((np.asarray(a) == np.asarray(b)).all())
+                    for a, b in zip(*map(jax.tree.leaves, (found[block], statistics)), strict=True)
+                ]
+                assert all(same) if kept else not any(same)
+        moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after.params, noisy["params"])
+        assert min(jax.tree.leaves(moved)) > 0
+        if names == ("all",):
+            logits = run.model.apply(noisy, run.normalize(batch["image"]))
+            wanted, _ = run.task.loss(logits, {}, run.task.targets(batch["label"]))
+            np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-5)
+
+    def test_statistics_to_keep_come_from_weights(self, tmp_path):
+        config = small_config(bn__freeze_statistics=("all",))
+        with pytest.raises(ValueError, match=r"freeze_statistics=.* config\.init_from"):
+            train(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("policy", REMAT_POLICIES)
+def test_remat_policies_change_nothing_but_rounding(policy):
+    runs = in_float64(
+        small_experiment(), small_experiment(model__remat=True, model__remat_policy=policy)
+    )
+    with runs as (plain, other):
+        state, batch = plain.initial_state(), batch_of(plain)
+        found = [quick_jit(run.train_step)(state, batch) for run in (plain, other)]
+        assert_same(*found)
+        assert other.model.remat
 
 
 class TestClassWeights:

@@ -16,7 +16,7 @@ FROM = flags.DEFINE_string(
     "from",
     None,
     "Or a directory that convert.py wrote, a checkpoint file (.safetensors, .npz, "
-    ".pth), or a hub name of timm's.",
+    ".pth), or a hub name of timm's. With that directory as --output, formats are added to it.",
 )
 OUTPUT = flags.DEFINE_string("output", None, "The directory to write.")
 FORMAT = flags.DEFINE_list(
@@ -90,14 +90,6 @@ def main(_: Sequence[str]) -> int:
         raise ValueError(f"--step={STEP.value} is for a run, --workdir; --from={weights} has none")
     if OUTPUT.value is None:
         raise ValueError("give --output, the directory to write")
-    if (
-        weights is not None
-        and pathlib.Path(weights).resolve() == pathlib.Path(OUTPUT.value).resolve()
-    ):
-        raise ValueError(
-            f"--output={OUTPUT.value} would replace the directory that --from reads; choose "
-            "another --output"
-        )
     from repvgg_jax.convert.deployed import Output
     from repvgg_jax.convert.pipeline import convert
     from repvgg_jax.convert.source import Facts, from_run, from_weights
@@ -123,13 +115,16 @@ def main(_: Sequence[str]) -> int:
             std=_numbers("std", STD.value),
             entry=ENTRY.value,
         )
-        network = from_weights(weights, facts, data=DATA.value)
+        adding = pathlib.Path(weights).resolve() == output.path.resolve()
+        network = from_weights(weights, facts, data=DATA.value, adding=adding)
     done = convert(
         network,
         output,
         targets=targets,
         tolerance=TOLERANCE.value,
-        with_preprocessing=PREPROCESSING.value,
+        with_preprocessing=(
+            PREPROCESSING.value if PREPROCESSING.present else network.with_preprocessing
+        ),
         feature_maps=OUTPUTS.value,
         dynamic_size=DYNAMIC_SIZE.value,
     )

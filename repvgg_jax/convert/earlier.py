@@ -82,8 +82,8 @@ def take_over(
     found, lines = [], []
     checksums: dict[str, str] = {}
     for entry in proof.get("artefacts") or ():
-        name = entry.get("path") if isinstance(entry, Mapping) else None
-        if not isinstance(name, str) or name in written or name not in _top_level(listed):
+        name = _name_of(entry)
+        if name is None or name in written or name not in _top_level(listed):
             continue
         reason = _why_not(old, name, entry, listed, before, metadata)
         if reason:
@@ -162,6 +162,15 @@ def _digest_of(old: pathlib.Path, metadata: Mapping[str, Any]) -> str | None:
     except (OSError, safetensors.SafetensorError):
         return None
     return weights_digest({name.removeprefix("params/"): leaf for name, leaf in tensors.items()})
+
+
+def _name_of(entry: Any) -> str | None:
+    """The file or directory of an entry of `proof.json`."""
+    if not isinstance(entry, Mapping):
+        return None
+    names = entry.get("files")  # of version 0.1, for directories
+    name = names[0] if isinstance(names, list) and len(names) == 1 else entry.get("path")
+    return name if isinstance(name, str) else None
 
 
 def _files_of(name: str, listed: Mapping[str, str]) -> dict[str, str]:

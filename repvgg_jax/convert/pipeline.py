@@ -161,7 +161,7 @@ def convert(
             directory,
             network,
             artifacts,
-            proof=proof,
+            proof=proof or source.proof,
             source=source.details,
             crop=source.crop,
             earlier=output.path,

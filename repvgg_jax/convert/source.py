@@ -12,6 +12,7 @@ from repvgg_jax.data.settings import DataSettings, Size, height_width, parse_siz
 from repvgg_jax.export.description import Description, read_description
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
+from repvgg_jax.proof import Proof
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.text import first_few
 from repvgg_jax.train.experiment import network_title
@@ -47,6 +48,8 @@ class Source:
       details: where it comes from, for `metadata.json`.
       notes: what was assumed, or what else there is, a line each.
       crop: how image files become its images.
+      proof: that was made when it was fused, if the conversion adds formats to it.
+      with_preprocessing: what graphs do that are there already, in the same case.
     """
 
     title: str
@@ -59,6 +62,8 @@ class Source:
     details: dict[str, Any]
     notes: tuple[str, ...] = ()
     crop: Crop = Crop()  # noqa: RUF009 (frozen)
+    proof: Proof | None = None
+    with_preprocessing: bool = False
 
     @property
     def per_pixel(self) -> bool:
@@ -150,7 +155,9 @@ def crop_of(settings: DataSettings) -> Crop:
     return Crop(fraction, settings.background, settings.white)
 
 
-def from_weights(name: str, facts: Facts | None = None, *, data: str | None = None) -> Source:
+def from_weights(
+    name: str, facts: Facts | None = None, *, data: str | None = None, adding: bool = False
+) -> Source:
     """A directory of `convert.py`, a checkpoint file, or a model of timm by its hub name.
 
     A directory, and a `model.safetensors` of ours, say themselves what their images and classes
@@ -160,6 +167,8 @@ def from_weights(name: str, facts: Facts | None = None, *, data: str | None = No
       name: e.g. `deploy`, `RepVGG-B1g4-train.pth` or `repvgg_b1g4.rvgg_in1k`.
       facts: what the file does not say.
       data: where images for the proof are, as for `data_images`; default: photographs.
+      adding: whether formats are added to the directory itself, which then goes on saying where
+        its network comes from and how it was proven.
 
     Raises:
       ValueError: not readable, not a RepVGG, or facts that do not fit it.
@@ -174,7 +183,7 @@ def from_weights(name: str, facts: Facts | None = None, *, data: str | None = No
                 f"give --workdir {name}"
             )
         facts.refuse(f"{name} says itself what it takes")
-        return _from_deployed(path, data)
+        return _from_deployed(path, data, adding=adding)
     description = read_description(path)
     if description is not None:
         facts.refuse(f"the header of {name} says what it takes")
@@ -182,11 +191,18 @@ def from_weights(name: str, facts: Facts | None = None, *, data: str | None = No
     return _from_foreign(name, facts, data)
 
 
-def _from_deployed(path: pathlib.Path, data: str | None) -> Source:
+def _from_deployed(path: pathlib.Path, data: str | None, *, adding: bool) -> Source:
     deployed = load_deployed(path)
     metadata = Metadata.from_json(deployed.metadata)
     shape = metadata.image_shape
     images, image_source = _images(shape, data, _proof_images(deployed.model, shape))
+    fused, origin = deployed.proof.get("fused"), deployed.metadata.get("source")
+    details = {
+        "deployment": str(path),
+        "fused": fused,
+        "source": origin,
+        "images": image_source,
+    }
     return Source(
         title=f"{network_title(deployed.model)} of {path}",
         model=deployed.model,
@@ -195,13 +211,10 @@ def _from_deployed(path: pathlib.Path, data: str | None) -> Source:
         image_source=image_source,
         normalize=Normalize(metadata.mean, metadata.std),
         labels=metadata.classes,
-        details={
-            "deployment": str(path),
-            "fused": deployed.proof.get("fused"),
-            "source": deployed.metadata.get("source"),
-            "images": image_source,
-        },
+        details=origin if adding and isinstance(origin, dict) else details,
         crop=metadata.crop,
+        proof=Proof.from_json(fused) if adding and fused else None,
+        with_preprocessing=adding and metadata.with_preprocessing,
     )
 
 

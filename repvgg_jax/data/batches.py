@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 
 from repvgg_jax.data.dataset import Dataset, EvalTransform, TrainSizes, TrainTransform
+from repvgg_jax.data.sampling import draws
 
 Batch = Mapping[str, Any]
 
@@ -39,10 +40,10 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Endless shuffled batches; the first is that of step `start_step`.
 
-    Every pass over the data has its own permutation. Batch number k is the same images in the
-    same order, with the same pixels, for any number of processes, workers and threads, and it is
-    found at once, without reading those before. The crop of an image is a function of (seed, pass
-    over the data, image) and of the size alone.
+    Every pass over the data has its own order (`repvgg_jax.data.sampling`). Batch number k is the
+    same images in the same order, with the same pixels, for any number of processes, workers and
+    threads, and it is found at once, without reading those before. The crop of an image is a
+    function of (seed, image, times it was drawn before) and of the size alone.
 
     Args:
       dataset: its training images.
@@ -73,8 +74,7 @@ def train_batches(
         attempts=min(dataset.bad_images.allowed + 1, len(dataset.train)),
         masks=dataset.masks,
     )
-    numbers = grain.MapDataset.range(len(dataset.train)).seed(seed).shuffle().repeat()
-    elements = numbers.map_with_index(transform)
+    elements = draws(dataset, seed).map_with_index(transform)
     for batch, reports in _local_batches(dataset, elements, batch_size, start_step):
         dataset.bad_images.report(dataset.train, "training", reports)
         yield _global_batch(batch, sharding)

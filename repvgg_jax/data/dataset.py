@@ -57,9 +57,10 @@ class TrainSizes:
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """Training images: (position in the endless stream, image number) -> element.
+    """Training images: (position in the endless stream, draw) -> element.
 
-    Its result is a function of (seed, pass over the data, image number) and of the size alone.
+    Its result is a function of the seed, of the draw, which is (image number, times it was drawn
+    before), and of the size alone.
 
     Attributes:
       source: the images.
@@ -79,16 +80,14 @@ class TrainTransform:
     attempts: int
     masks: bool = False
 
-    def __call__(self, position: int, number: int) -> Element:
+    def __call__(self, position: int, draw: tuple[int, int]) -> Element:
         """`image` uint8, `label` int32 or a mask; the next image replaces a bad one."""
-        count = len(self.source)
+        count, (number, before) = len(self.source), draw
         size = self.size_at(position // self.images_per_epoch)
         for failed in range(self.attempts):
             try:
-                # A random stream for every image in every pass over the data.
-                key = np.random.Philox(
-                    key=[self.seed, 0], counter=[0, 0, position // count, number]
-                )
+                # A random stream for every image, every time that it is drawn.
+                key = np.random.Philox(key=[self.seed, 0], counter=[0, 0, before, number])
                 example = self.source[(number + failed) % count]
                 image, label = _cropped(example, self.crop, size, np.random.Generator(key))
                 return _element(image, label, (number, failed, _has_frames(example, self.crop)))
@@ -250,6 +249,7 @@ class Dataset:
       workers: processes that read; 0 reads in this one.
       threads: per process that reads.
       bad_images: those met so far, and how many are allowed.
+      sampling: of training images, see `repvgg_jax.data.sampling`.
     """
 
     name: str
@@ -264,6 +264,7 @@ class Dataset:
     workers: int = 0
     threads: int = 1
     bad_images: BadImages = dataclasses.field(default_factory=BadImages)
+    sampling: str = "uniform"
 
     def evaluation_images(self, count: int) -> np.ndarray:
         """The first validation images as evaluation sees them: uint8 (count, *eval_shape).
@@ -391,4 +392,5 @@ def load(settings: DataSettings, *, training: bool = True) -> Dataset:
         bad_images=BadImages(
             settings.max_bad, decoder, eval_crop if isinstance(eval_crop, WholeImage) else None
         ),
+        sampling=settings.sampling,
     )

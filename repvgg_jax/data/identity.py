@@ -81,16 +81,28 @@ class DataIdentity:
 
 
 def class_counts(source: Source, classes: int) -> np.ndarray:
-    """Number of images by label, int64 (classes,); reads all images if the source has no labels.
+    """Number of images by label, int64 (classes,); reads all images if the source has no labels."""
+    labels = labels_of(source)
+    return np.bincount(labels[labels >= 0], minlength=classes)
 
-    Raises:
-      OSError: an image cannot be read.
+
+def labels_of(source: Source) -> np.ndarray:
+    """The labels of all images, int64, -1 for those that cannot be read.
+
+    Reads all images if the source has no labels.
     """
     labels = getattr(source, "labels", None)
     if labels is None:
         logger.info("counting the images of each class: reading all %s", f"{len(source):,}")
-        labels = [int(source[index]["label"]) for index in range(len(source))]
-    return np.bincount(np.asarray(labels, np.int64), minlength=classes)
+        labels = [_label(source, index) for index in range(len(source))]
+    return np.asarray(labels, np.int64)
+
+
+def _label(source: Source, index: int) -> int:
+    try:
+        return int(source[index]["label"])
+    except OSError:
+        return -1
 
 
 def fingerprint(source: Source) -> str:

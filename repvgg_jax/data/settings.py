@@ -98,6 +98,11 @@ class DataSettings(Section, path="config.data"):
         least=0,
         below=1,
     )
+    sampling: str = setting(
+        "uniform",
+        "of training images; balanced: every class equally often, however rare it is",
+        choices=("uniform", "balanced"),
+    )
     num_classes: int = setting(0, "number of classes to expect; 0: any", least=0)
     allow_empty: bool = setting(
         False, "classes of a folder tree may lack images; they are named, and keep their numbers"

@@ -23,7 +23,7 @@ from repvgg_jax import cpu_conv
 from repvgg_jax.block import Activation, ReparamBlock, TrainForm
 from repvgg_jax.cpu_conv import Lowering
 from repvgg_jax.layers import BatchNorm, torch_bias_init, torch_kernel_init
-from repvgg_jax.model import RepVGG, create_model
+from repvgg_jax.model import RematPolicy, RepVGG, create_model
 from repvgg_jax.reparam import CONV_BN, EPSILON, conv_bn, fuse_params
 from repvgg_jax.segmentation.resize import adaptive_average_pool, resize_bilinear, upsample
 from repvgg_jax.segmentation.resnet import RESNETS, ResNet, ResNetVariant
@@ -48,7 +48,7 @@ def create_segmenter(
     bn_group_size: int | None = None,
     train_form: TrainForm = "auto",
     lowering: Lowering = "auto",
-    remat: bool = False,
+    remat: bool | RematPolicy = False,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
     activation: Activation | None = nn.relu,
@@ -74,7 +74,7 @@ def create_segmenter(
       bn_group_size: images that share batch statistics in training; None for the whole batch.
       train_form: of the backbone, as in `create_model`.
       lowering: as in `create_model`.
-      remat: recompute the backbone's activations in the backward pass.
+      remat: of the backbone, as in `create_model`.
       dtype: of the convolutions. Parameters, statistics, norms and classifiers stay float32.
       param_dtype: of the parameters; float64 is for proofs.
       activation: of RepVGG's blocks.
@@ -159,7 +159,7 @@ class Segmenter(nn.Module):
     bn_group_size: int | None = None
     train_form: TrainForm = "auto"
     lowering: Lowering = "auto"
-    remat: bool = False
+    remat: bool | RematPolicy = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     activation: Activation | None = nn.relu

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from repvgg_jax.block import Activation, ReparamBlock
 from repvgg_jax.cpu_conv import Lowering
+from repvgg_jax.model import RematPolicy
 from repvgg_jax.reparam import EPSILON, conv_bn
 
 EXPANSION = 4
@@ -128,7 +129,7 @@ class ResNet(nn.Module):
       deploy: the fused form instead of the training form.
       bn_group_size: images that share batch statistics in training; None for the whole batch.
       lowering: as in `repvgg_jax.create_model`.
-      remat: recompute every bottleneck's activations in the backward pass.
+      remat: recompute every bottleneck's activations, as in `repvgg_jax.create_model`.
       dtype: of the convolutions.
       param_dtype: of the parameters.
       epsilon: of batch normalization.
@@ -140,7 +141,7 @@ class ResNet(nn.Module):
     deploy: bool = False
     bn_group_size: int | None = None
     lowering: Lowering = "auto"
-    remat: bool = False
+    remat: bool | RematPolicy = False
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     epsilon: float = EPSILON
@@ -151,7 +152,10 @@ class ResNet(nn.Module):
         for index, features in enumerate(self.variant.stem_channels):
             block = self._conv_bn(3, features, stride=1 if index else 2)
             setattr(self, f"stem{index}", block)
-        module = nn.remat(_Bottleneck, static_argnums=(2,)) if self.remat else _Bottleneck
+        policy = self.remat if callable(self.remat) else None
+        module = _Bottleneck
+        if self.remat:
+            module = nn.remat(_Bottleneck, static_argnums=(2,), policy=policy)
         for layer in self.layers:
             convs: dict[str, Any] = {
                 "conv0": self._conv_bn(1, layer.width),

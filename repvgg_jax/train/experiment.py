@@ -1,36 +1,38 @@
-"""An experiment: the settings as resolved objects on this machine, with the optimizer."""
+"""An experiment: the settings as resolved objects on this machine."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from repvgg_jax.data.augment import Augmentation, Mixing, make_augmentation, make_mixing
 from repvgg_jax.data.dataset import Dataset, TrainSizes, load
 from repvgg_jax.data.identity import class_counts
-from repvgg_jax.model import RepVGG, create_model
+from repvgg_jax.model import RematPolicy, RepVGG, create_model, keep_convolutions
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.reparam import decay_mask
 from repvgg_jax.segmentation.inference import PROTOCOLS
 from repvgg_jax.segmentation.network import Segmenter, create_segmenter
 from repvgg_jax.segmentation.task import Segmentation
-from repvgg_jax.text import did_you_mean
-from repvgg_jax.train.settings import OptimizerSettings, Settings
+from repvgg_jax.train.freezing import Frozen
+from repvgg_jax.train.optimizer import make_optimizer, schedule
+from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import TrainState, data_mesh, initial_state, state_sharding
 from repvgg_jax.train.step import Classification, Task, TrainStep
 from repvgg_jax.variants import Variant
-from repvgg_jax.weights.tree import in_head
-
-REFERENCE_BATCH = 256  # images; learning rates are stated for this batch
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+REMAT_POLICIES: Mapping[str, bool | RematPolicy] = {
+    "nothing": True,
+    "convolutions": keep_convolutions,
+}
+"""What `config.model.remat_policy` stands for, as `create_model(remat=)` takes it."""
 
 
 Model = RepVGG | Segmenter
@@ -45,7 +47,7 @@ def build_model(settings: Settings, num_classes: int) -> Model:
     options: dict[str, Any] = {
         "bn_group_size": settings.bn.group_size,
         "train_form": settings.model.train_form,
-        "remat": settings.model.remat,
+        "remat": settings.model.remat and REMAT_POLICIES[settings.model.remat_policy],
         "dtype": _DTYPES[settings.model.dtype],
     }
     if settings.task == "segmentation":
@@ -94,38 +96,6 @@ def build_task(settings: Settings, dataset: Dataset, *, training: bool = True) -
     )
 
 
-def frozen_names(model: Model, given: Sequence[str]) -> tuple[str, ...]:
-    """The blocks and heads that names of blocks, or of stages, stand for.
-
-    Raises:
-      ValueError: a name that stands for nothing, or all blocks and the classifier.
-    """
-    if not given:
-        return ()
-    if isinstance(model, Segmenter):
-        if tuple(given) != ("backbone",):
-            raise ValueError(
-                f'config.train.freeze={tuple(given)}: of a segmenter, ("backbone",) can be frozen'
-            )
-        return ("backbone",)
-    names = [layer.name for layer in model.layers]
-    names += [f"aux_{block}" for block in model.variant.auxiliary] + ["head"]
-    found: list[str] = []
-    for name in given:
-        meant = [known for known in names if known == name or known.startswith(f"{name}_")]
-        if not meant:
-            stages = dict.fromkeys(layer.stage for layer in model.layers)
-            raise ValueError(
-                f"config.train.freeze: {did_you_mean(name, names)}{name!r} names no block of "
-                f"{model.variant.name}; there are {', '.join(stages)}, their blocks, e.g. "
-                f"{names[1]}, and head"
-            )
-        found += meant
-    if set(found) == set(names):
-        raise ValueError(f"config.train.freeze={tuple(given)} leaves nothing to train")
-    return tuple(dict.fromkeys(found))
-
-
 def balanced_weights(counts: np.ndarray) -> tuple[float, ...]:
     """A weight per class, inversely proportional to its images, 1 on average over all images."""
     present = counts > 0
@@ -146,6 +116,7 @@ class Experiment:
       augment: pixels to the network's input, augmented.
       mixing: mixup and cutmix, or None.
       mesh: all devices, on one axis `data`.
+      frozen: what stays as it is.
       steps_per_epoch: whole batches in the training images.
       total_steps: step at which the run ends.
     """
@@ -159,6 +130,7 @@ class Experiment:
     augment: Augmentation
     mixing: Mixing | None
     mesh: Mesh
+    frozen: Frozen
     steps_per_epoch: int
     total_steps: int
 
@@ -206,7 +178,7 @@ class Experiment:
             raise ValueError(f"{dataset.name} has no validation images to evaluate on")
         task = build_task(settings, dataset, training=training)
         model = build_model(settings, len(dataset.classes))
-        frozen_names(model, settings.train.freeze)  # raises for one that names nothing
+        frozen = Frozen.of(model, settings.train.freeze, settings.bn.freeze_statistics)
         return cls(
             settings=settings,
             dataset=dataset,
@@ -223,6 +195,7 @@ class Experiment:
             augment=make_augmentation(settings.augment, normalize),
             mixing=make_mixing(settings.augment),
             mesh=data_mesh(jax.devices() if devices is None else devices),
+            frozen=frozen,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
         )
@@ -243,7 +216,7 @@ class Experiment:
             microbatches=self.settings.train.accumulate,
             group_size=self.settings.bn.group_size or 1,
             unrolled=self.mesh.devices.flat[0].platform == "cpu",
-            frozen=frozen_names(self.model, self.settings.train.freeze),
+            frozen=self.frozen,
         )
 
     def lower_step(self, size: tuple[int, int] | None = None) -> jax.stages.Lowered:
@@ -366,98 +339,3 @@ class Experiment:
             "bn_group": settings.statistics_group,
         }
         return " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
-
-
-def make_optimizer(
-    settings: OptimizerSettings,
-    *,
-    batch_size: int,
-    steps_per_epoch: int,
-    total_steps: int,
-    offset: int = 0,
-) -> optax.GradientTransformation:
-    """The gradient transformation that `config.optimizer` describes.
-
-    Clipping comes first, on the gradient of the loss alone. SGD is PyTorch's: decay is added
-    to the gradient, then momentum, then the learning rate. AdamW decouples decay from the
-    gradient.
-
-    Args:
-      settings: of the optimizer.
-      batch_size: images per step, of all devices together.
-      steps_per_epoch: whole batches in the training images.
-      total_steps: step at which the run ends.
-      offset: steps by which the schedule is ahead.
-    """
-    rate = schedule(
-        settings,
-        batch_size=batch_size,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        offset=offset,
-    )
-
-    def mask(params: Any) -> Any:
-        return decay_mask(params, equivalent_l2=settings.equivalent_l2)
-
-    clipping = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
-    heads = []
-    if settings.head_factor != 1:  # so that states of runs without it keep their structure
-        heads = [optax.masked(optax.scale(settings.head_factor), _is_head)]
-    if settings.name == "adamw":
-        adamw = optax.adamw(
-            rate,
-            b1=settings.b1,
-            b2=settings.b2,
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            mask=mask,
-        )
-        return optax.chain(*clipping, adamw, *heads)
-    decay = optax.add_decayed_weights(settings.weight_decay, mask=mask)
-    sgd = optax.sgd(rate, momentum=settings.momentum, nesterov=settings.nesterov)
-    return optax.chain(*clipping, decay, sgd, *heads)
-
-
-def _is_head(params: Any) -> Any:
-    """Whether each parameter belongs to a classifier; of a segmenter, to all but the backbone."""
-    leaves = flatten_dict(params)
-    if "backbone" in params:
-        return unflatten_dict({path: path[0] != "backbone" for path in leaves})
-    return unflatten_dict({path: in_head(("params", *path)) for path in leaves})
-
-
-def schedule(
-    settings: OptimizerSettings,
-    *,
-    batch_size: int,
-    steps_per_epoch: int,
-    total_steps: int,
-    offset: int = 0,
-) -> optax.Schedule:
-    """The learning rate by step: linear warm-up from 0, then the schedule of that name.
-
-    The peak is `learning_rate` for a batch of 256 images and proportional to the batch.
-    `cosine`, `linear` and `poly` reach 0 at the last step, `poly` as `power` of the share of steps
-    that are left; `step` multiplies by `step_factor` every
-    `step_epochs` epochs, counted from the start of the run. At a step it is what it would be
-    `offset` steps later without one.
-    """
-    peak = settings.learning_rate * batch_size / REFERENCE_BATCH
-    warmup = round(settings.warmup_epochs * steps_per_epoch)
-    left = max(1, total_steps + offset - warmup)
-    every = max(1, round(settings.step_epochs * steps_per_epoch))
-    falls = optax.exponential_decay(peak, every, settings.step_factor, staircase=True)
-    schedules: dict[str, optax.Schedule] = {
-        "cosine": optax.cosine_decay_schedule(peak, left),
-        "linear": optax.linear_schedule(peak, 0.0, left),
-        "poly": optax.polynomial_schedule(peak, 0.0, settings.power, left),
-        "step": lambda count: falls(count + warmup),
-        "constant": optax.constant_schedule(peak),
-    }
-    chosen = schedules[settings.schedule]
-    if warmup:
-        chosen = optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), chosen], [warmup])
-    if not offset:
-        return chosen
-    return lambda count: chosen(count + offset)

@@ -23,7 +23,7 @@ from repvgg_jax.train.evaluate import Evaluator, counted, metrics_row
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.hooks import Profile, StopRequest
 from repvgg_jax.train.metrics import MetricsWriter, StepMetrics
-from repvgg_jax.train.restore import check_source, starting_state
+from repvgg_jax.train.restore import check_start, starting_state
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import TrainState
 from repvgg_jax.train.step import Batch, Sums
@@ -108,8 +108,8 @@ def train(
             settings, dataset = begun.resumed(settings, extend=extend, other_data=other_data)
         experiment = Experiment.from_config(settings, dataset=dataset)
         check_compiler_options(settings, experiment.mesh)
-        if settings.init_from and begun is None:
-            check_source(settings.init_from)  # before anything is written
+        if begun is None:
+            check_start(settings)  # before anything is written
         if jax.process_index() == 0:
             replacing = None if begun is None else begun.settings
             stack.enter_context(workdir.claimed(settings, replacing=replacing))

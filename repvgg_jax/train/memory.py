@@ -73,4 +73,6 @@ def advice_for_step(settings: Settings) -> str:
         less.insert(0, f"config.train.accumulate={2 * settings.train.accumulate}")
     if not settings.model.remat:
         less.insert(0, "config.model.remat=True")
+    elif settings.model.remat_policy != "nothing":
+        less.insert(0, "config.model.remat_policy=nothing")
     return f"less: {' or '.join(less)}; when resuming, with --extend"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.identity import SplitIdentity
@@ -17,6 +18,7 @@ from repvgg_jax.data.records import MANIFEST
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.export.description import read_description
+from repvgg_jax.model import RepVGG
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.segmentation.resnet import ResNetVariant
@@ -28,6 +30,7 @@ from repvgg_jax.train.experiment import Experiment, Model, build_model
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import TrainState, state_from
 from repvgg_jax.train.workdir import RunMetadata, Workdir
+from repvgg_jax.variants import Variant
 from repvgg_jax.weights import (
     Merged,
     Weights,
@@ -35,6 +38,7 @@ from repvgg_jax.weights import (
     load_file_or_pretrained,
     merge_weights,
 )
+from repvgg_jax.weights.channels import adapt_channels
 
 logger = logging.getLogger(__name__)
 
@@ -243,12 +247,21 @@ def run_directory(source: str | pathlib.Path) -> Workdir | None:
     return Workdir(path) if path.is_dir() and not (path / "model.safetensors").exists() else None
 
 
-def check_source(source: str) -> None:
-    """Checks that there is something at `config.init_from`, without reading any weights.
+def check_start(settings: Settings) -> None:
+    """Checks, without reading any weights, that there is what a new run starts from.
 
     Raises:
-      ValueError: nothing there, or a run without a checkpoint.
+      ValueError: nothing at `config.init_from`, or a run without a checkpoint; or statistics are
+        to be kept that nothing has measured.
     """
+    source = settings.init_from
+    if not source:
+        if settings.bn.freeze_statistics:
+            raise ValueError(
+                f"config.bn.freeze_statistics={settings.bn.freeze_statistics} keeps statistics of "
+                "weights to start from; name them with config.init_from"
+            )
+        return
     if (workdir := run_directory(source)) is not None:
         workdir.read_settings()
         if not workdir.has_checkpoint:
@@ -261,8 +274,9 @@ def starting_state(experiment: Experiment) -> TrainState:
     """The state before the first step: random weights, or those that `config.init_from` names.
 
     `config.init_from` names a weights file, one of timm's pretrained models, a run directory or
-    a deploy directory. The head is replaced if the classes differ. A segmenter starts from
-    another one, or takes its backbone from a classifier.
+    a deploy directory. The head is replaced if the classes differ, and the stem's kernels are
+    adapted if the images have other channels. A segmenter starts from another one, or takes its
+    backbone from a classifier.
 
     Raises:
       ValueError: nothing readable there, or another network.
@@ -277,6 +291,7 @@ def starting_state(experiment: Experiment) -> TrainState:
         merged, note = start_from_classifier(loaded.weights, fresh), ""
     else:
         weights, note = fit_head(loaded.weights, loaded.classes, experiment.dataset.classes)
+        weights = _fit_channels(weights, experiment)
         merged = merge_weights(weights, fresh)
     logger.info("%s%s (%s)", merged, f"; {note}" if note else "", source)
     if loaded.weights.unused:
@@ -284,6 +299,24 @@ def starting_state(experiment: Experiment) -> TrainState:
     begun = state_from(merged.variables, experiment.optimizer, average=bool(state.ema))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.device_put(begun, shardings)
+
+
+def _fit_channels(weights: Weights, experiment: Experiment) -> Weights:
+    """Weights for images with the channels of the data, see `repvgg_jax.weights.channels`."""
+    taken, channels = weights.in_channels, experiment.dataset.image_shape[-1]
+    variant = experiment.settings.model.variant
+    if taken == channels or not isinstance(experiment.model, RepVGG):
+        return weights
+    assert isinstance(variant, Variant)
+    arrays = adapt_channels(
+        flatten_dict(weights.variables),
+        variant,
+        deploy=weights.deploy,
+        taken=taken,
+        channels=channels,
+    )
+    logger.info("the stem's kernels are adapted from images of %d channels to %d", taken, channels)
+    return dataclasses.replace(weights, variables=unflatten_dict(arrays), in_channels=channels)
 
 
 def starting_weights(experiment: Experiment, loaded: "Loaded") -> Merged:
@@ -339,6 +372,7 @@ def load_source(source: str, settings: Settings) -> Loaded:
             variables=run.variables,
             num_classes=run.model.num_classes,
             family="flax",
+            in_channels=run.metadata.image_shape[-1],
         )
         return Loaded(weights, run.classes)
     if isinstance(variant, ResNetVariant):

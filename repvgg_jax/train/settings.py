@@ -65,6 +65,19 @@ class ModelSettings(Section, path="config.model"):
         choices=("auto", "branches", "covariance"),
     )
     remat: bool = setting(False, "recompute activations in the backward pass: less memory")
+    remat_policy: str = setting(
+        "nothing",
+        "what remat keeps of a block; convolutions: their outputs, which cost most to recompute",
+        choices=("nothing", "convolutions"),
+    )
+
+    def check(self) -> None:
+        """Checks that the policy has an effect."""
+        if self.remat_policy != "nothing" and not self.remat:
+            raise ValueError(
+                f"config.model.remat_policy={self.remat_policy} has an effect only with "
+                "config.model.remat=True"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +102,13 @@ def _parse_group_size(name: str, value: Any) -> int | None:
     return value
 
 
+def _check_names(setting: str, names: tuple[Any, ...]) -> None:
+    if not all(isinstance(name, str) and name for name in names):
+        raise ValueError(
+            f'{setting}={names!r} must hold names of blocks or stages, e.g. ("stem", "stage1")'
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class NormSettings(Section, path="config.bn"):
     """Batch normalization."""
@@ -101,6 +121,15 @@ class NormSettings(Section, path="config.bn"):
         plain=lambda size: "global" if size is None else size,
         any_type=True,
     )
+    freeze_statistics: tuple[str, ...] = setting(
+        (),
+        "blocks that normalize by their running statistics in training, too, and keep them, by "
+        'name or stage as in config.train.freeze, or ("all",)',
+    )
+
+    def check(self) -> None:
+        """Checks the form of the names."""
+        _check_names("config.bn.freeze_statistics", self.freeze_statistics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +164,7 @@ class TrainSettings(Section, path="config.train"):
 
     def check(self) -> None:
         """Checks the form of the compiler options and of the names to freeze."""
-        if not all(isinstance(name, str) and name for name in self.freeze):
-            raise ValueError(
-                f"config.train.freeze={self.freeze!r} must hold names of blocks or stages, e.g. "
-                '("stem", "stage1")'
-            )
+        _check_names("config.train.freeze", self.freeze)
         if not all(isinstance(text, str) and "=" in text for text in self.compiler_options):
             raise ValueError(
                 f"config.train.compiler_options={self.compiler_options!r} must hold strings "
@@ -271,6 +296,11 @@ class Settings(Section, path="config"):
                 f"config.optimizer.warmup_epochs={self.optimizer.warmup_epochs} must be less than "
                 f"config.train.epochs={self.train.epochs}"
             )
+        if self.train.class_weights == self.data.sampling == "balanced":
+            raise ValueError(
+                "config.train.class_weights and config.data.sampling are both balanced, which "
+                "favors rare classes twice; give one of them"
+            )
         if self.task == "segmentation":
             self._check_segmentation()
         elif isinstance(self.model.variant, ResNetVariant):
@@ -300,6 +330,7 @@ class Settings(Section, path="config"):
             "config.train.label_smoothing": train.label_smoothing,
             "config.train.class_weights": train.class_weights != "none",
             "config.data.holdout": self.data.holdout,
+            "config.data.sampling": self.data.sampling != "uniform",
         }
         if found := [name for name, value in without.items() if value]:
             raise ValueError(f'{found[0]} is for config.task="classification"; leave it off')

@@ -1,6 +1,5 @@
 """The task, and one step of training and of evaluation, as pure functions."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -14,6 +13,7 @@ from flax import linen as nn
 from repvgg_jax.data.augment import Augmentation, Mixing
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.reparam import equivalent_l2
+from repvgg_jax.train.freezing import Frozen
 from repvgg_jax.train.state import TrainState
 
 _DROPOUT = 0x64726F70  # "drop", which sets its keys apart from those of the augmentation
@@ -209,8 +209,7 @@ class TrainStep:
       microbatch_sharding: of (microbatches, images, …); None leaves it to the compiler.
       unrolled: unroll the loop over microbatches. Loops are slow on CPUs; elsewhere they save
         memory.
-      frozen: names of blocks and heads that stay as they are, running statistics included, which
-        they also use in training.
+      frozen: what stays as it is.
     """
 
     model: nn.Module
@@ -225,7 +224,7 @@ class TrainStep:
     group_size: int = 1
     microbatch_sharding: jax.sharding.Sharding | None = None
     unrolled: bool = False
-    frozen: tuple[str, ...] = ()
+    frozen: Frozen = Frozen()  # noqa: RUF009 (frozen)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         """Takes one step on `batch`: uint8 images (n, height, width, channels) and their labels.
@@ -245,12 +244,11 @@ class TrainStep:
             gradients = jax.tree.map(
                 lambda g, p: g + self.equivalent_l2 / 2 * p, gradients, penalty
             )
-        if self.frozen:
-            still = jax.tree.map(jnp.zeros_like, state.params)
-            gradients = self._keep(gradients, still)  # of the penalty
+        still = jax.tree.map(jnp.zeros_like, state.params)
+        gradients = self.frozen.keep(gradients, still)  # of the penalty
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        params = self._keep(optax.apply_updates(state.params, updates), state.params)
-        batch_stats = self._keep(batch_stats, state.batch_stats)
+        params = self.frozen.keep(optax.apply_updates(state.params, updates), state.params)
+        batch_stats = self.frozen.keep_statistics(batch_stats, state.batch_stats)
         squares = jnp.stack([jnp.square(g).sum() for g in jax.tree.leaves(gradients)])
         bad = ~jnp.isfinite(squares)
         new_state = TrainState(
@@ -283,8 +281,8 @@ class TrainStep:
             dropout = jax.random.fold_in(jax.random.fold_in(key, _DROPOUT), number)
 
             def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
-                params = self._keep(params, jax.lax.stop_gradient(params))
-                with _frozen(self.frozen):
+                params = self.frozen.keep(params, jax.lax.stop_gradient(params))
+                with self.frozen.computing():
                     logits, updated = self.model.apply(
                         {"params": params, "batch_stats": state.batch_stats},
                         images,
@@ -335,30 +333,12 @@ class TrainStep:
             return state.ema
         decay = jnp.minimum(self.ema_decay, (1 + state.step) / (10 + state.step))
         averaged = optax.incremental_update(variables, state.ema, 1 - decay)
-        return {name: self._keep(averaged[name], state.ema[name]) for name in averaged}
-
-    def _keep(self, new: Any, old: Any) -> Any:
-        """`new` with what is frozen from `old`, which is exact: averaging would round."""
-        if not self.frozen:
-            return new
-        return {name: old[name] if name in self.frozen else leaf for name, leaf in new.items()}
-
-
-def _frozen(names: tuple[str, ...]) -> contextlib.AbstractContextManager[Any]:
-    """A context in which blocks of these names compute as in evaluation."""
-    if not names:
-        return contextlib.nullcontext()
-
-    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        path = context.module.path
-        if context.method_name == "__call__" and path and path[0] in names:
-            if "train" in kwargs:
-                kwargs = {**kwargs, "train": False}
-            elif len(args) > 1 and isinstance(args[1], bool):
-                args = (args[0], False, *args[2:])
-        return call(*args, **kwargs)
-
-    return nn.intercept_methods(intercept)
+        return {
+            "params": self.frozen.keep(averaged["params"], state.ema["params"]),
+            "batch_stats": self.frozen.keep_statistics(
+                averaged["batch_stats"], state.ema["batch_stats"]
+            ),
+        }
 
 
 @dataclasses.dataclass(frozen=True)

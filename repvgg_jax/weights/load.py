@@ -16,6 +16,7 @@ from repvgg_jax.reparam import BUILT_IN, EPSILON, unfuse_params
 from repvgg_jax.text import did_you_mean, first_few, how_to_install, one_line
 from repvgg_jax.variants import ALL, Variant, get_variant
 from repvgg_jax.weights import files
+from repvgg_jax.weights.channels import adapt_channels
 from repvgg_jax.weights.detect import (
     Detected,
     UnknownVariantError,
@@ -26,7 +27,7 @@ from repvgg_jax.weights.detect import (
 from repvgg_jax.weights.names import Entry
 from repvgg_jax.weights.state_dict import find_state_dict
 from repvgg_jax.weights.tensor import Shapes, Tensor, read_float32
-from repvgg_jax.weights.tree import in_head, leaves
+from repvgg_jax.weights.tree import in_head
 
 Path = tuple[str, ...]
 
@@ -97,9 +98,8 @@ def load_weights(
         YOLO's; it is passed on as `Weights.epsilon`.
       allow_headless: with `num_classes=None`, also accept a checkpoint without a classifier.
       in_channels: channels of the images; None is the checkpoint's own. The kernels of the stem
-        are adapted as timm does: for one channel they are summed over their channels, which is
-        the network on images that repeat this channel; for n they are repeated in turn and
-        scaled by own / n, which keeps the size of the sums.
+        are adapted as timm does: for one channel they are summed over their channels, for n they
+        are repeated in turn and scaled by own / n (`repvgg_jax.weights.channels`).
 
     Raises:
       ValueError: in one line. Not a readable file, or one that asks for more time or memory than
@@ -123,7 +123,13 @@ def load_weights(
             if item.leaf is not None and not (num_classes == 0 and item.leaf.in_head)
         }
         if in_channels is not None:
-            _adapt(arrays, found, in_channels)
+            arrays = adapt_channels(
+                arrays,
+                found.variant,
+                deploy=found.deploy,
+                taken=found.in_channels,
+                channels=in_channels,
+            )
     except UnknownVariantError as error:
         raise UnknownVariantError(f"{where}: {error}", error.architecture) from error
     except ValueError as error:
@@ -170,25 +176,6 @@ def _read(item: Entry, tensor: Tensor, prefix: str) -> np.ndarray:
             f"{prefix}{item.key} has a minimum of {array.min():g}; a variance is never negative"
         )
     return np.array(item.to_ours(array), order="C", copy=True)
-
-
-def _adapt(arrays: dict[Path, np.ndarray], found: Detected, channels: int) -> None:
-    """Kernels of the stem for images of other channels, in place; the rule is `load_weights`'."""
-    for leaf in leaves(found.variant, deploy=found.deploy, num_classes=0, in_channels=channels):
-        kernel = arrays[leaf.path]
-        if kernel.shape == leaf.shape:
-            continue
-        taken = found.in_channels
-        if leaf.path[-1] != "kernel" or kernel.shape != (*leaf.shape[:2], taken, leaf.shape[3]):
-            raise ValueError(
-                f"{'/'.join(leaf.path)} cannot be adapted from {taken} to {channels} channels of "
-                f"images: {kernel.shape} must become {leaf.shape}"
-            )
-        if channels == 1:
-            arrays[leaf.path] = kernel.sum(axis=2, keepdims=True)
-        else:
-            repeated = np.take(kernel, np.arange(channels) % taken, axis=2)
-            arrays[leaf.path] = repeated * np.float32(taken / channels)
 
 
 @dataclasses.dataclass(frozen=True)
