@@ -24,6 +24,7 @@ from repvgg_jax.data.prepare import inputs
 from repvgg_jax.data.prepare import prepare as preparing
 from repvgg_jax.data.prepare.shards import Encoding
 from repvgg_jax.data.settings import DataSettings
+from tests.helpers.in_process import InProcess
 from tests.helpers.pictures import damaged, encoded, images, photo, pixels, write_tars, write_tree
 
 FILES = images()
@@ -47,23 +48,7 @@ def messages(caplog):
 @pytest.fixture
 def in_process(monkeypatch):
     """Work in this process; worker processes are tested with the command."""
-
-    class Pool:
-        __enter__ = lambda self: self  # noqa: E731
-        __exit__ = lambda self, *_: None  # noqa: E731
-        shutdown = lambda self, **_: None  # noqa: E731
-
-        def submit(self, work, *arguments):
-            import concurrent.futures
-
-            future = concurrent.futures.Future()
-            try:
-                future.set_result(work(*arguments))
-            except Exception as error:
-                future.set_exception(error)
-            return future
-
-    monkeypatch.setattr(preparing, "_pool", lambda processes: Pool())
+    monkeypatch.setattr(preparing, "_pool", lambda processes: InProcess())
 
 
 def prepare(source, output, **changes):

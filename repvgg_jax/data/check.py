@@ -16,6 +16,8 @@ SOURCE = flags.DEFINE_string("source", None, "The data, as config.data.source: f
 DIRECTORY = flags.DEFINE_string("directory", None, "As config.data.directory.")
 TRAIN_SPLIT = flags.DEFINE_string("train_split", None, "As config.data.train_split.")
 EVAL_SPLIT = flags.DEFINE_string("eval_split", None, "As config.data.eval_split.")
+MASK = flags.DEFINE_string("mask", None, "As config.data.mask.")
+NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "As config.data.num_classes.")
 ALLOW_EMPTY = flags.DEFINE_bool("allow_empty", False, "As config.data.allow_empty.")
 MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "As config.data.max_pixels.", lower_bound=1)
 WHITE = flags.DEFINE_float("white", None, "As config.data.white.", lower_bound=0)
@@ -32,7 +34,16 @@ def main(_: Sequence[str]) -> int:
         raise ValueError("give --source, as config.data.source, e.g. --source=folder:flowers")
     given: dict[str, Any] = {
         flag.name: flag.value
-        for flag in (SOURCE, DIRECTORY, TRAIN_SPLIT, EVAL_SPLIT, MAX_PIXELS, WHITE)
+        for flag in (
+            SOURCE,
+            DIRECTORY,
+            TRAIN_SPLIT,
+            EVAL_SPLIT,
+            MASK,
+            NUM_CLASSES,
+            MAX_PIXELS,
+            WHITE,
+        )
         if flag.value is not None
     }
     # Classes without images are named among everything else, not instead of it.

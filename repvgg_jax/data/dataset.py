@@ -15,12 +15,13 @@ import numpy as np
 from repvgg_jax.data.decoding import Decoder, UndecodableError, decode
 from repvgg_jax.data.images import CenterCrop, RandomResizedCrop
 from repvgg_jax.data.joint_crop import JointCrop, WholeImage
-from repvgg_jax.data.masks import IGNORE, load_cityscapes, load_pairs
-from repvgg_jax.data.records import load_records, load_tfds
+from repvgg_jax.data.masks import IGNORE, PairSource, load_cityscapes, load_pairs
+from repvgg_jax.data.records import load_records
 from repvgg_jax.data.scenes import SceneSource, load_digits_scenes
 from repvgg_jax.data.settings import DataSettings, Size, height_width
 from repvgg_jax.data.sources import ArraySource, Source, Splits, load_digits, load_fake, load_folder
 from repvgg_jax.data.splits import folder_splits, hold_out, tfds_splits
+from repvgg_jax.data.tfds_records import load_tfds
 from repvgg_jax.text import did_you_mean, one_line, plural
 
 logger = logging.getLogger(__name__)
@@ -286,7 +287,15 @@ class Dataset:
 
 def _load_tfds(name: str, settings: DataSettings, training: bool) -> Splits:
     train, evaluation = tfds_splits(settings, training=training)
-    return load_tfds(name, directory=settings.directory, train_split=train, eval_split=evaluation)
+    return load_tfds(
+        name,
+        directory=settings.directory,
+        train_split=train,
+        eval_split=evaluation,
+        mask=settings.mask,
+        num_classes=settings.num_classes,
+        decoder=decoder_of(settings),
+    )
 
 
 def _load_folder(path: str, settings: DataSettings, training: bool) -> Splits:
@@ -300,19 +309,21 @@ _LOADERS: Mapping[str, Callable[[str, DataSettings, bool], Splits]] = {
     "fake": lambda _, settings, training: load_fake(),
     "tfds:": _load_tfds,
     "folder:": _load_folder,
-    "records:": lambda path, settings, training: load_records(pathlib.Path(path).expanduser()),
+    "records:": lambda path, settings, training: load_records(
+        pathlib.Path(path).expanduser(), decoder_of(settings)
+    ),
+    "scenes": lambda _, settings, training: load_digits_scenes(),
+    "cityscapes:": lambda path, settings, training: load_cityscapes(
+        pathlib.Path(path).expanduser(), decoder_of(settings)
+    ),
+    "masks:": lambda path, settings, training: load_pairs(
+        pathlib.Path(path).expanduser(), decoder_of(settings)
+    ),
 }
-
-_MASK_LOADERS: Mapping[str, Callable[[str], tuple[Any, Any, tuple[str, ...]]]] = {
-    "scenes": lambda _: load_digits_scenes(),
-    "cityscapes:": lambda path: load_cityscapes(pathlib.Path(path).expanduser()),
-    "masks:": lambda path: load_pairs(pathlib.Path(path).expanduser()),
-}
-"""Data with a label per pixel."""
 
 _SOURCES = (
     "digits, fake, tfds:NAME, folder:DIRECTORY, records:DIRECTORY; with a class per pixel scenes, "
-    "cityscapes:DIRECTORY, masks:DIRECTORY"
+    "cityscapes:DIRECTORY, masks:DIRECTORY, records:DIRECTORY, tfds:NAME"
 )
 
 
@@ -334,17 +345,18 @@ def load(settings: DataSettings, *, training: bool = True) -> Dataset:
     """
     name = settings.source
     kind, colon, location = name.partition(":")
-    known = (*_LOADERS, *_MASK_LOADERS)
-    if kind + colon not in known or (colon and not location):
-        hint = did_you_mean(kind, [key.rstrip(":") for key in known if key != name])
+    if kind + colon not in _LOADERS or (colon and not location):
+        hint = did_you_mean(kind, [key.rstrip(":") for key in _LOADERS if key != name])
         raise ValueError(
             f"unknown data set {name!r} in config.data.source; {hint}there are: {_SOURCES}"
         )
-    masks = kind + colon in _MASK_LOADERS
-    if masks:
-        train, evaluation, classes = _MASK_LOADERS[kind + colon](location)
-    else:
-        train, evaluation, classes = _LOADERS[kind + colon](location, settings, training)
+    if settings.mask and kind != "tfds":
+        raise ValueError(
+            f"config.data.mask={settings.mask!r} names a feature of tfds:NAME, but "
+            f"config.data.source is {name}"
+        )
+    train, evaluation, classes = _LOADERS[kind + colon](location, settings, training)
+    masks = isinstance(train, (PairSource, SceneSource))
     if masks and len(settings.mean) != 3:
         raise ValueError(f"config.data.mean={settings.mean}: images of {name} have 3 channels")
     if settings.num_classes and settings.num_classes != len(classes):

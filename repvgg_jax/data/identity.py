@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from repvgg_jax.data.dataset import Dataset
+from repvgg_jax.data.decoding import UndecodableError
 from repvgg_jax.data.masks import IGNORE
 from repvgg_jax.data.sources import Source
 from repvgg_jax.text import first_few
@@ -130,7 +131,7 @@ def _content(source: Source, index: int) -> bytes:
         return b""
     try:
         example = source[index]
-    except OSError:
+    except (OSError, UndecodableError):
         return b"unreadable"
     image = example["encoded"] if "encoded" in example else np.asarray(example["image"]).tobytes()
     label = np.asarray(example["label"])

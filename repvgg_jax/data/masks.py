@@ -19,17 +19,21 @@ Any other data set is a folder of pairs with the same name, and the names of its
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from repvgg_jax.data.decoding import Decoder, UndecodableError, open_image, read_file
-from repvgg_jax.data.sources import SUFFIXES
+from repvgg_jax.data.decoding import Decoder, UndecodableError, decode, open_image, read_file
+from repvgg_jax.data.sources import SUFFIXES, Source
 from repvgg_jax.text import first_few, plural
 
 IGNORE = 255
 """The label of pixels that have no class."""
 
 _SPLITS = ("train", "val")
+_CITYSCAPES_FOLDERS = ("leftImg8bit", "gtFine")
+_PAIR_FOLDERS = ("train/images", "train/masks", "val/images", "val/masks")
 _INVALID = 254  # in a table of labels: no file may have this value
 
 
@@ -142,45 +146,35 @@ def _mask_values(encoded: bytes, name: str) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class PairSource:
-    """Images and masks in files, in the order of their names.
-
-    `source[i]` is `{"image": uint8 (height, width, 3), "label": uint8 (height, width),
-    "name": str}`.
+class PairDecoder:
+    """Decodes an image and its mask, and checks one against the other.
 
     Attributes:
-      root: that names are below.
-      images: paths of images, bytes (n,); a list of strings would cost workers memory.
-      masks: paths of masks, bytes (n,).
       num_classes: labels are 0 … num_classes - 1, and 255.
       cityscapes: whether masks hold label ids of Cityscapes.
+      decoder: of the image.
     """
 
-    root: pathlib.Path
-    images: np.ndarray
-    masks: np.ndarray
     num_classes: int
     cityscapes: bool = False
+    decoder: Decoder = decode
 
-    def __len__(self) -> int:
-        """Number of pairs."""
-        return len(self.images)
+    def __call__(self, pair: Mapping[str, Any]) -> dict[str, Any]:
+        """`image` uint8 (height, width, 3), `label` uint8 (height, width) and `name`.
 
-    def __getitem__(self, index: int) -> dict[str, object]:
-        """Image, label and name of pair number `index`.
+        Args:
+          pair: `encoded` and `mask`, the bytes of two files, with `name` and `mask_name`.
 
         Raises:
-          OSError: a file cannot be read.
-          UndecodableError: or is damaged, or the two differ in size, or labels are wrong.
+          UndecodableError: a file is damaged, the two differ in size, or labels are wrong.
         """
-        name, mask_name = (os.fsdecode(paths[index]) for paths in (self.images, self.masks))
+        name, mask_name = pair["name"], pair["mask_name"]
         try:
-            image = Decoder()(read_file(self.root / name))
+            image = self.decoder(pair["encoded"])
         except UndecodableError as error:
             raise UndecodableError(f"{name}: {error}") from error
         table = cityscapes_train_ids() if self.cityscapes else None
-        encoded = read_file(self.root / mask_name)
-        label = read_mask(encoded, self.num_classes, name=mask_name, table=table)
+        label = read_mask(pair["mask"], self.num_classes, name=mask_name, table=table)
         if image.shape[:2] != label.shape:
             raise UndecodableError(
                 f"{name} has {_size(image)} pixels, but {mask_name} has {_size(label)}"
@@ -188,17 +182,96 @@ class PairSource:
         return {"image": image, "label": label, "name": name}
 
 
+@dataclasses.dataclass(frozen=True)
+class PairFiles:
+    """Images and masks in files, in the order of their names.
+
+    `source[i]` is what `PairDecoder` takes.
+
+    Attributes:
+      root: that names are below.
+      images: paths of images, bytes (n,); a list of strings would cost workers memory.
+      masks: paths of masks, bytes (n,).
+    """
+
+    root: pathlib.Path
+    images: np.ndarray
+    masks: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The bytes of pair number `index`.
+
+        Raises:
+          OSError: a file cannot be read.
+        """
+        name, mask_name = (os.fsdecode(paths[index]) for paths in (self.images, self.masks))
+        return {
+            "encoded": read_file(self.root / name),
+            "mask": read_file(self.root / mask_name),
+            "name": name,
+            "mask_name": mask_name,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSource:
+    """Decoded images with a class per pixel.
+
+    `source[i]` is `{"image": uint8 (height, width, 3), "label": uint8 (height, width),
+    "name": str}`.
+
+    Attributes:
+      files: `PairFiles`, or another source of what `decoder` takes.
+      decoder: of pairs.
+    """
+
+    files: Source
+    decoder: PairDecoder
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Image, label and name of pair number `index`.
+
+        Raises:
+          OSError: a file cannot be read.
+          UndecodableError: it is not a pair, see `PairDecoder`.
+        """
+        return self.decoder(self.files[index])
+
+
 Splits = tuple[PairSource, PairSource, tuple[str, ...]]
 """Training pairs, validation pairs, class names by label."""
 
 
-def load_cityscapes(root: pathlib.Path) -> Splits:
+def is_cityscapes(root: pathlib.Path) -> bool:
+    """Whether a directory looks like Cityscapes as it is unpacked."""
+    return all((root / name).is_dir() for name in _CITYSCAPES_FOLDERS)
+
+
+def is_pairs(root: pathlib.Path) -> bool:
+    """Whether a directory looks like one of image and mask pairs."""
+    return all((root / name).is_dir() for name in _PAIR_FOLDERS[:2])
+
+
+def load_cityscapes(root: pathlib.Path, decoder: Decoder = decode) -> Splits:
     """Cityscapes with fine annotations, as it is unpacked; see the module.
+
+    Args:
+      root: the directory.
+      decoder: of images.
 
     Raises:
       ValueError: folders, images or masks are missing.
     """
-    _require_directory(root, "leftImg8bit", "gtFine")
+    pairs = PairDecoder(len(CITYSCAPES), cityscapes=True, decoder=decoder)
+    _require_directory(root, *_CITYSCAPES_FOLDERS)
     sources = []
     for split in _SPLITS:
         images = _files(root, pathlib.Path("leftImg8bit") / split, "*/*_leftImg8bit.png")
@@ -207,17 +280,21 @@ def load_cityscapes(root: pathlib.Path) -> Splits:
             + "_gtFine_labelIds.png"
             for path in images
         ]
-        sources.append(_paired(root, images, masks, len(CITYSCAPES), cityscapes=True))
+        sources.append(PairSource(_paired(root, images, masks), pairs))
     return sources[0], sources[1], tuple(entry.name for entry in CITYSCAPES)
 
 
-def load_pairs(root: pathlib.Path) -> Splits:
+def load_pairs(root: pathlib.Path, decoder: Decoder = decode) -> Splits:
     """A folder of image and mask pairs; see the module.
+
+    Args:
+      root: the directory.
+      decoder: of images.
 
     Raises:
       ValueError: folders, class names, images or masks are missing.
     """
-    _require_directory(root, "train/images", "train/masks", "val/images", "val/masks")
+    _require_directory(root, *_PAIR_FOLDERS)
     listed = root / "classes.txt"
     if not listed.is_file():
         raise ValueError(
@@ -241,18 +318,12 @@ def load_pairs(root: pathlib.Path) -> Splits:
             by_stem.get(pathlib.Path(path).stem, f"{split}/masks/{pathlib.Path(path).stem}.png")
             for path in images
         ]
-        sources.append(_paired(root, images, masks, len(classes)))
+        pairs = PairDecoder(len(classes), decoder=decoder)
+        sources.append(PairSource(_paired(root, images, masks), pairs))
     return sources[0], sources[1], classes
 
 
-def _paired(
-    root: pathlib.Path,
-    images: list[str],
-    masks: list[str],
-    num_classes: int,
-    *,
-    cityscapes: bool = False,
-) -> PairSource:
+def _paired(root: pathlib.Path, images: list[str], masks: list[str]) -> PairFiles:
     if absent := [mask for mask in masks if not (root / mask).is_file()]:
         raise ValueError(
             f"{len(absent):,} of {len(images):,} images have no mask: {root} lacks "
@@ -262,7 +333,7 @@ def _paired(
     def encoded(paths: list[str]) -> np.ndarray:
         return np.array([os.fsencode(path) for path in paths])
 
-    return PairSource(root, encoded(images), encoded(masks), num_classes, cityscapes)
+    return PairFiles(root, encoded(images), encoded(masks))
 
 
 def _files(root: pathlib.Path, below: pathlib.Path, pattern: str) -> list[str]:

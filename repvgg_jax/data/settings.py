@@ -85,7 +85,7 @@ class DataSettings(Section, path="config.data"):
     source: str = setting(
         "digits",
         "digits, fake, tfds:NAME, folder:DIRECTORY or records:DIRECTORY; with a class per pixel: "
-        "scenes, cityscapes:DIRECTORY or masks:DIRECTORY",
+        "scenes, cityscapes:DIRECTORY, masks:DIRECTORY, records:DIRECTORY or, with mask, tfds:NAME",
     )
     directory: str = setting("", "where TFDS prepared tfds:NAME; empty: its own default")
     train_split: str = setting("train", "split of tfds:NAME, or folder of folder:, to train on")
@@ -102,6 +102,11 @@ class DataSettings(Section, path="config.data"):
         "uniform",
         "of training images; balanced: every class equally often, however rare it is",
         choices=("uniform", "balanced"),
+    )
+    mask: str = setting(
+        "",
+        "feature of tfds:NAME that holds a class per pixel, e.g. segmentation_mask; empty: a class "
+        "per image",
     )
     num_classes: int = setting(0, "number of classes to expect; 0: any", least=0)
     allow_empty: bool = setting(

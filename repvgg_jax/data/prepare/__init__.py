@@ -1,4 +1,4 @@
-"""ImageNet's tar files, or a folder tree -> sharded ArrayRecord files, once.
+"""ImageNet's tars, a folder tree, or images with masks -> sharded ArrayRecord files, once.
 
 `python -m repvgg_jax.data.prepare` is the command; see docs/data.md.
 """

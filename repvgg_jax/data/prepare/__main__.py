@@ -1,4 +1,6 @@
-"""Prepares ImageNet, or a folder tree, for training: sharded ArrayRecord files.
+"""Prepares ImageNet, a folder tree, Cityscapes or pairs of images and masks for training.
+
+The result is sharded ArrayRecord files:
 
 python -m repvgg_jax.data.prepare --source /data/imagenet-tars --output /data/imagenet
 python -m repvgg_jax.data.prepare --verify /data/imagenet
@@ -14,7 +16,10 @@ from absl import flags
 from repvgg_jax import cli
 
 SOURCE = flags.DEFINE_string(
-    "source", None, "ImageNet's tar files, or train/ and val/ with a folder per class."
+    "source",
+    None,
+    "ImageNet's tar files, train/ and val/ with a folder per class, or with images/ and masks/, or "
+    "Cityscapes as it is unpacked.",
 )
 OUTPUT = flags.DEFINE_string("output", None, "The directory to write; a second call continues.")
 SHORT_SIDE = flags.DEFINE_integer(
@@ -68,7 +73,9 @@ def main(_: Sequence[str]) -> int:
     data = DataSettings(**{name: value for name, value in given.items() if value is not None})
     encoding = shards.Encoding(SHORT_SIDE.value, QUALITY.value, decoder_of(data))
     try:
-        found = inputs.find(pathlib.Path(SOURCE.value), allow_empty=ALLOW_EMPTY.value)
+        found = inputs.find(
+            pathlib.Path(SOURCE.value), allow_empty=ALLOW_EMPTY.value, decoder=encoding.decoder
+        )
     except inputs.MissingError as error:
         needed = estimate_imagenet(encoding, SHARD_IMAGES.value)
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The images to prepare: in ImageNet's tar files, or in a class-per-folder tree.
+"""The images to prepare: in ImageNet's tar files, in a class-per-folder tree, or with masks.
 
 Nothing is unpacked: an image in a tar of tars is an offset into the outer file and a size.
 """
@@ -12,7 +12,15 @@ import zlib
 from collections.abc import Iterator
 
 from repvgg_jax import text
-from repvgg_jax.data.decoding import open_regular
+from repvgg_jax.data.decoding import Decoder, decode, open_regular, read_file
+from repvgg_jax.data.masks import (
+    PairDecoder,
+    PairFiles,
+    is_cityscapes,
+    is_pairs,
+    load_cityscapes,
+    load_pairs,
+)
 from repvgg_jax.data.sources import FOLDER_SPLITS, load_folder
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -37,6 +45,9 @@ class Item:
       file: that holds its bytes.
       offset: of its first byte in `file`.
       size: in bytes; -1 if it is not a readable file.
+      mask: the file with its class per pixel; None if it has one class.
+      mask_name: as in messages.
+      mask_size: in bytes; as `size`.
     """
 
     name: str
@@ -44,6 +55,9 @@ class Item:
     file: pathlib.Path
     offset: int
     size: int
+    mask: pathlib.Path | None = None
+    mask_name: str = ""
+    mask_size: int = 0
 
     def read(self) -> bytes:
         """The bytes of the encoded image.
@@ -58,6 +72,15 @@ class Item:
             raise OSError(f"{self.file} ends within {self.name}")
         return content
 
+    def read_mask(self) -> bytes:
+        """The bytes of its mask.
+
+        Raises:
+          OSError: it cannot be read.
+        """
+        assert self.mask is not None
+        return read_file(self.mask)
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -66,18 +89,21 @@ class Inputs:
     Attributes:
       classes: class names by label.
       splits: the images of `train` and of `val`, in the order of their names.
+      pairs: decoder of images with masks; None if images have one class each.
     """
 
     classes: tuple[str, ...]
     splits: dict[str, list[Item]]
+    pairs: PairDecoder | None = None
 
 
-def find(root: pathlib.Path, *, allow_empty: bool = False) -> Inputs:
-    """Images of a directory with ImageNet's tar files, or else of a class-per-folder tree.
+def find(root: pathlib.Path, *, allow_empty: bool = False, decoder: Decoder = decode) -> Inputs:
+    """Images of Cityscapes, of image and mask pairs, of a tree of classes, or of ImageNet's tars.
 
     Args:
       root: the directory.
       allow_empty: see `load_folder`.
+      decoder: of images with masks.
 
     Raises:
       MissingError: neither; lists all that is missing.
@@ -85,12 +111,14 @@ def find(root: pathlib.Path, *, allow_empty: bool = False) -> Inputs:
     """
     if not root.is_dir():
         raise ValueError(f"--source={root} is not a directory")
+    if is_cityscapes(root) or is_pairs(root):
+        return _pairs(root, decoder)
     if (root / "train").is_dir() and (root / "val").is_dir():
         return _tree(root, allow_empty)
     if missing := _missing_tars(root):
         raise MissingError(
-            f"{root} holds neither train/ and val/ with a folder per class, nor ImageNet's "
-            f"files; missing: {'; '.join(missing)}"
+            f"{root} holds neither train/ and val/ with a folder per class, or with images/ and "
+            f"masks/, nor Cityscapes, nor ImageNet's files; missing: {'; '.join(missing)}"
         )
     return _tars(root)
 
@@ -124,6 +152,30 @@ def _tree(root: pathlib.Path, allow_empty: bool) -> Inputs:
             for i in range(len(source))
         ]
     return Inputs(classes, splits)
+
+
+def _pairs(root: pathlib.Path, decoder: Decoder) -> Inputs:
+    *sources, classes = (load_cityscapes if is_cityscapes(root) else load_pairs)(root, decoder)
+    splits = {}
+    for split, source in zip(FOLDER_SPLITS, sources, strict=True):
+        files = source.files
+        assert isinstance(files, PairFiles)
+        splits[split] = [
+            Item(
+                name=name,
+                label=0,
+                file=root / name,
+                offset=0,
+                size=_size(root / name),
+                mask=root / mask,
+                mask_name=mask,
+                mask_size=_size(root / mask),
+            )
+            for name, mask in zip(
+                map(os.fsdecode, files.images), map(os.fsdecode, files.masks), strict=True
+            )
+        ]
+    return Inputs(classes, splits, sources[0].decoder)
 
 
 def _size(path: pathlib.Path) -> int:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from repvgg_jax import files, text
 from repvgg_jax.data import records
 from repvgg_jax.data.decoding import UndecodableError
+from repvgg_jax.data.masks import CITYSCAPES
 from repvgg_jax.data.prepare import shards
 from repvgg_jax.data.prepare.inputs import Inputs, Item
 from repvgg_jax.data.prepare.shards import Done, Encoding, Job
@@ -158,9 +159,14 @@ def _remove_older_shards(current: Collection[str], output: pathlib.Path) -> None
 
 
 def training_command(manifest: records.Manifest, output: pathlib.Path) -> str:
-    """The command that trains RepVGG-B1 on prepared images."""
+    """The command that trains RepVGG-B1 on prepared images, or a PSPNet if they have masks."""
     images = sum(shard.images for shard in manifest.splits["train"])
     arguments = [f"--config.data.source=records:{output.resolve()}"]
+    if manifest.masks:
+        if len(manifest.classes) != len(CITYSCAPES):
+            arguments += [f"--config.data.num_classes={len(manifest.classes)}"]
+        recipe = "configs/cityscapes_b1g2_fast.py"
+        return shlex.join(["python", "train.py", "--config", recipe, *arguments])
     if len(manifest.classes) != 1000:
         arguments += [f"--config.data.num_classes={len(manifest.classes)}"]
     if images < _RECIPE_BATCH:
@@ -185,7 +191,9 @@ def verify(output: pathlib.Path, *, processes: int = 1) -> None:
     wrong = []
     with _pool(processes) as pool:
         futures = [
-            pool.submit(shards.check, output / shard.file, shard, len(manifest.classes))
+            pool.submit(
+                shards.check, output / shard.file, shard, len(manifest.classes), manifest.masks
+            )
             for shard in todo
         ]
         for _, what in _results(futures, "verifying", [shard.images for shard in todo]):
@@ -209,6 +217,7 @@ def _jobs(inputs: Inputs, split: str, output: pathlib.Path, settings: Settings) 
             output / f"{split}-{number:05}-of-{count:05}.array_record",
             tuple(items[number * size : (number + 1) * size]),
             settings.encoding,
+            inputs.pairs,
         )
         for number in range(count)
     ]
@@ -292,6 +301,7 @@ def _manifest(
             for split, jobs in plan.items()
         },
         details={**dataclasses.asdict(encoding), "changed_to_rgb_jpeg": changed, "bad": bad},
+        masks=inputs.pairs is not None,
     )
 
 
@@ -303,7 +313,8 @@ def estimate_bytes(jobs: Sequence[Job]) -> float:
     sample = random.Random(0).sample(items, min(_SAMPLE, len(items)))
     encoding = jobs[0].encoding
     ratio = _ratio(encoding, _readable(sample)) if encoding.short_side else 1.0
-    return _total(sum(item.size for item in items) * ratio, len(items), len(jobs))
+    content = sum(item.size * ratio + item.mask_size for item in items)
+    return _total(content, len(items), len(jobs))
 
 
 def _readable(items: Iterable[Item]) -> Iterator[bytes]:

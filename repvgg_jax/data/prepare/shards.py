@@ -5,7 +5,11 @@ import hashlib
 import io
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
+import cv2
+import numpy as np
 import simplejpeg
 from PIL import Image
 
@@ -13,6 +17,7 @@ from repvgg_jax import files
 from repvgg_jax.data import records
 from repvgg_jax.data.decoding import MAX_BYTES, Decoder, UndecodableError, decode, is_plain_jpeg
 from repvgg_jax.data.images import resize
+from repvgg_jax.data.masks import PairDecoder
 from repvgg_jax.data.prepare.inputs import Item
 
 DONE = ".done.json"
@@ -43,17 +48,48 @@ class Encoding:
           UndecodableError: the image is damaged.
         """
         pixels = self.decoder(content)
-        height, width = pixels.shape[:2]
-        short = min(height, width)
-        smaller = 0 < self.short_side < short
-        if not smaller and is_plain_jpeg(content):
+        smaller = self._smaller(pixels)
+        if smaller is None and is_plain_jpeg(content):
             return content
-        if smaller:
-            height, width = (round(length * self.short_side / short) for length in (height, width))
-            pixels = resize(pixels, height, width)
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=self.quality)
-        return file.getvalue()
+        return self._jpeg(pixels if smaller is None else resize(pixels, *smaller))
+
+    def apply_pair(self, pair: Mapping[str, Any], decoder: PairDecoder) -> tuple[bytes, bytes]:
+        """The bytes to store of an image and of its mask, a PNG of labels.
+
+        The image's are its file, whatever the format, unless it is shrunk; then labels are those of
+        the nearest pixels.
+
+        Args:
+          pair: the two files, as `PairDecoder` takes them.
+          decoder: of pairs.
+
+        Raises:
+          UndecodableError: one of them is damaged, or they do not fit.
+        """
+        decoded = decoder(pair)
+        content, label = pair["encoded"], decoded["label"]
+        smaller = self._smaller(label)
+        if smaller is not None:
+            content = self._jpeg(resize(decoded["image"], *smaller))
+            label = cv2.resize(label, smaller[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        return content, _encoded(label, "PNG")
+
+    def _smaller(self, pixels: np.ndarray) -> tuple[int, int] | None:
+        """Height and width if an image is to be shrunk."""
+        short = min(pixels.shape[:2])
+        if not 0 < self.short_side < short:
+            return None
+        height, width = (round(length * self.short_side / short) for length in pixels.shape[:2])
+        return height, width
+
+    def _jpeg(self, pixels: np.ndarray) -> bytes:
+        return _encoded(pixels, "JPEG", quality=self.quality)
+
+
+def _encoded(pixels: np.ndarray, file_format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, file_format, **options)
+    return file.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +100,21 @@ class Job:
       path: of the finished file.
       items: its images.
       encoding: how they are stored.
+      pairs: decoder of images with masks; None if images have one class each.
     """
 
     path: pathlib.Path
     items: tuple[Item, ...]
     encoding: Encoding
+    pairs: PairDecoder | None = None
 
     @property
     def fingerprint(self) -> str:
         """Digest of the inputs: a finished shard of other inputs is written again."""
-        content = [[item.name, item.label, item.size] for item in self.items]
+        content: list[Any] = [[item.name, item.label, item.size] for item in self.items]
+        if self.pairs is not None:
+            masks = [[item.mask_name, item.mask_size] for item in self.items]
+            content += [masks, dataclasses.asdict(self.pairs)]
         text = json.dumps([records.VERSION, dataclasses.asdict(self.encoding), content])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -144,15 +185,15 @@ def _write_records(
         for item in job.items:
             try:
                 content = item.read()
-                stored = job.encoding.apply(content)
+                stored, record = _record(job, item, content)
             except (UndecodableError, OSError) as error:
                 bad.append(f"{item.name}: {error}")
                 continue
             if not is_plain_jpeg(content):
-                changed.append(item.name)
+                if stored != content:
+                    changed.append(item.name)
                 if job.encoding.decoder.is_animated(content):
                     animated.append(item.name)
-            record = records.pack(encoded=stored, label=item.label, name=item.name)
             digests.append(hashlib.sha256(record).digest())
             writer.write(record)
         writer.close()
@@ -163,7 +204,20 @@ def _write_records(
     return digests, changed, bad, animated
 
 
-def check(path: pathlib.Path, shard: records.Shard, classes: int) -> str | None:
+def _record(job: Job, item: Item, content: bytes) -> tuple[bytes, bytes]:
+    """The bytes to store of an image, and the record with them."""
+    if job.pairs is None:
+        stored = job.encoding.apply(content)
+        return stored, records.pack(encoded=stored, label=item.label, name=item.name)
+    names = {"name": item.name, "mask_name": item.mask_name}
+    pair = {"encoded": content, "mask": item.read_mask(), **names}
+    stored, mask = job.encoding.apply_pair(pair, job.pairs)
+    return stored, records.pack_pair(encoded=stored, mask=mask, **names)
+
+
+def check(
+    path: pathlib.Path, shard: records.Shard, classes: int, masks: bool = False
+) -> str | None:
     """What is wrong with a shard: its checksum, its count, a label, an image; None if nothing."""
     if not path.is_file():
         return f"{path.name} is missing"
@@ -174,6 +228,12 @@ def check(path: pathlib.Path, shard: records.Shard, classes: int) -> str | None:
         return f"{path.name} holds {len(stored)} images of {shard.images}"
     for index in range(len(stored)):
         record = records.unpack(stored[index])
+        if masks:
+            try:
+                PairDecoder(classes, decoder=Decoder(max_pixels=MAX_BYTES))(record)
+            except ValueError as error:
+                return f"{path.name}: {error}"
+            continue
         if not 0 <= record["label"] < classes:
             return f"{path.name}: {record['name']} has label {record['label']} of {classes}"
         try:
