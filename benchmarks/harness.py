@@ -23,7 +23,7 @@ sys.path.insert(1, str(pathlib.Path(__file__).parents[1]))
 RESULTS = pathlib.Path(__file__).parent / "results"
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "numpy",
-    "libtpu", "torch", "timm", "onnx", "onnxruntime", "openvino",
+    "libtpu", "jax-cuda12-plugin", "torch", "timm", "onnx", "onnxruntime", "openvino",
 )  # fmt: skip
 CRASHED = object()
 PAUSE = 0.3  # seconds; idle threads of onnxruntime spin for 0.04

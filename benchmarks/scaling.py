@@ -1,13 +1,18 @@
-"""What the train step of every network takes on slices of TPUs, counted without a TPU.
+"""What the train step of every network takes on TPU slices and on GPUs, counted without any.
 
-Compiles the very train step of a run (`train.py --compile_only`) for each network and slice,
-32 images per chip in bfloat16, batch normalization over 32, and stores the compiler's counts: one
+Compiles the very train step of a run (`train.py --compile_only`) for each network and its devices,
+32 images per device in bfloat16, batch normalization over 32, and stores the compiler's counts: one
 row per program, appended to `results/scaling.jsonl` at once. A program takes minutes of CPU time;
 programs that have a row are skipped, so the same command continues a run that was interrupted.
 
     python benchmarks/scaling.py                             # all fifteen and the larger slices
     python benchmarks/scaling.py --models A0 --topologies v5e:2x2
+    python benchmarks/scaling.py --topologies h100x8 --largest
     python benchmarks/scaling.py --table --write             # only update the page
+
+`--largest` compiles, in addition, the largest power of two of images per device whose peak memory
+is at most 75 %, the share that JAX reserves on a GPU unless told otherwise; batch normalization is
+then over one device's images.
 
 The settings are those of the network's recipe in configs/, or the defaults if it has none. Rows of
 other versions, or from before a network had its recipe, are ignored. Every row has the date and the
@@ -15,11 +20,13 @@ commit of its compilation, which the table shows; the oldest rows lack them.
 """
 
 import argparse
+import functools
 import json
+import math
 import pathlib
 import runpy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import harness
@@ -28,7 +35,16 @@ IMAGES_PER_CHIP = 32
 RESULTS = harness.RESULTS / "scaling.jsonl"
 CONFIGS = harness.RESULTS.parents[1] / "configs"
 PAGE = harness.RESULTS.parents[1] / "docs" / "scaling.md"
-EVERY = ("v5e:16x16",)  # compiled for all networks
+SHARE = 0.75  # of a device's memory that a program may take
+MATTER = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "libtpu",
+    "jax-cuda12-plugin",
+)  # versions that a program depends on
+EVERY = ("v5e:16x16", "h100x8")  # compiled for all networks
 MORE = ("v4:4x4x8", "v5p:4x4x8")  # and for these
 MORE_MODELS = ("A0", "B1", "B3")
 
@@ -39,8 +55,8 @@ def recipe_of(model: str) -> pathlib.Path | None:
     return path if path.exists() else None
 
 
-def config_of(model: str, topology: str) -> Any:
-    """The recipe of `model`, or the default settings, with 32 images per chip of the slice."""
+def config_of(model: str, topology: str, images: int = IMAGES_PER_CHIP) -> Any:
+    """The recipe of `model`, or the default settings, with so many images per device."""
     from repvgg_jax.train.config import default_config
     from repvgg_jax.train.targets import Target
 
@@ -48,24 +64,24 @@ def config_of(model: str, topology: str) -> Any:
     config = runpy.run_path(str(recipe))["get_config"]() if recipe else default_config(model)
     config.data.source = "imagenet"  # of which only the shapes are needed
     config.model.dtype = "bfloat16"
-    config.bn.group_size = IMAGES_PER_CHIP
-    config.train.batch_size = config.eval.batch_size = (
-        IMAGES_PER_CHIP * Target.parse(topology).count
-    )
+    config.bn.group_size = images
+    config.train.batch_size = config.eval.batch_size = images * Target.parse(topology).count
     return config
 
 
-def row_of(model: str, topology: str, timeout: float) -> dict[str, Any]:
+def row_of(
+    model: str, topology: str, timeout: float, images: int = IMAGES_PER_CHIP
+) -> dict[str, Any]:
     """Compiles one program and returns its row; one that fails has `error`."""
     import dataclasses
 
     from repvgg_jax.train.aot import compile_ahead
 
     row: dict[str, Any] = facts_of(model) | harness.origin()
-    row |= {"model": model, "topology": topology}
+    row |= {"model": model, "topology": topology, "images": images}
     began = time.monotonic()
     try:
-        program = compile_ahead(config_of(model, topology), topology, timeout=timeout)
+        program = compile_ahead(config_of(model, topology, images), topology, timeout=timeout)
     except (ValueError, OSError) as error:
         row["error"] = str(error)
     else:
@@ -84,10 +100,47 @@ def stored() -> list[dict[str, Any]]:
     if not RESULTS.exists():
         return []
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines() if line.strip()]
-    newest = {
-        (row["model"], row["topology"]): row for row in rows if row | facts_of(row["model"]) == row
-    }
+    newest = {_program(row): row for row in rows if _holds(row)}
     return list(newest.values())
+
+
+def _program(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["model"], row["topology"], row.get("images", IMAGES_PER_CHIP)
+
+
+def _holds(row: dict[str, Any]) -> bool:
+    """Whether a row is of these sources; only one of the compilers may be installed here."""
+    facts = facts_of(row["model"])
+    here, there = facts["versions"], row["versions"]
+    known = [package for package in MATTER if package in here and package in there]
+    return row["recipe"] == facts["recipe"] and all(here[p] == there[p] for p in known)
+
+
+def fits(row: dict[str, Any]) -> bool:
+    """Whether a program was compiled and leaves the share of memory that nothing may take."""
+    return "error" not in row and row["peak"] <= SHARE * row["hbm"]
+
+
+def largest(small: dict[str, Any], compiled: Callable[[int], dict[str, Any]]) -> int:
+    """The largest power of two of images per device that fits.
+
+    Args:
+      small: the row of a program with few images.
+      compiled: the row of the program with so many images.
+    """
+    # Beside the state, memory grows with the images, or at first more slowly.
+    state = small["arguments"]
+    each = max(small["peak"] - state, 1) / small["images"]
+    images = 2 ** int(math.log2(max((SHARE * small["hbm"] - state) / each, 1)))
+    while images > 1 and not fits(compiled(images)):
+        images //= 2
+    while True:
+        row = compiled(images)
+        if state + 2 * 0.9 * (row["peak"] - state) > SHARE * row["hbm"]:
+            return images  # twice as many cannot fit
+        if not fits(compiled(2 * images)):
+            return images
+        images *= 2
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -97,7 +150,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """
     cells = []
     for row in rows:
-        cell = {"model": row["model"], "slice": row["topology"]}
+        cell = {"model": row["model"], "devices": row["topology"]}
+        cell["images each"] = str(row.get("images", IMAGES_PER_CHIP))
         names = (
             "M params", "GFLOP", "GB accessed", "peak MiB", "of HBM", "collectives", "compile s",
             "compiled",
@@ -147,6 +201,9 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", help="by default all")
     parser.add_argument("--topologies", nargs="+", help="by default those of docs/scaling.md")
+    parser.add_argument(
+        "--largest", action="store_true", help="also with as many images as devices have room for"
+    )
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one program")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     parser.add_argument("--write", action="store_true", help="put the table into docs/scaling.md")
@@ -158,34 +215,48 @@ def main() -> None:
     else:
         programs = [(model, topology) for topology in EVERY for model in models]
         programs += [(model, t) for t in MORE for model in MORE_MODELS if model in models]
-    done = {(row["model"], row["topology"]) for row in stored() if "error" not in row}
-    for model, topology in [] if args.table else programs:
-        if (model, topology) in done:
-            continue
-        row = row_of(model, topology, args.timeout)
-        RESULTS.parent.mkdir(exist_ok=True)
-        with pathlib.Path(RESULTS).open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(
-            f"{model} {topology}: {row.get('error', 'done')}, {row['wall_seconds']} s", flush=True
-        )
+    done = {_program(row): row for row in stored() if "error" not in row}
+
+    def compiled(model: str, topology: str, images: int) -> dict[str, Any]:
+        program = model, topology, images
+        if program not in done:
+            row = row_of(model, topology, args.timeout, images)
+            RESULTS.parent.mkdir(exist_ok=True)
+            with pathlib.Path(RESULTS).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            result = f"{row.get('error', 'done')}, {row['wall_seconds']} s"
+            print(f"{model} {topology}, {images} images each: {result}", flush=True)
+            done[program] = row
+        return done[program]
+
+    if not args.table:
+        small = [compiled(*program, IMAGES_PER_CHIP) for program in programs]
+        for row in small if args.largest else []:
+            if fits(row):
+                largest(row, functools.partial(compiled, row["model"], row["topology"]))
     rows = sorted(stored(), key=lambda row: _order(row, list(VARIANTS)))
-    facts = ", ".join(f"{name} {version}" for name, version in harness.versions().items())
     if not rows:
         raise SystemExit(
-            f"no row in {RESULTS.name} was measured with {facts}; the page is as it was"
+            f"no row in {RESULTS.name} was measured with the versions installed here; the page is "
+            "as it was"
         )
+    rows = [
+        row for row in rows if row.get("images", IMAGES_PER_CHIP) == IMAGES_PER_CHIP or fits(row)
+    ]
+    known = {p: row["versions"][p] for row in rows for p in MATTER if p in row["versions"]}
+    facts = ", ".join(f"{name} {version}" for name, version in known.items())
     if args.write:
         fill(PAGE, f"{table(rows)}\n\n{facts}.")
     print(f"{table(rows)}\n\n{facts}")
 
 
-def _order(row: dict[str, Any], models: list[str]) -> tuple[int, int]:
+def _order(row: dict[str, Any], models: list[str]) -> tuple[int, int, int]:
     topologies = [*EVERY, *MORE]
     known = row["topology"] in topologies
     return (
         topologies.index(row["topology"]) if known else len(topologies),
         models.index(row["model"]) if row["model"] in models else len(models),
+        row.get("images", IMAGES_PER_CHIP),
     )
 
 

@@ -1,15 +1,17 @@
-"""How often a train step goes through memory, counted by the compiler, without hardware.
+"""How often a network goes through memory, counted by the compiler, without hardware.
 
-Compiles train steps and stages ahead of time for one TPU (`pip install -r requirements-tpu.txt`) or
-one NVIDIA GPU (`requirements-cuda.txt`; no GPU is needed) and prints the compiler's counts: bytes
-accessed, passes per block (bytes over the size of one activation, over the blocks), kernels, FLOPs,
-memory, and how long compiling took.
+Compiles train steps, stages and deployed networks ahead of time for one TPU
+(`pip install -r requirements-tpu.txt`) or one NVIDIA GPU (`requirements-cuda.txt`; no GPU needed)
+and prints the compiler's counts: bytes accessed, passes per block (bytes over the size of one
+activation, over the blocks), kernels, FLOPs, memory, and how long compiling took.
 Ours in both train forms beside a plain Flax version (`plain.py`), each with the compiler as it is
 and with `config.train.compiler_options` (`docs/covariance.md`).
 
     python benchmarks/traffic.py                       # the stage and A0
     python benchmarks/traffic.py --models A0 B1 --forms plain covariance --write
     python benchmarks/traffic.py --target h100 --models A0 B1 B1g4 --kinds
+    python benchmarks/traffic.py --target h100 --models A0 B1 --no-stage \
+        --forms deploy "deploy stored" "deploy constant"
 
 Three counts of bytes, none of them a time. "GB" is the compiler's own total: it counts an
 operand wherever it lies, and copies into the chip's fast memory (VMEM, 128 MiB) several times.
@@ -20,6 +22,9 @@ with the padding of their layout: 48 channels take the room of 128. For GPUs XLA
 three are what the kernels read and write, without regard to caches, and a kernel's bytes are those
 of its operands and results. Nothing is tuned (that takes a GPU), so a library's algorithms are
 XLA's first choice.
+
+Of deployed networks, "least x" is the bytes over those of the feature maps, each written once and
+read once, and of the parameters.
 """
 
 import itertools
@@ -29,12 +34,14 @@ import time
 from typing import Any
 
 import harness
+import numpy as np
 
 from repvgg_jax.train import hlo
 from repvgg_jax.train.settings import FEWER_COPIES, TrainSettings
 from repvgg_jax.train.targets import Target
 
 FORMS = ("plain", "branches", "covariance")
+DEPLOY_FORMS = ("deploy", "deploy stored", "deploy constant")
 
 
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +49,9 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     import jax
 
     device = Target.parse(job["target"]).devices()[0]
-    lower = lower_model if "model" in job else lower_stage
+    lower = lower_stage
+    if "model" in job:
+        lower = lower_deploy if job["form"] in DEPLOY_FORMS else lower_model
     start = time.perf_counter()
     lowered = lower(job, jax.sharding.SingleDeviceSharding(device))
     traced = time.perf_counter()
@@ -89,6 +98,33 @@ def lower_model(job: dict[str, Any], sharding: Any) -> Any:
         jax.eval_shape(lambda images: init_state(model, images), images),
     )
     return jax.jit(make_step(model), donate_argnums=0).lower(state, (images, labels))
+
+
+def lower_deploy(job: dict[str, Any], sharding: Any) -> Any:
+    """The deployed network in bfloat16: logits of a batch of images.
+
+    "deploy" takes the weights as an argument that lies in memory as arrays usually do, "deploy
+    stored" as the compiler would have it, and "deploy constant" has them as constants.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.layout import Format, Layout
+
+    import repvgg_jax as rv
+
+    model = rv.create_model(job["model"], deploy=True, dtype=jnp.bfloat16)
+    size = job["image_size"]
+    images = jax.ShapeDtypeStruct((job["batch"], size, size, 3), jnp.bfloat16, sharding=sharding)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), variables)
+    if job["form"] == "deploy constant":
+        rng = np.random.default_rng(0)
+        values = jax.tree.map(
+            lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), variables
+        )
+        return jax.jit(lambda images: model.apply(values, images)).lower(images)
+    layout = Format(Layout.AUTO, sharding) if job["form"] == "deploy stored" else sharding
+    return jax.jit(model.apply, in_shardings=(layout, sharding)).lower(variables, images)
 
 
 def lower_stage(job: dict[str, Any], sharding: Any) -> Any:
@@ -152,7 +188,7 @@ def main() -> None:
     """Compiles what the flags select, one process each, and reports."""
     parser = harness.arguments(__doc__)
     parser.add_argument("--models", nargs="*", default=["A0"], help="whole train steps")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--forms", nargs="+", choices=FORMS + DEPLOY_FORMS, default=FORMS)
     parser.add_argument(
         "--compiler-options",
         nargs="*",
@@ -229,6 +265,13 @@ def main() -> None:
     )
 
 
+def _least(job: dict[str, Any]) -> float:
+    """GB that a deployed network cannot do without."""
+    from roofline import least_work
+
+    return least_work(job["model"], job["batch"], job["image_size"], itemsize=2)[0] / 1e9
+
+
 def _row(
     job: dict[str, Any], counts: dict[str, Any], baseline: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -238,7 +281,7 @@ def _row(
         names = (
             *("GB", "passes", "HBM GB", "touched GB", "touched passes", "kernels", "GFLOP"),
             *("temp MiB", "peak MiB", "compile s", "bytes x", "HBM x", "touched x"),
-            *("kernels x", "temp x", "peak x", "FLOP x"),
+            *("kernels x", "temp x", "peak x", "FLOP x", "least x"),
         )
         return row | dict.fromkeys(names) | {"error": counts["error"]}
     assert baseline is not None  # these counts, if there were none before
@@ -261,6 +304,7 @@ def _row(
         "temp x": counts["temp_mib"] / baseline["temp_mib"],
         "peak x": counts["peak_mib"] / baseline["peak_mib"],
         "FLOP x": counts["gflop"] / baseline["gflop"] if counts["gflop"] else None,
+        "least x": counts["gb"] / _least(job) if job["form"] in DEPLOY_FORMS else None,
         "error": None,
     }
 

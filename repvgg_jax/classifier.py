@@ -6,7 +6,7 @@ import functools
 import glob
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental.layout import Format, Layout
 from PIL import Image
 
 from repvgg_jax.data.decoding import Decoder, read_file
@@ -175,7 +176,39 @@ class Classifier:
 
         if self.constant_weights:
             return jax.jit(functools.partial(probabilities, self.variables))
-        return functools.partial(jax.jit(probabilities), jax.device_put(self.variables))
+        return _Stored(probabilities, self.variables)
+
+
+class _Stored:
+    """A function of variables and images that keeps the variables as its program reads them.
+
+    Kernels that lie in memory as arrays usually do are transposed in every call on GPUs.
+    """
+
+    def __init__(self, function: Callable[[Any, jax.Array], jax.Array], variables: Any) -> None:
+        self._function = function
+        self._variables = variables
+        self._formats: Any = Format(Layout.AUTO)
+        self._programs: dict[tuple[int, ...], Callable[..., jax.Array]] = {}
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        program = self._programs.get(images.shape)
+        if program is None:
+            # The first program chooses how the variables lie, those for other shapes take them so.
+            program = (
+                jax.jit(self._function, in_shardings=(self._formats, None))
+                .lower(jax.tree.map(_shape, self._variables), images)
+                .compile()
+            )
+            if not self._programs:
+                self._formats = program.input_formats[0][0]
+                self._variables = jax.device_put(self._variables, self._formats)
+            self._programs[images.shape] = program
+        return program(self._variables, images)
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 @contextlib.contextmanager

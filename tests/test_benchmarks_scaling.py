@@ -35,6 +35,47 @@ def test_an_old_row_gets_no_date(scaling):
     assert "not recorded" in scaling.table([row, new])
 
 
+@pytest.mark.parametrize(
+    ("base", "each", "room"),
+    [
+        (500, 20.0, 1536),  # memory in proportion to the images beside the state
+        (100, 6.4, 8192),
+        (500, 20.0, 100),  # little more than the small program
+    ],
+)
+@pytest.mark.parametrize("growth", [1.0, 0.8, 1.15])
+def test_the_largest_batch_is_a_power_of_two_that_fits(scaling, base, each, room, growth):
+    """Memory may grow faster or slower from the small program on than it does up to there."""
+    hbm = round((base + each * room) / scaling.SHARE)
+
+    def row(images: int) -> dict:
+        peak = base + each * 32 + each * growth * (images - 32)
+        return {"images": images, "arguments": base, "peak": peak, "hbm": hbm}
+
+    compiled = []
+    found = scaling.largest(row(32), lambda images: compiled.append(images) or row(images))
+    assert found & (found - 1) == 0
+    assert scaling.fits(row(found))
+    assert not scaling.fits(row(2 * found))
+    assert found in compiled and len(compiled) <= 4
+
+
+def test_one_compiler_need_not_know_the_other(scaling, monkeypatch):
+    """Rows stay if a version is unknown here or there, and go if it is another."""
+    mine = {"python": "3.11", "jax": "0.10.2", "libtpu": "0.0.42", "numpy": "2.4.6"}
+    monkeypatch.setattr(scaling.harness, "versions", lambda: mine)
+    rows = [
+        {"model": "A0", "topology": "h100x8", "recipe": "a0.py", "versions": versions}
+        for versions in (
+            {"jax": "0.10.2", "jax-cuda12-plugin": "0.10.2"},
+            {"jax": "0.10.2", "numpy": "1.0"},  # what a program does not depend on
+            {"jax": "0.10.1"},
+            {"jax": "0.10.2", "libtpu": "0.0.41"},
+        )
+    ]
+    assert [scaling._holds(row) for row in rows] == [True, True, False, False]
+
+
 def test_the_page_names_the_sizes_that_were_compiled(scaling):
     """Every row is at 224x224, but those of plus-L2pse, as its recipe says."""
     text = " ".join(scaling.PAGE.read_text().split())

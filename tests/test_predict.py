@@ -63,8 +63,9 @@ def test_a_deployment_predicts_what_evaluation_does(deployed, images):
 
 def test_variable_weights_give_the_same(deployed, images):
     _, pixels, expected = images
-    found = load_deployed(deployed).classifier(constant_weights=False).predict(pixels)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    classifier = load_deployed(deployed).classifier(constant_weights=False)
+    np.testing.assert_allclose(classifier.predict(pixels), expected, atol=1e-5)
+    np.testing.assert_allclose(classifier.predict(pixels[:1]), expected[:1], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,11 @@
 """Train steps compiled for TPUs and GPUs that are not attached."""
 
 import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -62,6 +67,27 @@ def test_the_step_compiles_for_gpus():
     assert program.flops > 1e6
     # Every parameter is read, and written with its momentum.
     assert program.accessed > 3 * 4 * program.parameters
+
+
+@pytest.mark.skipif(not CUDA, reason="needs the CUDA plugin of jaxlib")
+def test_deployed_kernels_are_not_transposed_in_every_call_on_gpus():
+    benchmarks = pathlib.Path(__file__).parents[1] / "benchmarks"
+    job = {"model": "A0", "image_size": 64, "batch": 8, "options": {}, "target": "h100"}
+    kinds = {}
+    for form in ("deploy", "deploy stored", "deploy constant"):
+        command = [sys.executable, benchmarks / "traffic.py", "--job"]
+        done = subprocess.run(
+            [*command, json.dumps(job | {"form": form})],
+            env=os.environ | Target.parse("h100").environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        kinds[form] = json.loads(done.stdout.splitlines()[-1])["kinds"]
+    assert kinds["deploy"]["wrapped_transpose"][0] == 22  # what there is to save
+    for form in ("deploy stored", "deploy constant"):
+        assert not [kind for kind in kinds[form] if "transpose" in kind or "copy" in kind]
+        assert kinds[form]["__cudnn$convBiasActivationForward"][0] == 22
 
 
 @pytest.mark.skipif(CUDA, reason="the CUDA plugin is there")

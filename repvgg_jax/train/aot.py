@@ -158,7 +158,7 @@ def _compile(settings: Settings, target: Target) -> Program:
     traffic = hlo.count(compiled.as_text() or "")
     # The compiler for GPUs has none.
     counts: Any = compiled.cost_analysis() or {
-        "flops": (lowered.cost_analysis() or {}).get("flops", float("nan")),
+        "flops": _flops(lowered) / len(devices),
         "bytes accessed": traffic.touched,
     }
     batch = settings.train.batch_size
@@ -187,6 +187,18 @@ def _compile(settings: Settings, target: Target) -> Program:
         trace_seconds=traced - began,
         compile_seconds=done - traced,
     )
+
+
+def _flops(lowered: Any) -> float:
+    """Floating-point operations of a program for all its devices, before it is optimized.
+
+    jax counts by the backend that a program is for; that of CPUs counts any program.
+    """
+    from jax._src.lib import _jax  # type: ignore[attr-defined]
+    from jax.extend.backend import get_backend
+
+    module = lowered.compiler_ir("hlo").as_hlo_module()
+    return float(_jax.hlo_module_cost_analysis(get_backend("cpu"), module)["flops"])
 
 
 def _dataset(settings: Settings) -> Dataset:
