@@ -200,7 +200,18 @@ def test_what_the_wheel_asks_for(wheel):
     core = {r.name for r in required if r.marker is None or r.marker.evaluate({"extra": ""})}
     assert core == {"jax", "flax", "numpy", "safetensors"}
     offered = set(message.get_all("Provides-Extra"))
-    assert {"train", "export", "hub", "tf", "cuda", "tpu", "dev", "onnx", "torch"} == offered
+    assert {
+        "train",
+        "export",
+        "hub",
+        "tf",
+        "cuda",
+        "tpu",
+        "dev",
+        "onnx",
+        "torch",
+        "docs",
+    } == offered
 
     parts = ("requirements-core.txt", "requirements-convert.txt", "requirements-train.txt")
     assert _lines("requirements.txt") == {f"-r {part}" for part in parts}
