@@ -190,7 +190,7 @@ def test_what_the_wheel_asks_for(wheel):
     assert any(name.endswith("LICENSE") for name in names)
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"repvgg_jax"}
     assert re.findall(r"^(\S+) = ", entries, re.MULTILINE) == [
-        "repvgg-convert", "repvgg-predict", "repvgg-prepare", "repvgg-train",
+        "repvgg-convert", "repvgg-predict", "repvgg-prepare", "repvgg-train", "repvgg-visualize",
     ]  # fmt: skip
     message = importlib.metadata.PathDistribution(
         zipfile.Path(wheel, metadata.rpartition("/")[0] + "/")
