@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-segmentation test check lint clean
+.PHONY: demo demo-segmentation test check lint docs clean
 
 demo: .venv/runtime
 	$(BIN)/python train.py --config configs/digits.py
@@ -25,6 +25,10 @@ lint: .venv/develop
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site, in build/site; `.venv/bin/mkdocs serve` shows it while it is written.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 .venv/created:
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(None if ok \
 	else "error: Python 3.11 to 3.13 is needed, $(PYTHON) is " + sys.version.split()[0] + \
@@ -39,6 +43,10 @@ lint: .venv/develop
 
 .venv/develop: .venv/runtime requirements-dev.txt
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	@touch $@
+
+.venv/docs: .venv/created requirements-docs.txt
+	$(BIN)/python -m pip install -q -r requirements-docs.txt
 	@touch $@
 
 # Runs and deploy directories stay.

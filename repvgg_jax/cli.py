@@ -2,7 +2,8 @@
 
 A command is a module with its flags, `main(arguments) -> int` and `run()`, which calls `run` of
 this module; `repvgg_jax.train.command` is one. `train.py` calls the command's `run`; the console
-scripts of an installed package are `train`, `convert`, `prepare` and `predict` of this module.
+scripts of an installed package are `train`, `convert`, `prepare`, `predict` and `visualize` of this
+module.
 """
 
 import importlib
@@ -204,6 +205,11 @@ def prepare() -> None:
 def predict() -> None:
     """The console script `repvgg-predict`."""
     _script("repvgg_jax.predict", extra="train", positional=True)
+
+
+def visualize() -> None:
+    """The console script `repvgg-visualize`."""
+    _script("repvgg_jax.visualize.__main__", extra="train")
 
 
 def _script(module: str, *, extra: str, positional: bool = False) -> None:

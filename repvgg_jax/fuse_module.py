@@ -42,18 +42,8 @@ def fuse_model(
       ValueError: no block, not as many as expected, a block whose leaves do not fit, or (for
         concrete values) a negative variance.
     """
-    blocks: dict[tuple[str, ...], tuple[ReparamBlock, Geometry]] = {}
-
-    def record(call: Any, call_args: Any, call_kwargs: Any, context: Any) -> Any:
-        block = context.module
-        if isinstance(block, ReparamBlock) and context.method_name == "__call__":
-            x = call_args[0] if call_args else call_kwargs["x"]
-            if not block.deploy:
-                blocks[block.path] = (block, block.geometry(x))
-        return call(*call_args, **call_kwargs)
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda v, *a: model.apply(v, *a, **kwargs), variables, *args)
+    called = called_blocks(model, variables, *args, **kwargs)
+    blocks = {path: found for path, found in called.items() if not found[0].deploy}
     if not blocks or expect not in (None, len(blocks)):
         wanted = "at least one" if expect is None else str(expect)
         raise ValueError(
@@ -65,15 +55,15 @@ def fuse_model(
         [
             (path_name((*path, norm)), leaf["var"])
             for path, (block, _) in blocks.items()
-            for norm, leaf in unboxed(_at(stats, path)).items()
+            for norm, leaf in unboxed(at_path(stats, path)).items()
             if norm in names(block.spec.train) and "var" in leaf
         ]
     )
     for path, (block, geometry) in blocks.items():
         deployed = fuse_block(
             block.spec,
-            _at(fused["params"], path),
-            _at(stats, path),
+            at_path(fused["params"], path),
+            at_path(stats, path),
             geometry=geometry,
             epsilon=block.epsilon,
             path=path,
@@ -82,13 +72,35 @@ def fuse_model(
         stats = _replaced(stats, path, None)
         for depth in range(len(path)):  # beside the block, or beside what the block is in
             head = (*path[:depth], f"aux_{path[depth]}")
-            if is_auxiliary_head(_at(fused["params"], head)):
+            if is_auxiliary_head(at_path(fused["params"], head)):
                 fused["params"] = _replaced(fused["params"], head, None)
                 stats = _replaced(stats, head, None)
     return {**fused, "batch_stats": stats} if stats else fused
 
 
-def _at(tree: Any, path: Sequence[str]) -> Any:
+def called_blocks(
+    model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> dict[tuple[str, ...], tuple[ReparamBlock, Geometry]]:
+    """Every `ReparamBlock` that a traced call finds, by path and in order, with its shapes.
+
+    The arguments are those of `fuse_model`.
+    """
+    blocks: dict[tuple[str, ...], tuple[ReparamBlock, Geometry]] = {}
+
+    def record(call: Any, call_args: Any, call_kwargs: Any, context: Any) -> Any:
+        block = context.module
+        if isinstance(block, ReparamBlock) and context.method_name == "__call__":
+            x = call_args[0] if call_args else call_kwargs["x"]
+            blocks[block.path] = (block, block.geometry(x))
+        return call(*call_args, **call_kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda v, *a: model.apply(v, *a, **kwargs), variables, *args)
+    return blocks
+
+
+def at_path(tree: Any, path: Sequence[str]) -> Any:
+    """The node at a path; an empty mapping if there is none."""
     for key in path:
         tree = tree.get(key, {})
     return tree

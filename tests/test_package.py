@@ -190,7 +190,7 @@ def test_what_the_wheel_asks_for(wheel):
     assert any(name.endswith("LICENSE") for name in names)
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"repvgg_jax"}
     assert re.findall(r"^(\S+) = ", entries, re.MULTILINE) == [
-        "repvgg-convert", "repvgg-predict", "repvgg-prepare", "repvgg-train",
+        "repvgg-convert", "repvgg-predict", "repvgg-prepare", "repvgg-train", "repvgg-visualize",
     ]  # fmt: skip
     message = importlib.metadata.PathDistribution(
         zipfile.Path(wheel, metadata.rpartition("/")[0] + "/")
@@ -200,7 +200,18 @@ def test_what_the_wheel_asks_for(wheel):
     core = {r.name for r in required if r.marker is None or r.marker.evaluate({"extra": ""})}
     assert core == {"jax", "flax", "numpy", "safetensors"}
     offered = set(message.get_all("Provides-Extra"))
-    assert {"train", "export", "hub", "tf", "cuda", "tpu", "dev", "onnx", "torch"} == offered
+    assert {
+        "train",
+        "export",
+        "hub",
+        "tf",
+        "cuda",
+        "tpu",
+        "dev",
+        "onnx",
+        "torch",
+        "docs",
+    } == offered
 
     parts = ("requirements-core.txt", "requirements-convert.txt", "requirements-train.txt")
     assert _lines("requirements.txt") == {f"-r {part}" for part in parts}
