@@ -2,9 +2,10 @@
 
 `linear` is the expression that describes a block, `algebra` turns it into one kernel and bias,
 and `blocks` are the blocks of the literature as values. `tree` recognizes blocks in trees of
-parameters, `fuse` and `unfuse` convert them, and `decay` is their weight decay. `probe` reads the
-kernel of any linear layer off its impulse response. None of them depends on Flax: they work on
-NumPy or JAX arrays, traced, sharded or stacked along leading axes.
+parameters, `fuse` and `unfuse` convert them, `decay` is their weight decay, and `equalize` scales
+the channels between fused ones. `probe` reads the kernel of any linear layer off its impulse
+response. None of them depends on Flax: they work on NumPy or JAX arrays, traced, sharded or stacked
+along leading axes.
 """
 
 from repvgg_jax.reparam.ablations import ABLATIONS, QAREPVGG_VERSIONS
@@ -24,6 +25,7 @@ from repvgg_jax.reparam.blocks import (
     mobileone,
 )
 from repvgg_jax.reparam.decay import decay_mask, equivalent_l2
+from repvgg_jax.reparam.equalize import equalize
 from repvgg_jax.reparam.family import (
     OREPA,
     REPCONV,
@@ -97,6 +99,7 @@ __all__ = [
     "decay_mask",
     "dilated_reparam",
     "ecb",
+    "equalize",
     "equivalent_l2",
     "extract_scales",
     "fastvit",
