@@ -24,11 +24,14 @@ pytestmark = pytest.mark.system
         ),
     ],
 )
-def test_evaluating_what_was_trained(digits_run, arguments, source):
+def test_evaluating_what_was_trained(digits_run, arguments, source, tmp_path):
     """What --init_from names is evaluated; what a configuration starts from is not."""
-    status, out, err = run("train.py", "--eval_only", *arguments, cwd=digits_run)
+    output = f"--output={tmp_path}"
+    status, out, err = run("train.py", "--eval_only", output, *arguments, cwd=digits_run)
     assert (status, err) == (0, "")
-    first, _, *table = out.splitlines()
+    first, _, *table, written = out.splitlines()
+    assert written.startswith(f"written to {tmp_path}: evaluation.json")
+    assert json.loads((tmp_path / "evaluation.json").read_text())["source"] == source
     assert first == f"{source}: 360 images"
     last = json.loads((digits_run / "runs/digits/metrics.jsonl").read_text().splitlines()[-1])
     accuracy = next(line for line in table if line.startswith("accuracy")).split()[1:]

@@ -104,12 +104,27 @@ def test_an_interrupted_run_ends_bitwise_the_same(run, tmp_path, monkeypatch):
     assert numbers(tmp_path)[-1] == numbers(run)[-1]
 
 
-def test_evaluation_alone_finds_what_the_run_did(run):
+def test_evaluation_alone_finds_what_the_run_did(run, tmp_path):
     found = evaluate_only(tiny_config(), run)
     last = rows(run)[-1]
     assert float(found.trained["miou"]) == last["final/miou"]
     assert float(found.fused["miou"]) == last["final/miou_fused"]
     assert any("miou" in line for line in found.lines(by_class=True))
+    written = found.write(tmp_path)
+    assert written[-1].name == "evaluation_worst.png"
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written[1:])
+    content = json.loads(written[0].read_text())
+    losses = [row["loss"] for row in content["worst"]]
+    assert len(losses) == 12
+    assert losses == sorted(losses, reverse=True)
+    # Every scene has as many labeled pixels, so that the mean over scenes is that over pixels.
+    assert np.mean(losses) == pytest.approx(content["fused"]["loss"], rel=1e-5)
+    assert np.mean([row["accuracy"] for row in content["worst"]]) == pytest.approx(
+        content["fused"]["accuracy"], rel=1e-5
+    )
+    assert {row["class"] for row in content["confused"]} <= set(found.classes)
+    with pytest.raises(ValueError, match="masks"):
+        evaluate_only(tiny_config(), run, class_map="numbers")
 
 
 @pytest.mark.slow

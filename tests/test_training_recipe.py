@@ -8,12 +8,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from repvgg_jax import VARIANTS, cli
+from repvgg_jax.train import config
 from repvgg_jax.train.config import (
     CHECKED_FLAGS,
     RecipeError,
     RecipeParser,
     check_flags,
     default_recipe,
+    find_recipe,
+    recipes,
 )
 from repvgg_jax.train.restore import parse_step
 from repvgg_jax.train.settings import Settings
@@ -147,3 +150,27 @@ def test_checkpoints_that_cannot_be_named(text):
     assert [parse_step(t) for t in (None, "newest", "best", "22")] == ["newest"] * 2 + ["best", 22]
     with pytest.raises(ValueError, match=f"--step={text} must be"):
         parse_step(text)
+
+
+def test_recipes_by_name(tmp_path, monkeypatch):
+    """In any spelling of the variant, from any directory; a file or a run of that name wins."""
+    monkeypatch.chdir(tmp_path)
+    assert recipes()["b1g4"] == ROOT / "configs" / "b1g4.py"
+    for name in ("b1g4", "B1g4", "RepVGG-B1g4", "repvgg_b1g4"):
+        assert parse(name).model.variant == VARIANTS["B1g4"]
+    (tmp_path / "b1").mkdir()
+    assert find_recipe("b1") == ROOT / "configs" / "b1.py"
+    (tmp_path / "a0").write_text((ROOT / "configs" / "a1.py").read_text())
+    assert parse("a0").model.variant == VARIANTS["A1"]
+    with pytest.raises(RecipeError, match=r"--config=b1g5: no such file; did you mean 'b1g4'"):
+        parse("b1g5")
+
+
+def test_recipes_of_an_installed_package(tmp_path, monkeypatch):
+    """Those in the package are taken, if there are any."""
+    package = tmp_path / "site-packages" / "repvgg_jax"
+    (package / "configs").mkdir(parents=True)
+    (package / "configs" / "mine.py").write_text(GOOD)
+    monkeypatch.setattr(config, "_PACKAGE", str(package))
+    assert list(recipes()) == ["mine"]
+    assert parse("mine").model.variant == VARIANTS["A0"]

@@ -25,14 +25,27 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore: int = I
     Returns:
       A scalar in at least float32.
     """
+    loss, counted = pixel_losses(logits, labels, ignore=ignore)
+    return loss.sum() / jnp.maximum(counted.sum(), 1)
+
+
+def pixel_losses(
+    logits: jax.Array, labels: jax.Array, *, ignore: int = IGNORE
+) -> tuple[jax.Array, jax.Array]:
+    """The cross entropy of every pixel, 0 where it does not count, and whether it counts.
+
+    Args:
+      logits: (images, height, width, classes).
+      labels: integers (images, height, width), classes or `ignore`.
+      ignore: the label of pixels that do not count.
+    """
     labels = labels.astype(jnp.int32)
     counted = labels != ignore
     # By comparison, not by index: gathers of single values are slow on accelerators.
     classes = jnp.arange(logits.shape[-1]).reshape(1, 1, 1, -1)
     of_label = jnp.where(classes == labels[..., None], logits, 0).sum(axis=-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - of_label
-    total = jnp.where(counted, loss, 0).sum()
-    return total / jnp.maximum(counted.sum(), 1)
+    return jnp.where(counted, loss, 0), counted
 
 
 def segmentation_loss(

@@ -17,6 +17,7 @@ from repvgg_jax.segmentation.loss import (
     AUXILIARY_WEIGHT,
     IGNORE,
     pixel_cross_entropy,
+    pixel_losses,
     segmentation_loss,
 )
 from repvgg_jax.segmentation.metrics import Scores, confusion
@@ -91,10 +92,7 @@ class Segmentation:
         mask = batch["mask"]
         labels = jnp.where(mask[:, None, None], self.targets(batch["label"]), self.ignore)
         pixels = (labels != self.ignore).sum()
-        logits = outputs
-        if self.protocol.average == "probabilities":
-            logits = jnp.log(jnp.maximum(outputs, jnp.finfo(outputs.dtype).tiny))
-        mean = pixel_cross_entropy(logits, labels, ignore=self.ignore)
+        mean = pixel_cross_entropy(self._logits(outputs), labels, ignore=self.ignore)
         return {
             "count": mask.sum(),
             "pixels": pixels,
@@ -103,6 +101,19 @@ class Segmentation:
                 outputs.argmax(-1), labels, self.num_classes, ignore=self.ignore
             ),
         }
+
+    def _logits(self, outputs: jax.Array) -> jax.Array:
+        if self.protocol.average == "probabilities":
+            return jnp.log(jnp.maximum(outputs, jnp.finfo(outputs.dtype).tiny))
+        return outputs
+
+    def per_image(self, outputs: jax.Array, batch: Mapping[str, Any]) -> Sums:
+        """Of every image the mean loss of its labeled pixels, and the share of them found."""
+        labels = self.targets(batch["label"])
+        loss, counted = pixel_losses(self._logits(outputs), labels, ignore=self.ignore)
+        right = counted & (outputs.argmax(-1) == labels)
+        pixels = jnp.maximum(counted.sum((1, 2)), 1)
+        return {"loss": loss.sum((1, 2)) / pixels, "accuracy": right.sum((1, 2)) / pixels}
 
     def means(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """Metrics of a data set from the counts of its batches; integers add up exactly.

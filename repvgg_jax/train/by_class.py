@@ -72,6 +72,27 @@ class ByClass:
             for label in self.worst(count)
         )
 
+    def pairs(self) -> list[tuple[str, str, int, float]]:
+        """Classes that are taken for others: class, other, number, and share of the class's.
+
+        The most frequent ones come first; there are none without a confusion matrix.
+        """
+        if self.confusion is None:
+            return []
+        wrong = self.confusion.copy()
+        np.fill_diagonal(wrong, 0)
+        labels, others = np.nonzero(wrong)
+        counts = wrong[labels, others]
+        return [
+            (
+                self.names[labels[i]],
+                self.names[others[i]],
+                int(counts[i]),
+                float(counts[i] / self.images[labels[i]]),
+            )
+            for i in np.argsort(-counts, kind="stable")
+        ]
+
     def table(self, count: int = 20) -> tuple[list[str], list[tuple[Any, ...]]]:
         """Head and rows of a table of the worst classes."""
         head = ["class", self.unit, self.score_name, "most often taken for"]

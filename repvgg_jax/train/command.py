@@ -1,9 +1,11 @@
 """The command `train.py`, and `repvgg-train` of an installed package."""
 
 import functools
+import logging
 import pathlib
 import signal
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -14,14 +16,18 @@ from repvgg_jax.train.config import (
     RecipeParser,
     check_flags,
     default_recipe,
+    find_recipe,
+    recipes,
 )
+
+logger = logging.getLogger(__name__)
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "The recipe, or a run directory; --config.section.name=value overrides a setting. Default: the "
-    "run that is resumed or evaluated, or that --init_from names; else, for train.py, "
-    "configs/digits.py.",
+    "The recipe: its path, a name of those in the package, e.g. b1, or a run directory. "
+    "--config.section.name=value overrides a setting. Default: the run that is resumed or "
+    "evaluated, or that --init_from names; else, for train.py, digits.",
 )
 flags.FLAGS["config"].parser = RecipeParser()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; default: runs/RECIPE.")
@@ -67,6 +73,24 @@ EXTEND = flags.DEFINE_bool(
     "Resume with another config.train.epochs or batch_size: the run goes on where it is, with the "
     "learning rates of a run that had them from its start; or with another accumulate or remat.",
 )
+OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "With --eval_only: the directory for evaluation.json, the confusion matrix and the worst "
+    "images; default: that of the run.",
+)
+CLASS_MAP = flags.DEFINE_string(
+    "class_map",
+    None,
+    "With --eval_only: how classes of the data become those of the network: numbers, if they are "
+    'named by label as in ImageNet-V2, or a JSON file, e.g. {"tabby": "n02123045"}.',
+)
+REAL_LABELS = flags.DEFINE_string(
+    "real_labels",
+    None,
+    "With --eval_only: sets of labels by image, e.g. real.json of ImageNet-ReaL; adds "
+    "real_accuracy.",
+)
 PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", "", "FIRST:END, steps to write a trace of; 10:20 traces 10 to 19."
 )
@@ -89,7 +113,7 @@ def main(_: Sequence[str]) -> int:
     from repvgg_jax.train.evaluate import evaluate_only
     from repvgg_jax.train.hooks import parse_steps
     from repvgg_jax.train.loop import train
-    from repvgg_jax.train.restore import parse_step
+    from repvgg_jax.train.restore import parse_step, run_directory
 
     check_flags({name: flags.FLAGS[name].value for name in CHECKED_FLAGS})
     recipe = _recipe()
@@ -98,7 +122,8 @@ def main(_: Sequence[str]) -> int:
 
         print(compile_ahead(CONFIG.value, COMPILE_ONLY.value, timeout=COMPILE_TIMEOUT.value))
         return 0
-    stem = pathlib.Path(recipe.partition(":")[0]).stem
+    file = recipe.partition(":")[0]
+    stem = (find_recipe(file) or pathlib.Path(file)).stem
     workdir, init_from = WORKDIR.value or pathlib.Path("runs", stem), INIT_FROM.value
     with initialized(DISTRIBUTED.value, timeout=DISTRIBUTED_TIMEOUT.value, explain=cli.explain):
         if EVAL_ONLY.value:
@@ -109,9 +134,12 @@ def main(_: Sequence[str]) -> int:
                 init_entry=ENTRY.value,
                 step=parse_step(STEP.value),
                 other_data=OTHER_DATA.value,
+                class_map=CLASS_MAP.value,
+                real_labels=REAL_LABELS.value,
             )
             if jax.process_index() == 0:
                 print("\n".join(result.lines(by_class=BY_CLASS.value)))
+                _write(result, OUTPUT.value or run_directory(init_from or workdir))
             return 0
         steps = parse_steps(PROFILE_STEPS.value)
         outcome = train(
@@ -126,6 +154,21 @@ def main(_: Sequence[str]) -> int:
         )
     # A preempted run did what it was asked to; after Ctrl-C, shells expect 128 + its number.
     return 128 + signal.SIGINT if outcome.stopped_by == signal.SIGINT else 0
+
+
+def _write(result: Any, directory: Any) -> None:
+    """Writes what was found; a run whose directory cannot be written can still be evaluated."""
+    if directory is None:
+        return
+    path = pathlib.Path(getattr(directory, "path", directory))
+    try:
+        written = result.write(path)
+    except OSError as error:
+        if OUTPUT.value is not None:
+            raise
+        logger.warning("%s cannot be written: %s; --output names another directory", path, error)
+        return
+    logger.info("written to %s: %s", path, ", ".join(file.name for file in written))
 
 
 def defaults(arguments: Sequence[str], recipe: str | None = None) -> Mapping[str, str]:
@@ -144,8 +187,8 @@ def _recipe() -> str:
     flag = flags.FLAGS["config"]
     if not flag.present:
         raise ValueError(
-            "give --config, the path of a recipe, e.g. --config=configs/digits.py, or a run "
-            "directory; configs/ in the source repository has a recipe for every variant"
+            "give --config, a recipe by its path or its name, or a run directory; recipes by name: "
+            f"{', '.join(recipes())}"
         )
     return config_flags.get_config_filename(flag)
 

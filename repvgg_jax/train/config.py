@@ -150,7 +150,7 @@ class RecipeError(flags.Error):
 
 
 class RecipeParser(flags.ArgumentParser):
-    """Parser of `--config`: `FILE.py`, `FILE.py:ARGUMENT` or a run directory."""
+    """Parser of `--config`: `FILE.py`, a recipe's name, either with `:ARGUMENT`, or a run."""
 
     syntactic_help = "a recipe or a run directory"
 
@@ -164,8 +164,9 @@ class RecipeParser(flags.ArgumentParser):
         if is_run(argument):
             return _of_run(argument)
         file, *rest = argument.split(":", maxsplit=1)
-        if not pathlib.Path(file).is_file():
+        if (found := find_recipe(file)) is None:
             raise RecipeError(_missing(file))
+        file = str(found)
         try:
             config = _load(file).get_config(*rest)
         except Exception as error:  # whatever the code of a user raises
@@ -181,6 +182,23 @@ class RecipeParser(flags.ArgumentParser):
     def flag_type(self) -> str:
         """For --help."""
         return "recipe"
+
+
+def find_recipe(text: str) -> pathlib.Path | None:
+    """The file that `--config` names: a path, or one of `recipes` in any of its spellings."""
+    path = pathlib.Path(text)
+    if path.is_file():
+        return path
+    name = text.lower().replace("-", "_").removeprefix("repvgg_").removeprefix("repvgg")
+    return recipes().get(name)
+
+
+def recipes() -> dict[str, pathlib.Path]:
+    """Files of the recipes by name: those in the installed package, or in its checkout."""
+    package = pathlib.Path(_PACKAGE)
+    folders = (package / "configs", package.parent / "configs")
+    folder = next((each for each in folders if each.is_dir()), folders[0])
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
 
 
 def is_run(source: str | pathlib.Path) -> bool:
@@ -213,6 +231,9 @@ def default_recipe(arguments: Sequence[str], otherwise: str | None) -> str | Non
 _NEEDS = {
     "step": "eval_only",
     "by_class": "eval_only",
+    "output": "eval_only",
+    "class_map": "eval_only",
+    "real_labels": "eval_only",
     "entry": "init_from",
     "profile_steps": "-eval_only",
     "extend": "-eval_only",
@@ -267,10 +288,9 @@ def _load(file: str) -> types.ModuleType:
 
 
 def _missing(file: str) -> str:
-    folder = pathlib.Path(sys.argv[0]).resolve().parent / "configs"
-    found = sorted(path.stem for path in folder.glob("*.py"))
+    found = recipes()
     hint = did_you_mean(pathlib.Path(file).stem, found)
-    there = f"; {hint}{folder} has: {', '.join(found)}" if found else ""
+    there = f"; {hint}recipes by name: {', '.join(found)}" if found else ""
     what = "not a run directory (no config.json)" if pathlib.Path(file).is_dir() else "no such file"
     return f"--config={file}: {what}{there}"
 

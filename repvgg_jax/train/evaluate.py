@@ -1,8 +1,10 @@
 """Metrics over all validation images, during a run or without training."""
 
 import dataclasses
+import logging
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,13 +13,17 @@ from ml_collections import ConfigDict
 
 from repvgg_jax.cluster import consensus
 from repvgg_jax.data.batches import eval_batches
-from repvgg_jax.data.dataset import load
+from repvgg_jax.data.dataset import Dataset, load
+from repvgg_jax.data.sources import Source
+from repvgg_jax.data.splits import Subset
+from repvgg_jax.segmentation.task import EXAMPLES
 from repvgg_jax.text import differences, plural
-from repvgg_jax.train import memory
+from repvgg_jax.train import findings, memory
 from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.classes import for_network, note_other_images
 from repvgg_jax.train.experiment import Experiment, Model
 from repvgg_jax.train.hooks import StopRequest
+from repvgg_jax.train.other_labels import RealLabels, with_class_map
 from repvgg_jax.train.restore import (
     Loaded,
     Step,
@@ -30,6 +36,8 @@ from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.step import EvalStep, Means
 from repvgg_jax.train.validate import check_batches
 from repvgg_jax.train.workdir import Workdir
+
+logger = logging.getLogger(__name__)
 
 # Settings that the evaluated network depends on; the others may differ from the run's.
 _OF_THE_NETWORK = (
@@ -48,15 +56,24 @@ class Evaluator:
 
     Attributes:
       picture: draws examples of the last evaluation to a file; None if there is nothing to draw.
+      images: numbers of every image of the last evaluation that was asked for them, by name,
+        (images,) each, in the order of the data; `mask` is False where one cannot be decoded.
     """
 
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
         self.picture: Callable[[Any], None] | None = None
-        self._steps: dict[Model, jax.stages.Compiled] = {}
+        self.images: dict[str, np.ndarray] = {}
+        self._steps: dict[tuple[Model, bool], jax.stages.Compiled] = {}
 
     def __call__(
-        self, model: Model, variables: Any, stop: StopRequest | None = None
+        self,
+        model: Model,
+        variables: Any,
+        stop: StopRequest | None = None,
+        *,
+        per_image: bool = False,
+        source: Source | None = None,
     ) -> Means | None:
         """The metrics of a network, as the task's `means`.
 
@@ -64,6 +81,8 @@ class Evaluator:
           model: in either form.
           variables: in the same form.
           stop: polled before every batch.
+          per_image: also set `images`.
+          source: images that take the place of the data's validation images.
 
         Returns:
           None if `stop` was requested.
@@ -72,41 +91,60 @@ class Evaluator:
           ValueError: none of the images can be decoded, or memory runs out.
         """
         with memory.explained(self._needs, lambda: "less: a smaller batch"):
-            return self._evaluate(model, variables, stop)
+            return self._evaluate(model, variables, stop, per_image, source)
 
     def _needs(self) -> str:
         batch, devices = self._experiment.settings.eval.batch_size, self._experiment.mesh.size
         return f"evaluation of config.eval.batch_size={batch} on {plural(devices, 'device')}"
 
-    def _evaluate(self, model: Model, variables: Any, stop: StopRequest | None) -> Means | None:
+    def _evaluate(
+        self,
+        model: Model,
+        variables: Any,
+        stop: StopRequest | None,
+        per_image: bool,
+        source: Source | None,
+    ) -> Means | None:
+        dataset = self._experiment.dataset
+        if source is not None:
+            dataset = dataclasses.replace(dataset, evaluation=source)
         batches = eval_batches(
-            self._experiment.dataset,
+            dataset,
             batch_size=self._experiment.settings.eval.batch_size,
             sharding=self._experiment.over_batch,
         )
-        parts, shown = [], None
+        parts, shown, single = [], None, []
         for batch in batches:
             if stop is not None and stop.poll():
                 return None
-            sums = self._compiled(model, variables, batch)(variables, batch)
+            sums = self._compiled(model, variables, batch, per_image)(variables, batch)
             examples = sums.pop("examples", None)
             shown = examples if shown is None else shown
+            if per_image:
+                single.append(sums.pop("per_image"))
             parts.append(sums)
-        task, classes = self._experiment.task, self._experiment.dataset.classes
+        task, classes = self._experiment.task, dataset.classes
+        if per_image:
+            found = jax.tree.map(lambda *each: np.concatenate(each), *jax.device_get(single))
+            self.images = {name: each[: len(dataset.evaluation)] for name, each in found.items()}
         self.picture = task.draw(jax.device_get(shown), classes) if shown else None
         return task.means(parts)
 
-    def _compiled(self, model: Model, variables: Any, batch: Any) -> jax.stages.Compiled:
-        if model not in self._steps:
+    def _compiled(
+        self, model: Model, variables: Any, batch: Any, per_image: bool
+    ) -> jax.stages.Compiled:
+        key = (model, per_image)
+        if key not in self._steps:
             step = EvalStep(
                 model,
                 self._experiment.task,
                 self._experiment.normalize,
                 self._experiment.replicated,
+                per_image,
             )
-            self._steps[model] = jax.jit(step).lower(variables, batch).compile()
+            self._steps[key] = jax.jit(step).lower(variables, batch).compile()
             consensus.barrier(f"compiled evaluation {len(self._steps)}")
-        return self._steps[model]
+        return self._steps[key]
 
 
 def scalars(means: Means) -> list[str]:
@@ -138,8 +176,12 @@ class Evaluation:
       source: what was evaluated.
       total: number of validation images; `trained["images"]` of them were counted.
       classes: class names, by label.
-      trained: means of the training form, as `Evaluator` returns them.
+      trained: means of the training form, as `Evaluator` returns them; `real_accuracy` too if
+        sets of labels were given.
       fused: means of the fused form.
+      dataset: what it was evaluated on.
+      images: numbers of every image by the fused form, as `Evaluator.images`.
+      draw_worst: draws the images of the largest loss; None if they need no network to be drawn.
     """
 
     source: str
@@ -147,6 +189,18 @@ class Evaluation:
     classes: tuple[str, ...]
     trained: Means
     fused: Means
+    dataset: Dataset
+    images: Mapping[str, np.ndarray]
+    draw_worst: Callable[[Any], None] | None = None
+
+    def metrics(self, means: Means) -> dict[str, float | None]:
+        """The means that are one number, for JSON."""
+        found = {name: float(means[name]) for name in scalars(means)}
+        return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+    def write(self, directory: str | pathlib.Path) -> list[pathlib.Path]:
+        """Writes `evaluation.json` and pictures, see `repvgg_jax.train.findings`."""
+        return findings.write(self, directory)
 
     def lines(self, *, by_class: bool = False) -> list[str]:
         """A table.
@@ -181,6 +235,8 @@ def evaluate_only(
     init_entry: str | None = None,
     step: Step = "newest",
     other_data: bool = False,
+    class_map: str | None = None,
+    real_labels: str | None = None,
 ) -> Evaluation:
     """Evaluates a network on the validation images of `config`, in both forms.
 
@@ -192,6 +248,9 @@ def evaluate_only(
       init_entry: of a weights file that holds several state dicts.
       step: of the run's checkpoint.
       other_data: accept data with other classes, or with some of them, matched by name.
+      class_map: how classes of the data become those of the network, see
+        `other_labels.with_class_map`.
+      real_labels: a file of sets of labels, see `other_labels.RealLabels`: `real_accuracy`.
 
     Raises:
       ValueError: nothing to evaluate there, another network or head, or other classes.
@@ -210,24 +269,58 @@ def evaluate_only(
     dataset = load(settings.data, training=False)
     if workdir is None:
         loaded = load_source(settings.init_from, settings)
-        dataset = for_network(
-            dataset, loaded.classes, owner=settings.init_from, other_data=other_data
-        )
+        classes, number = loaded.classes, loaded.weights.num_classes
+        if class_map is not None:
+            dataset = with_class_map(dataset, class_map, classes, number)
+        dataset = for_network(dataset, classes, owner=settings.init_from, other_data=other_data)
         experiment = Experiment.from_config(settings, dataset=dataset, training=False)
         variables, source = _from_weights(experiment, loaded)
     else:
         run = load_run(workdir, step=step)
+        if class_map is not None:
+            dataset = with_class_map(dataset, class_map, run.classes, len(run.classes))
         dataset = for_network(dataset, run.classes, owner=str(run.path), other_data=other_data)
         note_other_images(dataset, run.metadata, owner=str(run.path))
         experiment = Experiment.from_config(settings, dataset=dataset, training=False)
         variables, source = run.variables, str(run)
+    sets = None
+    if real_labels is not None:
+        if dataset.masks:
+            raise ValueError(f"--real_labels is for images, but {dataset.name} has masks")
+        sets = RealLabels.read(real_labels, len(dataset.classes))
     variables = jax.device_put(variables, experiment.replicated)
-    evaluator = Evaluator(experiment)
-    trained = evaluator(experiment.model, variables)
-    fused = evaluator(experiment.model.clone(deploy=True), experiment.model.fuse(variables))
+    return _evaluated(experiment, variables, source, sets)
+
+
+def _evaluated(
+    experiment: Experiment, variables: Any, source: str, sets: RealLabels | None
+) -> Evaluation:
+    """The evaluation of both forms, with numbers of single images."""
+    dataset, evaluator = experiment.dataset, Evaluator(experiment)
+    deployed, fused_variables = (
+        experiment.model.clone(deploy=True),
+        experiment.model.fuse(variables),
+    )
+    trained = evaluator(experiment.model, variables, per_image=True)
+    of_trained = evaluator.images
+    fused = evaluator(deployed, fused_variables, per_image=True)
+    images = evaluator.images
     assert trained is not None
     assert fused is not None
-    return Evaluation(source, len(dataset.evaluation), dataset.classes, trained, fused)
+    if sets is not None:
+        predicted = of_trained["predicted"], images["predicted"]
+        shares, count = sets.accuracy(dataset.evaluation, predicted, images["mask"])
+        logger.info("%s has labels of %s", sets.path, counted({"images": np.asarray(count)}, count))
+        for means, share in zip((trained, fused), shares, strict=True):
+            means["real_accuracy"] = np.asarray(share)
+    draw = None
+    if dataset.masks and (worst := findings.worst_images(images)):
+        shown = Subset(dataset.evaluation, np.asarray(worst[:EXAMPLES]))
+        evaluator(deployed, fused_variables, per_image=True, source=shown)
+        draw = evaluator.picture
+    return Evaluation(
+        source, len(dataset.evaluation), dataset.classes, trained, fused, dataset, images, draw
+    )
 
 
 def _check_same_network(settings: Settings, workdir: Workdir) -> None:

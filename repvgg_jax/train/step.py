@@ -58,6 +58,9 @@ class Task(Protocol):
     def means(self, parts: Sequence[Sums]) -> Means:
         """Metrics of a data set from the sums of its batches."""
 
+    def per_image(self, outputs: jax.Array, batch: Mapping[str, Any]) -> Sums:
+        """Numbers of every image of a batch, `loss` among them, (images,) each."""
+
     def examples(self, outputs: jax.Array, batch: Mapping[str, Any]) -> Mapping[str, jax.Array]:
         """What `draw` shows of a batch; empty for no picture."""
 
@@ -164,6 +167,12 @@ class Classification:
             means["macro_accuracy"] = np.asarray(known.mean() if known.size else np.nan)
         counts = {"images": np.asarray(count, np.int64), "class_images": class_count}
         return {**means, **counts, **({} if confusion is None else {"confusion": confusion})}
+
+    def per_image(self, logits: jax.Array, batch: Mapping[str, Any]) -> Sums:
+        """Of every image its loss, without smoothing, its label and its predicted class."""
+        labels = batch["label"]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return {"loss": loss, "label": labels, "predicted": logits.argmax(-1)}
 
     def examples(self, outputs: jax.Array, batch: Mapping[str, Any]) -> Mapping[str, jax.Array]:
         """Nothing: there is no picture."""
@@ -349,16 +358,21 @@ class EvalStep:
       model: the network, in the form of the variables.
       task: which sums.
       normalize: pixels to the network's input.
-      replicated: sharding of the examples; None leaves it to the compiler.
+      replicated: sharding of what is of single images; None leaves it to the compiler.
+      per_image: whether the result has the task's numbers of every image.
     """
 
     model: nn.Module
     task: Task
     normalize: Normalize
     replicated: jax.sharding.Sharding | None = None
+    per_image: bool = False
 
     def __call__(self, variables: Any, batch: Batch) -> dict[str, Any]:
-        """Sums over the images that `batch["mask"]` keeps; `examples` for a picture, if any."""
+        """Sums over the images that `batch["mask"]` keeps; `examples` for a picture, if any.
+
+        With `per_image`, the numbers of every image are there under that name, and its mask.
+        """
 
         def network(images: jax.Array) -> jax.Array:
             logits = self.model.apply(variables, images)
@@ -366,8 +380,12 @@ class EvalStep:
             return logits
 
         outputs = self.task.outputs(network, self.normalize(batch["image"]))
-        examples = self.task.examples(outputs, batch)
+        single: dict[str, Any] = {"examples": self.task.examples(outputs, batch)}
+        if self.per_image:
+            # Behind a barrier: XLA fails to replicate both the mask and, in the examples, a part.
+            counted = jax.lax.optimization_barrier(batch["mask"])
+            single["per_image"] = {**self.task.per_image(outputs, batch), "mask": counted}
         if self.replicated is not None:
-            examples = jax.lax.with_sharding_constraint(examples, self.replicated)
+            single = jax.lax.with_sharding_constraint(single, self.replicated)
         sums = self.task.evaluate(outputs, batch)
-        return {**sums, "examples": examples} if examples else {**sums}
+        return {**sums, **{name: values for name, values in single.items() if values}}

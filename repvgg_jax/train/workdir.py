@@ -11,6 +11,7 @@ curves.png         the same as a picture
 confusion.png      what the final evaluation took for what
 examples.png       of segmentation: images, labels, predictions and errors of the last evaluation
 report.html        the same as a page, with the configuration and the machine
+evaluation.json    what --eval_only found, with evaluation_confusion.png and evaluation_worst.png
 profile/           a trace, with --profile_steps
 owner.json         which process holds the directory, while a run is at work
 """
