@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-segmentation test check lint docs clean
+.PHONY: demo demo-segmentation test check lint docs package clean
 
 demo: .venv/runtime
 	$(BIN)/python train.py --config configs/digits.py
@@ -28,6 +28,11 @@ lint: .venv/develop
 # The site, in build/site; `.venv/bin/mkdocs serve` shows it while it is written.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+# What is published: a wheel and a source archive in dist/, with metadata that an index accepts.
+package: .venv/package
+	rm -rf dist build
+	$(BIN)/python -m build -q --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(None if ok \
@@ -47,6 +52,8 @@ docs: .venv/docs
 
 .venv/docs: .venv/created requirements-docs.txt
 	$(BIN)/python -m pip install -q -r requirements-docs.txt
+.venv/package: .venv/created requirements-package.txt
+	$(BIN)/python -m pip install -q -r requirements-package.txt
 	@touch $@
 
 # Runs and deploy directories stay.

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 import venv
 import zipfile
@@ -102,11 +103,13 @@ def wheel(tmp_path_factory) -> pathlib.Path:
     place = tmp_path_factory.mktemp("wheel")
     source = place / "source"
     source.mkdir()
-    for path in (*ROOT.glob("requirements*.txt"), ROOT / "README.md", ROOT / "LICENSE"):
+    for path in (*ROOT.glob("requirements*.txt"), *ROOT.glob("*.md"), *ROOT.glob("*.py")):
         shutil.copy(path, source)
-    shutil.copy(ROOT / "pyproject.toml", source)
+    for name in ("LICENSE", "MANIFEST.in", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "repvgg_jax", source / "repvgg_jax", ignore=ignored)
+    for name in ("repvgg_jax", "configs", "benchmarks"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
     options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     _pip("wheel", *options, "--wheel-dir", str(place), str(source))
     (found,) = place.glob("*.whl")
@@ -221,6 +224,46 @@ def test_what_the_wheel_asks_for(wheel):
     assert {name.lower() for name in core | train} == set(everything)
 
 
+def test_recipes_are_in_the_wheel(wheel):
+    """All of them, and nothing else of the checkout."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if "/configs/" in name]
+    recipes = {f"repvgg_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    assert set(names) == recipes
+
+
+def test_the_source_archive(wheel):
+    """What is needed to test and to build, without measured results."""
+    source = wheel.parent / "source"
+    program = "from setuptools import build_meta; print(build_meta.build_sdist('archives'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (source / "archives").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {
+        "setup.py",
+        "requirements-core.txt",
+        "configs/b1.py",
+        "train.py",
+        "benchmarks/fuse.py",
+    }
+    assert wanted <= names
+    assert "repvgg_jax/train/gpus.toml" in names
+    assert (source / "benchmarks" / "results").is_dir()
+    assert not [name for name in names if "results/" in name]
+
+
+def test_the_version_is_written_once():
+    text = "\n".join(
+        (ROOT / name).read_text() for name in ("pyproject.toml", "setup.py", "CITATION.cff")
+    )
+    assert __version__ not in text
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_every_extra_that_a_message_names_exists(wheel):
     with zipfile.ZipFile(wheel) as archive:
         sources = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".py")]
@@ -264,7 +307,7 @@ def test_the_commands(wheel, tmp_path):
         status, out, _ = training.run(program, "--help", cwd=tmp_path)
         assert status == 1  # absl's choice
         assert re.search(rf"^  {flag}:", out.replace("[no]", ""), re.MULTILINE)
-    recipe = f"--config={ROOT / 'configs' / 'digits.py'}"
+    recipe = "--config=digits"  # there is no checkout
     short = ["--config.train.epochs=1", "--config.optimizer.warmup_epochs=0"]
     status, out, err = training.run("repvgg-train", recipe, *short, cwd=tmp_path)
     assert (status, err) == (0, "")
