@@ -28,9 +28,10 @@ lint: .venv/develop
 # The site, in build/site; `.venv/bin/mkdocs serve` shows it while it is written.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # What is published: a wheel and a source archive in dist/, with metadata that an index accepts.
 package: .venv/package
-	rm -rf dist build
+	rm -rf dist build/lib build/bdist.*
 	$(BIN)/python -m build -q --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
 
@@ -52,6 +53,8 @@ package: .venv/package
 
 .venv/docs: .venv/created requirements-docs.txt
 	$(BIN)/python -m pip install -q -r requirements-docs.txt
+	@touch $@
+
 .venv/package: .venv/created requirements-package.txt
 	$(BIN)/python -m pip install -q -r requirements-package.txt
 	@touch $@

@@ -3,6 +3,7 @@
 python -m repvgg_jax.predict --model deploy cat.jpg photos/
 python -m repvgg_jax.predict --model runs/flowers --json 'photos/**/*.png'
 python -m repvgg_jax.predict --model deploy-scenes --output masks street.png
+python -m repvgg_jax.predict --model deploy --runtime onnxruntime cat.jpg
 """
 
 import collections
@@ -30,6 +31,13 @@ TOP = flags.DEFINE_integer("top", 5, "Classes per image.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print a list of JSON objects instead of a table.")
 OUTPUT = flags.DEFINE_string(
     "output", None, "Of a segmenter: the directory for a mask and an overlay of every image."
+)
+RUNTIME = flags.DEFINE_string(
+    "runtime",
+    None,
+    "Of a directory that convert.py wrote: run its artifact by onnxruntime, openvino, "
+    "ai_edge_litert, tensorflow, or jax (StableHLO), instead of the JAX model; a dtype may follow, "
+    "e.g. onnxruntime:float16.",
 )
 STEP = flags.DEFINE_string("step", None, "Of a run: the checkpoint, a number, best or newest.")
 
@@ -109,10 +117,14 @@ def _open(model: str, step: str | None, *, constant_weights: bool) -> Any:
     is_run = path.is_dir() and not is_deployment(path)
     if step is not None and not is_run:
         raise ValueError(f"--step={step} is for a run directory; --model={model} has no steps")
+    if RUNTIME.value is not None and not is_deployment(path):
+        raise ValueError(
+            f"--runtime={RUNTIME.value} is for a directory that convert.py wrote, not {model}"
+        )
     if is_deployment(path):
         found = load_deployed(path)
         _check_classes(found.model, model)
-        return found.classifier(constant_weights=constant_weights)
+        return found.classifier(constant_weights=constant_weights, runtime=RUNTIME.value)
     if is_run:
         run = load_run(path, step=parse_step(step))
         network, variables, normalize = run.model, run.variables, run.normalize

@@ -16,7 +16,7 @@ from repvgg_jax.convert.deployed import Output, load_deployed
 from repvgg_jax.convert.pipeline import convert
 from repvgg_jax.convert.source import from_run
 from repvgg_jax.data.dataset import load
-from repvgg_jax.export import parse_targets
+from repvgg_jax.export import Target, parse_targets
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.train.restore import load_run
 from tests.helpers.commands import ROOT
@@ -87,6 +87,63 @@ def test_how_images_are_read_is_stored(deployed, small_run):
     assert from_run(small_run[0]).crop.fraction == 1.0
 
 
+RUNTIMES = {
+    "jax": ("stablehlo", "jax"),
+    "stablehlo": ("stablehlo:bfloat16", "jax"),
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
+    "litert": ("tflite", "ai_edge_litert"),
+    "tensorflow": ("savedmodel", "tensorflow"),
+}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "inside"),
+    [
+        ("jax", False),
+        ("stablehlo", True),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in list(RUNTIMES)[2:]),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in list(RUNTIMES)[2:]),
+    ],
+)
+def test_runtimes_predict_what_evaluation_does(runtime, inside, small_run, images, tmp_path):
+    """Each runs its own artifact, whether it normalizes inside or not."""
+    wanted, module = RUNTIMES[runtime]
+    for package in {"onnx": ["onnx", module]}.get(wanted, [module]):
+        pytest.importorskip(package, reason="needs the runtime")
+    if wanted in ("tflite", "savedmodel"):
+        pytest.importorskip("tensorflow", reason="needs requirements-tf.txt")
+    convert(
+        from_run(small_run[0]),
+        Output(tmp_path / "deploy"),
+        targets=parse_targets(["safetensors", wanted]),
+        with_preprocessing=inside,
+    )
+    _, pixels, expected = images
+    classifier = load_deployed(tmp_path / "deploy").classifier(runtime=runtime)
+    assert classifier.run is not None
+    tolerance = 3e-2 if "bfloat16" in wanted else 1e-5
+    np.testing.assert_allclose(classifier.predict(pixels), expected, atol=tolerance)
+    np.testing.assert_allclose(classifier.predict(pixels[:1]), expected[:1], atol=tolerance)
+    # What ran is the artifact: without the file there is nothing to run.
+    (file,) = (tmp_path / "deploy").glob(Target.parse(wanted).filenames[0])
+    file.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"has nothing for --runtime={runtime}"):
+        load_deployed(tmp_path / "deploy").classifier(runtime=runtime)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "message"),
+    [
+        ("onnxruntim", r"unknown; did you mean 'onnxruntime'"),
+        ("openvino:float16", r"has nothing for --runtime=openvino:float16, .*--format onnx"),
+    ],
+)
+def test_runtimes_without_an_artifact(deployed, runtime, message):
+    with pytest.raises(ValueError, match=message):
+        load_deployed(deployed).classifier(runtime=runtime)
+
+
 @pytest.mark.slow
 def test_masks_of_a_segmenter(tmp_path):
     """The labels of a whole image, and the image under their colors."""
@@ -151,10 +208,11 @@ def test_the_command(deployed, images, small_run):
         (["--model=DEPLOY"], "give --model"),
         (["--model=DEPLOY", "--step=3", "IMAGE"], "--step=3 is for a run"),
         (["--model=DEPLOY", "README.md"], r"README.md: .* no image format"),
+        (["--model=RUN", "--runtime=jax", "IMAGE"], r"--runtime=jax is for .* convert\.py"),
     ],
 )
-def test_what_cannot_be_classified(deployed, images, arguments, message):
-    places = {"DEPLOY": str(deployed), "IMAGE": str(images[0] / "0.png")}
+def test_what_cannot_be_classified(deployed, images, small_run, arguments, message):
+    places = {"DEPLOY": str(deployed), "RUN": str(small_run[0]), "IMAGE": str(images[0] / "0.png")}
     for name, place in places.items():
         arguments = [argument.replace(name, place) for argument in arguments]
     done = predict(*arguments)

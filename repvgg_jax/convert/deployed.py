@@ -80,12 +80,14 @@ class Deployment:
       variables: `{"params": …}`, NumPy arrays.
       metadata: `metadata.json`, e.g. `classes`, `mean`, `std` and `image_shape`.
       proof: `proof.json`.
+      path: the directory.
     """
 
     model: RepVGG | Segmenter
     variables: dict[str, Any]
     metadata: dict[str, Any]
     proof: dict[str, Any]
+    path: pathlib.Path = pathlib.Path()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -109,23 +111,39 @@ class Deployment:
     def _classifier(self) -> "Classifier":
         return self.classifier()
 
-    def classifier(self, *, constant_weights: bool = True) -> "Classifier":
+    def classifier(
+        self, *, constant_weights: bool = True, runtime: str | None = None
+    ) -> "Classifier":
         """The network with everything between an image file and its classes.
 
+        Args:
+          constant_weights: as in `Classifier`.
+          runtime: runs an artifact of the directory instead of the JAX model, e.g. `onnxruntime`,
+            `openvino`, `ai_edge_litert`, `tensorflow`, or `jax` for StableHLO; a dtype may follow,
+            as in `onnxruntime:float16`.
+
         Raises:
-          ValueError: it has no classes.
+          ValueError: it has no classes; or no artifact for the runtime, which may be unknown or not
+            installed.
         """
         from repvgg_jax.classifier import Classifier, center_crop
+        from repvgg_jax.convert.runtimes import Choice
 
         found = Metadata.from_json(self.metadata)
+        normalize, run = Normalize(found.mean, found.std), None
+        if runtime is not None:
+            choice = Choice.parse(runtime)
+            artifact = choice.find(self.proof.get(_ARTIFACTS, ()), self.path)
+            run = choice.open(self.path, artifact, self.model, self.variables, normalize)
         return Classifier(
             self.model,
             self.variables,
-            Normalize(found.mean, found.std),
+            normalize,
             found.classes,
             found.image_shape,
             center_crop(found.image_shape, **dataclasses.asdict(found.crop)),
             constant_weights,
+            run,
         )
 
 
@@ -165,7 +183,7 @@ def load_deployed(path: str | pathlib.Path, *, verify: bool = True) -> Deploymen
         _verify(path, proof, metadata.format, needed=("metadata.json", weights.name))
     if metadata.segmentation is not None:
         segmenter, variables = _read_segmenter(metadata, metadata.segmentation, weights)
-        return Deployment(segmenter, variables, content, proof)
+        return Deployment(segmenter, variables, content, proof, path)
     assert isinstance(metadata.variant, Variant)
     model = create_model(
         metadata.variant,
@@ -176,7 +194,7 @@ def load_deployed(path: str | pathlib.Path, *, verify: bool = True) -> Deploymen
     loaded = load_weights(weights, variant=metadata.variant, num_classes=metadata.num_classes)
     if not loaded.deploy:
         raise ValueError(f"{weights} is in training form, but a converted model is in deploy form")
-    return Deployment(model, loaded.variables, content, proof)
+    return Deployment(model, loaded.variables, content, proof, path)
 
 
 def _read_segmenter(
