@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 
 from repvgg_jax import text
-from repvgg_jax.data.decoding import Decoder, decode, open_regular, read_file
+from repvgg_jax.data.decoding import Decoder, decode, read_file
 from repvgg_jax.data.masks import (
     PairDecoder,
     PairFiles,
@@ -22,6 +22,7 @@ from repvgg_jax.data.masks import (
     load_pairs,
 )
 from repvgg_jax.data.sources import FOLDER_SPLITS, load_folder
+from repvgg_jax.files import open_regular
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
