@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -151,6 +152,21 @@ def _umask() -> int:
     return umask
 
 
+def open_regular(path: str | os.PathLike) -> io.BufferedReader:
+    """Opens a regular file; a pipe or a device, which may never end, is refused.
+
+    Raises:
+      OSError: it cannot be opened, or is something else.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for whoever writes to it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        what = "a directory" if pathlib.Path(path).is_dir() else "a pipe or a device"
+        raise OSError(f"{path} is {what}, not a file")
+    return os.fdopen(descriptor, "rb")
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file atomically."""
     with replacing(path) as temporary:
@@ -158,8 +174,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with pathlib.Path(path).open("rb") as file:
+    """The SHA-256 of a file, in hexadecimal digits.
+
+    Raises:
+      OSError: it cannot be read, or is not a regular file.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -170,7 +190,8 @@ def read_json(path: str | os.PathLike) -> Any:
       ValueError: it is not JSON, e.g. because it is damaged.
       OSError: it cannot be read.
     """
-    return parse_json(pathlib.Path(path).read_bytes())
+    with open_regular(path) as file:
+        return parse_json(file.read())
 
 
 def parse_json(data: str | bytes) -> Any:
@@ -181,6 +202,12 @@ def parse_json(data: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
     except UnicodeDecodeError as error:
         raise ValueError("it is not text") from error
+
+
+def is_below(name: str) -> bool:
+    """Whether a path with `/` in it, joined to a directory, stays below that directory."""
+    parts = pathlib.PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts
 
 
 def json_digest(content: Any) -> str:

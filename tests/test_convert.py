@@ -333,15 +333,15 @@ class TestEarlierConversion:
         before, files = load_deployed(path), set(os.listdir(path))
         source = from_weights(str(path), adding=True)
         done = convert(source, Output(path), targets=parse_targets(["torch-timm"]))
-        (added,) = set(os.listdir(path)) - files
-        assert added.startswith("model.timm")
+        added = set(os.listdir(path)) - files
+        assert {name.rpartition(".")[0] for name in added} == {"model.timm"}
         assert files < set(os.listdir(path))
         assert "removed" not in done.table()
         after = load_deployed(path)
         chex.assert_trees_all_equal(after.variables, before.variables)
         assert after.proof["fused"].items() >= before.proof["fused"].items()
         assert after.metadata["source"] == before.metadata["source"]
-        assert len(after.proof["artefacts"]) == len(before.proof["artefacts"]) + 1
+        assert len(after.proof["artefacts"]) == len(before.proof["artefacts"]) + len(added)
 
     def test_graphs_that_are_added_preprocess_as_those_that_are_there(self, tmp_path):
         path = tmp_path / "deploy"
@@ -435,6 +435,23 @@ class TestLoadDeployed:
         with pytest.raises(ValueError, match="fused network differs"):
             load_deployed(tmp_path / "deploy")
         load_deployed(tmp_path / "deploy", verify=False)
+
+    @pytest.mark.parametrize("name", ["/proc/self/mem", "../other", "orbax/../../other"])
+    def test_a_list_of_files_elsewhere_is_refused(self, name, deploy, tmp_path):
+        """None of them is read, and no conversion takes them over."""
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        (tmp_path / "other").write_text("x")
+        proof = json.loads((deploy / "proof.json").read_text())
+        del proof["digest"]
+        proof["sha256"][name] = files.sha256(tmp_path / "other")
+        proof["digest"] = files.json_digest(proof)
+        (path / "proof.json").write_text(json.dumps(proof))
+        with pytest.raises(ValueError, match="outside"):
+            load_deployed(path)
+        convert(network(), Output(path), targets=parse_targets(["safetensors"]))
+        assert name not in load_deployed(path).proof["sha256"]
+        assert (tmp_path / "other").read_text() == "x"
 
     @pytest.mark.parametrize("name", ["metadata.json", "proof.json", "model.safetensors"])
     def test_every_flipped_bit_is_noticed(self, name, deploy, tmp_path, rng):

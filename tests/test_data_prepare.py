@@ -96,6 +96,54 @@ class TestPreparing:
         assert [shard.images for shard in manifest.splits["train"]] == [4, 4, 4]
         preparing.verify(tmp_path / "out")
 
+    def test_splits_of_other_names(self, tmp_path):
+        """A second call with more of them keeps what is finished; none is lost in silence."""
+        tree = write_tree(tmp_path / "in", {f.replace("val/", "dev/"): c for f, c in FILES.items()})
+        shutil.copytree(tree / "dev", tree / "test")
+        out = tmp_path / "out"
+        found = inputs.find(tree, splits=["train", "dev"])
+        manifest = preparing.prepare(found, out, preparing.Settings())
+        assert "eval_split=dev" in preparing.training_command(manifest, out)
+        with pytest.raises(ValueError, match=r"splits train, dev; .*=test,train,dev"):
+            preparing.prepare(inputs.find(tree, splits=["test"]), out, preparing.Settings())
+        times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
+        found = inputs.find(tree, splits=["train", "dev", "test"])
+        preparing.prepare(found, out, preparing.Settings())
+        kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
+        assert times.items() < kept.items()
+        settings = DataSettings(source=f"records:{out}", train_size=8, eval_split="test")
+        data = load(settings)
+        assert len(data.evaluation) == sum(name.startswith("val") for name in FILES)
+        with pytest.raises(ValueError, match=r"no split 'val', but train, dev, test"):
+            load(DataSettings(source=f"records:{out}", train_size=8))
+        for shard in out.glob("train*.array_record"):
+            shard.unlink()
+        alone = load(settings, training=False)
+        assert len(alone.train) == len(alone.evaluation) == len(data.evaluation)
+        with pytest.raises(ValueError, match="shards missing"):
+            load(settings)
+
+    def test_a_test_set_alone(self, tmp_path):
+        tree = write_tree(tmp_path / "in", FILES)
+        (tree / "val").rename(tree / "test")
+        shutil.rmtree(tree / "train")
+        found = inputs.find(tree, splits=["test"])
+        manifest = preparing.prepare(found, tmp_path / "out", preparing.Settings())
+        command = preparing.training_command(manifest, tmp_path / "out")
+        assert "--eval_only" in command
+        assert "eval_split=test" in command
+        settings = DataSettings(
+            source=f"records:{tmp_path / 'out'}", train_size=8, eval_split="test"
+        )
+        assert load(settings, training=False).classes == ("n01", "n02", "n03")
+        with pytest.raises(ValueError, match="no split 'train', but test"):
+            load(settings)
+
+    @pytest.mark.parametrize("splits", [[""], ["a/b"], [".."], ["test", "test"], []])
+    def test_names_that_are_no_splits(self, tmp_path, splits):
+        with pytest.raises(ValueError, match="--splits="):
+            inputs.find(tmp_path, splits=splits)
+
     def test_smaller(self, tmp_path):
         encoding = Encoding(short_side=40, quality=90)
         prepare(write_tree(tmp_path / "in", FILES), tmp_path / "out", encoding=encoding)

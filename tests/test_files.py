@@ -112,3 +112,28 @@ class TestJson:
         digest = files.json_digest({"a": [1, 2.5], "b": None})
         assert digest == files.json_digest({"b": None, "a": (1, 2.5)})
         assert digest != files.json_digest({"a": [1, 2.5], "b": 0})
+
+    def test_what_may_never_end_is_not_read(self, tmp_path):
+        os.mkfifo(tmp_path / "x.json")
+        for path in (tmp_path / "x.json", pathlib.Path("/dev/zero")):
+            with pytest.raises(OSError, match="a pipe or a device"):
+                files.read_json(path)
+            with pytest.raises(OSError, match="a pipe or a device"):
+                files.sha256(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "below"),
+    [
+        ("a", True),
+        ("a/b..c", True),
+        ("..", False),
+        ("a/../../b", False),
+        ("/a", False),
+        ("//a", False),
+        ("", False),
+        (".", False),
+    ],
+)
+def test_names_below_a_directory(name, below):
+    assert files.is_below(name) == below

@@ -197,6 +197,12 @@ def test_paths_without_a_file(tmp_path):
     assert "a directory" in refusal(tmp_path)
 
 
+def test_what_may_never_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "weights.pth")
+    for path in (tmp_path / "weights.pth", pathlib.Path("/dev/zero")):
+        assert "a pipe or a device" in refusal(path)
+
+
 def test_a_zip_of_something_else(tmp_path):
     path = tmp_path / "weights.pth"
     with zipfile.ZipFile(path, "w") as archive:

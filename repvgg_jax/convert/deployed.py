@@ -352,6 +352,8 @@ def _verify(
         fused = typed(dict[str, Any] | None, proof.get("fused"), "fused")
     except ValueError as error:
         raise ValueError(f"{where} has no list of checksums: {error}; convert again") from error
+    if outside := [name for name in listed if not files.is_below(name)]:
+        raise ValueError(f"{where} lists files outside of {path}: {first_few(outside)}")
     if unlisted := [name for name in needed if name not in listed]:
         raise ValueError(f"{where} has no checksum of {first_few(unlisted)}; convert again")
     damaged = [

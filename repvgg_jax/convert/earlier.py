@@ -77,6 +77,7 @@ def take_over(
     proof, before = (_read(old / name) for name in reversed(_DESCRIPTIONS))
     listed = proof.get("sha256")
     listed = dict(listed) if isinstance(listed, Mapping) else {}
+    listed = {name: sha for name, sha in listed.items() if files.is_below(name)}
     _keep_foreign(old, new, listed)
     written = {artifact.path.name for artifact in artifacts}
     found, lines = [], []

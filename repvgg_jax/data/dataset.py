@@ -16,11 +16,11 @@ from repvgg_jax.data.decoding import Decoder, UndecodableError, decode
 from repvgg_jax.data.images import CenterCrop, RandomResizedCrop
 from repvgg_jax.data.joint_crop import JointCrop, WholeImage
 from repvgg_jax.data.masks import IGNORE, PairSource, load_cityscapes, load_pairs
-from repvgg_jax.data.records import load_records
+from repvgg_jax.data.records import Manifest, load_records
 from repvgg_jax.data.scenes import SceneSource, load_digits_scenes
 from repvgg_jax.data.settings import DataSettings, Size, height_width
 from repvgg_jax.data.sources import ArraySource, Source, Splits, load_digits, load_fake, load_folder
-from repvgg_jax.data.splits import folder_splits, hold_out, tfds_splits
+from repvgg_jax.data.splits import hold_out, named_splits, tfds_splits
 from repvgg_jax.data.tfds_records import load_tfds
 from repvgg_jax.text import did_you_mean, one_line, plural
 
@@ -300,8 +300,20 @@ def _load_tfds(name: str, settings: DataSettings, training: bool) -> Splits:
 
 def _load_folder(path: str, settings: DataSettings, training: bool) -> Splits:
     root = pathlib.Path(path).expanduser()
-    splits = folder_splits(root, settings, training=training)
+    splits = named_splits(lambda split: (root / split).is_dir(), settings, training=training)
     return load_folder(root, splits=splits, allow_empty=settings.allow_empty)
+
+
+def _load_records(path: str, settings: DataSettings, training: bool) -> Splits:
+    root = pathlib.Path(path).expanduser()
+    manifest = Manifest.read(root)
+
+    def has(split: str) -> bool:
+        shards = manifest.splits.get(split, ())
+        return bool(shards) and (training or all((root / shard.file).exists() for shard in shards))
+
+    splits = named_splits(has, settings, training=training)
+    return load_records(root, decoder_of(settings), manifest=manifest, splits=splits)
 
 
 _LOADERS: Mapping[str, Callable[[str, DataSettings, bool], Splits]] = {
@@ -309,9 +321,7 @@ _LOADERS: Mapping[str, Callable[[str, DataSettings, bool], Splits]] = {
     "fake": lambda _, settings, training: load_fake(),
     "tfds:": _load_tfds,
     "folder:": _load_folder,
-    "records:": lambda path, settings, training: load_records(
-        pathlib.Path(path).expanduser(), decoder_of(settings)
-    ),
+    "records:": _load_records,
     "scenes": lambda _, settings, training: load_digits_scenes(),
     "cityscapes:": lambda path, settings, training: load_cityscapes(
         pathlib.Path(path).expanduser(), decoder_of(settings)

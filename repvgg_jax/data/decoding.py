@@ -16,14 +16,13 @@ import dataclasses
 import io
 import math
 import os
-import pathlib
-import stat
 import struct
-from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from repvgg_jax.files import open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 """Of Pillow, all that are read. Others start programs (EPS: Ghostscript) or are rarely tried."""
@@ -38,21 +37,6 @@ _WHITE_IS_ZERO = 262, 0  # TIFF tag PhotometricInterpretation, and its value
 
 class UndecodableError(ValueError):
     """Data that no decoder can read; the text is the reason, without the image's name."""
-
-
-def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Opens a regular file; a pipe or a device, which may never end, is refused.
-
-    Raises:
-      OSError: it cannot be opened, or is something else.
-    """
-    # Without O_NONBLOCK, opening a pipe waits for whoever writes to it.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        what = "a directory" if pathlib.Path(path).is_dir() else "a pipe or a device"
-        raise OSError(f"{path} is {what}, not a file")
-    return os.fdopen(descriptor, "rb")
 
 
 def read_file(path: str | os.PathLike) -> bytes:

@@ -1,14 +1,15 @@
 """Images in ArrayRecord files, as `python -m repvgg_jax.data.prepare` writes them.
 
 A directory holds `manifest.json` and the shards `train-00000-of-00626.array_record`
-… `val-…`. A record is a msgpack map of `encoded` (the image file), `label` and `name`. With a class
-per pixel, it has `mask` (a PNG of labels) and `mask_name` instead of `label`.
+… `val-…`, by the names of its splits. A record is a msgpack map of `encoded` (the image file),
+`label` and `name`. With a class per pixel, it has `mask` (a PNG of labels) and `mask_name` instead
+of `label`.
 """
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -16,7 +17,7 @@ import msgpack
 from repvgg_jax import files, text
 from repvgg_jax.data.decoding import Decoder, decode
 from repvgg_jax.data.masks import PairDecoder, PairSource
-from repvgg_jax.data.sources import Splits
+from repvgg_jax.data.sources import FOLDER_SPLITS, Splits
 
 MANIFEST = "manifest.json"
 VERSION, MASKS_VERSION = 1, 2
@@ -61,7 +62,7 @@ class Manifest:
 
     Attributes:
       classes: class names by label.
-      splits: the shards of `train` and of `val`.
+      splits: the shards of each split, usually `train` and `val`.
       details: how they were made.
       masks: whether there is a class per pixel.
     """
@@ -127,22 +128,33 @@ class RecordSource:
             raise OSError(f"a damaged record: {error}") from error
 
 
-def load_records(root: pathlib.Path, decoder: Decoder = decode) -> Splits:
+def load_records(
+    root: pathlib.Path,
+    decoder: Decoder = decode,
+    *,
+    manifest: Manifest,
+    splits: tuple[str, str] = FOLDER_SPLITS,
+) -> Splits:
     """Training images, validation images and class names.
 
     Args:
       root: the directory.
       decoder: of images with masks; others are decoded where they are cropped.
+      manifest: of the directory.
+      splits: of training and of validation; twice the same if there is one only.
 
     Raises:
-      ValueError: no finished directory of records, or shards missing or cut short.
+      ValueError: no such split, or shards of it missing or cut short.
     """
-    manifest = Manifest.read(root)
-    check_files(root, manifest)
+    for split in splits:
+        if split not in manifest.splits:
+            raise ValueError(
+                f"{root} has no split {split!r}, but {', '.join(manifest.splits)}; "
+                f"config.data.train_split and eval_split name them, and prepare --splits makes them"
+            )
+    check_files(root, {split: manifest.splits[split] for split in splits})
     try:
-        train, val = (
-            RecordSource(open_shards(root, manifest.splits[split])) for split in ("train", "val")
-        )
+        train, val = (RecordSource(open_shards(root, manifest.splits[split])) for split in splits)
         if manifest.masks:
             pairs = PairDecoder(len(manifest.classes), decoder=decoder)
             return PairSource(train, pairs), PairSource(val, pairs), manifest.classes
@@ -154,14 +166,18 @@ def load_records(root: pathlib.Path, decoder: Decoder = decode) -> Splits:
     return train, val, manifest.classes
 
 
-def check_files(root: pathlib.Path, manifest: Manifest) -> None:
+def check_files(root: pathlib.Path, splits: Mapping[str, Sequence[Shard]]) -> None:
     """Checks that every shard exists and has the size in the manifest.
+
+    Args:
+      root: the directory.
+      splits: the shards of some or all splits.
 
     Raises:
       ValueError: shards are missing or cut short.
     """
     absent, cut = [], []
-    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+    for shard in (shard for shards in splits.values() for shard in shards):
         path = root / shard.file
         if not path.is_file():
             absent.append(shard.file)
@@ -169,7 +185,7 @@ def check_files(root: pathlib.Path, manifest: Manifest) -> None:
             cut.append(f"{shard.file} ({path.stat().st_size:,} bytes of {shard.bytes:,})")
     for what, names in (("missing", absent), ("of the wrong size", cut)):
         if names:
-            total = sum(map(len, manifest.splits.values()))
+            total = sum(map(len, splits.values()))
             raise ValueError(
                 f"{root}: {len(names)} of {total} shards {what}: {text.first_few(names)}; prepare "
                 f"the data again, which keeps the others"

@@ -88,9 +88,12 @@ class DataSettings(Section, path="config.data"):
         "scenes, cityscapes:DIRECTORY, masks:DIRECTORY, records:DIRECTORY or, with mask, tfds:NAME",
     )
     directory: str = setting("", "where TFDS prepared tfds:NAME; empty: its own default")
-    train_split: str = setting("train", "split of tfds:NAME, or folder of folder:, to train on")
+    train_split: str = setting(
+        "train", "split of tfds:NAME or records:, or folder of folder:, to train on"
+    )
     eval_split: str = setting(
-        "validation", "the same to evaluate on; of folder:, val if there is no validation"
+        "validation",
+        "the same to evaluate on; of folder: and records:, val if there is no validation",
     )
     holdout: float = setting(
         0.0,

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -162,6 +162,14 @@ def load_folder(
     Raises:
       ValueError: no such tree, an empty class, or splits of different classes.
     """
+    sources, classes = load_folders(root, splits, allow_empty=allow_empty)
+    return sources[0], sources[1], classes
+
+
+def load_folders(
+    root: pathlib.Path, splits: Sequence[str], *, allow_empty: bool = False
+) -> tuple[list[FolderSource], tuple[str, ...]]:
+    """The images of any number of splits, and class names, which are those of the first one."""
     for split in splits:
         if not (root / split).is_dir():
             raise ValueError(
@@ -170,17 +178,18 @@ def load_folder(
                 f"config.data.train_split and eval_split name other folders, and "
                 f"config.data.holdout=0.2 evaluates on a share of the training images"
             )
-    train, val = (_folders(root / split) for split in splits)
-    missing, added = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    if added or (missing and not allow_empty):
-        only = zip(splits, (missing, added), strict=True)
-        raise ValueError(
-            f"{root}: {' and '.join(splits)} have different classes; "
-            + "; ".join(f"only in {split}: {first_few(names)}" for split, names in only if names)
-            + ("" if added else "; config.data.allow_empty=True allows that")
-        )
-    sources = [_folder_source(root / split, train, allow_empty) for split in splits]
-    return sources[0], sources[1], tuple(train)
+    classes = _folders(root / splits[0])
+    for split in splits[1:]:
+        found = _folders(root / split)
+        missing, added = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+        if added or (missing and not allow_empty):
+            only = zip((splits[0], split), (missing, added), strict=True)
+            raise ValueError(
+                f"{root}: {splits[0]} and {split} have different classes; "
+                + "; ".join(f"only in {name}: {first_few(names)}" for name, names in only if names)
+                + ("" if added else "; config.data.allow_empty=True allows that")
+            )
+    return [_folder_source(root / split, classes, allow_empty) for split in splits], tuple(classes)
 
 
 def _folders(root: pathlib.Path) -> list[str]:

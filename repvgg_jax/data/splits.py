@@ -1,8 +1,7 @@
 """Which images are for training and which for validation."""
 
 import dataclasses
-import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,25 +79,27 @@ def hold_out(source: Source, share: float) -> tuple[Subset, Subset]:
     return Subset(source, np.flatnonzero(~out)), Subset(source, np.flatnonzero(out))
 
 
-def folder_splits(root: pathlib.Path, settings: DataSettings, *, training: bool) -> tuple[str, str]:
-    """The folders of training and of validation images below a tree of classes.
+def named_splits(
+    has: Callable[[str], bool], settings: DataSettings, *, training: bool
+) -> tuple[str, str]:
+    """The names of the training and of the validation images of a data set.
 
     Args:
-      root: of the tree.
+      has: whether images of that name are there.
       settings: name them.
       training: whether there must be training images; otherwise validation images alone will do.
     """
     if settings.holdout:
         return settings.train_split, settings.train_split
     evaluation = settings.eval_split
-    if evaluation == _DEFAULT and not (root / evaluation).is_dir():
+    if evaluation == _DEFAULT and not has(evaluation):
         evaluation = "val"
-    alone = not training and not (root / settings.train_split).is_dir()
+    alone = not training and not has(settings.train_split)
     return (evaluation if alone else settings.train_split), evaluation
 
 
 def tfds_splits(settings: DataSettings, *, training: bool) -> tuple[str, str]:
-    """The splits of a data set of TFDS; as `folder_splits`."""
+    """The splits of a data set of TFDS; as `named_splits`."""
     if settings.holdout:
         return settings.train_split, settings.train_split
     return (settings.train_split if training else settings.eval_split), settings.eval_split

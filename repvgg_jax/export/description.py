@@ -84,7 +84,7 @@ def _header(path: str | os.PathLike) -> dict[str, str] | None:
     import safetensors
 
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path) as file:
             if file.read(9)[8:] != b"{":
                 return None
         with safetensors.safe_open(os.fspath(path), framework="np") as opened:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from repvgg_jax.files import replacing
+from repvgg_jax.files import open_regular, replacing
 from repvgg_jax.text import first_few, how_to_install, one_line
 from repvgg_jax.variants import Variant, get_variant
 from repvgg_jax.weights import torch_pickle
@@ -67,9 +67,8 @@ def _reader(path: pathlib.Path) -> Callable[[pathlib.Path], Any]:
         raise ValueError("no such file")
     if path.is_dir():
         raise ValueError("a directory; give one .safetensors, .npz or .pth file")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(512)
+    with open_regular(path) as file:
+        size, head = os.fstat(file.fileno()).st_size, file.read(512)
     if not head:
         raise ValueError("the file is empty")
     if head.startswith(b"PK\x03\x04"):

@@ -22,6 +22,9 @@ SOURCE = flags.DEFINE_string(
     "Cityscapes as it is unpacked.",
 )
 OUTPUT = flags.DEFINE_string("output", None, "The directory to write; a second call continues.")
+SPLITS = flags.DEFINE_list(
+    "splits", None, "Folders of a tree of classes, e.g. train,val,test or test; default: train,val."
+)
 SHORT_SIDE = flags.DEFINE_integer(
     "short_side", 0, "Shrink larger images to this short side, in pixels; 0 keeps the files."
 )
@@ -74,7 +77,10 @@ def main(_: Sequence[str]) -> int:
     encoding = shards.Encoding(SHORT_SIDE.value, QUALITY.value, decoder_of(data))
     try:
         found = inputs.find(
-            pathlib.Path(SOURCE.value), allow_empty=ALLOW_EMPTY.value, decoder=encoding.decoder
+            pathlib.Path(SOURCE.value),
+            splits=SPLITS.value,
+            allow_empty=ALLOW_EMPTY.value,
+            decoder=encoding.decoder,
         )
     except inputs.MissingError as error:
         needed = estimate_imagenet(encoding, SHARD_IMAGES.value)

@@ -9,10 +9,10 @@ import os
 import pathlib
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from repvgg_jax import text
-from repvgg_jax.data.decoding import Decoder, decode, open_regular, read_file
+from repvgg_jax.data.decoding import Decoder, decode, read_file
 from repvgg_jax.data.masks import (
     PairDecoder,
     PairFiles,
@@ -21,7 +21,8 @@ from repvgg_jax.data.masks import (
     load_cityscapes,
     load_pairs,
 )
-from repvgg_jax.data.sources import FOLDER_SPLITS, load_folder
+from repvgg_jax.data.sources import FOLDER_SPLITS, load_folders
+from repvgg_jax.files import open_regular
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
@@ -88,7 +89,7 @@ class Inputs:
 
     Attributes:
       classes: class names by label.
-      splits: the images of `train` and of `val`, in the order of their names.
+      splits: the images of every split, in the order of their names.
       pairs: decoder of images with masks; None if images have one class each.
     """
 
@@ -97,11 +98,18 @@ class Inputs:
     pairs: PairDecoder | None = None
 
 
-def find(root: pathlib.Path, *, allow_empty: bool = False, decoder: Decoder = decode) -> Inputs:
+def find(
+    root: pathlib.Path,
+    *,
+    splits: Sequence[str] | None = None,
+    allow_empty: bool = False,
+    decoder: Decoder = decode,
+) -> Inputs:
     """Images of Cityscapes, of image and mask pairs, of a tree of classes, or of ImageNet's tars.
 
     Args:
       root: the directory.
+      splits: folders of a tree of classes; None for `train` and `val`.
       allow_empty: see `load_folder`.
       decoder: of images with masks.
 
@@ -111,10 +119,13 @@ def find(root: pathlib.Path, *, allow_empty: bool = False, decoder: Decoder = de
     """
     if not root.is_dir():
         raise ValueError(f"--source={root} is not a directory")
+    if splits is not None:
+        _check_splits(splits)
+        return _tree(root, splits, allow_empty)
     if is_cityscapes(root) or is_pairs(root):
         return _pairs(root, decoder)
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        return _tree(root, allow_empty)
+    if all((root / split).is_dir() for split in FOLDER_SPLITS):
+        return _tree(root, FOLDER_SPLITS, allow_empty)
     if missing := _missing_tars(root):
         raise MissingError(
             f"{root} holds neither train/ and val/ with a folder per class, or with images/ and "
@@ -137,10 +148,19 @@ def _missing_tars(root: pathlib.Path) -> list[str]:
     return missing
 
 
-def _tree(root: pathlib.Path, allow_empty: bool) -> Inputs:
-    *sources, classes = load_folder(root, allow_empty=allow_empty)
+def _check_splits(splits: Sequence[str]) -> None:
+    wrong = [split for split in splits if not split or split.startswith(".") or "/" in split]
+    if wrong or not splits or len(set(splits)) < len(splits):
+        raise ValueError(
+            f"--splits={','.join(splits)} must be names of folders below --source, each once, e.g. "
+            f"train,val,test"
+        )
+
+
+def _tree(root: pathlib.Path, names: Sequence[str], allow_empty: bool) -> Inputs:
+    sources, classes = load_folders(root, names, allow_empty=allow_empty)
     splits = {}
-    for split, source in zip(FOLDER_SPLITS, sources, strict=True):
+    for split, source in zip(names, sources, strict=True):
         splits[split] = [
             Item(
                 name=f"{split}/{os.fsdecode(source.names[i])}",

@@ -112,11 +112,11 @@ def prepare(inputs: Inputs, output: pathlib.Path, settings: Settings) -> records
             text.plural(len(animated), "file"),
             text.first_few(animated),
         )
-    _remove_older_shards({path.name for path in found}, output)
+    _remove_older_shards({path.name for path in found}, inputs.splits, output)
     return manifest
 
 
-_OURS = re.compile(r"(train|val)-\d{5,}-of-\d{5,}\.array_record(\.done\.json)?")
+_OURS = re.compile(r"(?P<split>.+)-\d{5,}-of-\d{5,}\.array_record(\.done\.json)?")
 
 
 def _check_output(inputs: Inputs, output: pathlib.Path) -> None:
@@ -138,9 +138,16 @@ def _check_output(inputs: Inputs, output: pathlib.Path) -> None:
             f"choose another directory"
         )
     try:
-        classes = records.Manifest.read(output).classes
+        earlier = records.Manifest.read(output)
     except ValueError:  # there is none, or it is of another version
         return
+    if lost := [split for split in earlier.splits if split not in inputs.splits]:
+        raise ValueError(
+            f"--output={output} holds the splits {', '.join(earlier.splits)}; name them all, "
+            f"--splits={','.join([*inputs.splits, *lost])}, which keeps what is finished, or "
+            f"choose another directory"
+        )
+    classes = earlier.classes
     if classes != inputs.classes:
         raise ValueError(
             f"--output={output} holds another data set, of {len(classes)} classes "
@@ -149,19 +156,35 @@ def _check_output(inputs: Inputs, output: pathlib.Path) -> None:
         )
 
 
-def _remove_older_shards(current: Collection[str], output: pathlib.Path) -> None:
-    """Removes shards of an earlier preparation that had other numbers of images."""
+def _remove_older_shards(
+    current: Collection[str], splits: Collection[str], output: pathlib.Path
+) -> None:
+    """Removes shards of an earlier preparation of these splits with other numbers of images."""
     for note in output.glob(f"*{shards.DONE}"):
         name = note.name.removesuffix(shards.DONE)
-        if _OURS.fullmatch(name) and name not in current:
+        ours = _OURS.fullmatch(name)
+        if ours and ours["split"] in splits and name not in current:
             (output / name).unlink(missing_ok=True)
             note.unlink()
 
 
 def training_command(manifest: records.Manifest, output: pathlib.Path) -> str:
-    """The command that trains RepVGG-B1 on prepared images, or a PSPNet if they have masks."""
-    images = sum(shard.images for shard in manifest.splits["train"])
+    """The command that trains RepVGG-B1 on prepared images, or a PSPNet if they have masks.
+
+    Of one split alone, and that not `train`, it is the command that evaluates a run on it.
+    """
     arguments = [f"--config.data.source=records:{output.resolve()}"]
+    train, *others = sorted(manifest.splits, key=lambda name: name != "train")
+    if not others and train != "train":
+        arguments += [f"--config.data.eval_split={train}"]
+        return shlex.join(["python", "train.py", "--workdir", "RUN", "--eval_only", *arguments])
+    if train != "train":
+        arguments += [f"--config.data.train_split={train}"]
+    if not others:
+        arguments += ["--config.data.holdout=0.1"]
+    elif not {"val", "validation"} & {*others}:
+        arguments += [f"--config.data.eval_split={others[0]}"]
+    images = sum(shard.images for shard in manifest.splits[train])
     if manifest.masks:
         if len(manifest.classes) != len(CITYSCAPES):
             arguments += [f"--config.data.num_classes={len(manifest.classes)}"]
@@ -186,7 +209,7 @@ def verify(output: pathlib.Path, *, processes: int = 1) -> None:
       OSError: a process died.
     """
     manifest = records.Manifest.read(output)
-    records.check_files(output, manifest)
+    records.check_files(output, manifest.splits)
     todo = [shard for split in manifest.splits.values() for shard in split]
     wrong = []
     with _pool(processes) as pool:
