@@ -33,7 +33,9 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 RUN_HERE = ["augmentation.md", "data.md", "deploy.md"]
 READ_HERE = ["launch.md", "scaling.md"]
-PYTHON_HERE = ["covariance.md", "family.md", "reparameterization.md", "segmentation.md"]
+PYTHON_HERE = [
+    "covariance.md", "family.md", "own_block.md", "reparameterization.md", "segmentation.md",
+]  # fmt: skip
 PYTHON_ELSEWHERE = ["data.md", "deploy.md"]
 FOREIGN_FLAGS = {"fp16", "gpu-bind", "ntasks-per-node", "signal"}  # of trtexec and SLURM
 
@@ -82,10 +84,11 @@ def test_every_page_with_code_is_tested():
 @pytest.mark.parametrize(
     "page", [PYTHON_HERE[0], *(pytest.param(p, marks=pytest.mark.slow) for p in PYTHON_HERE[1:])]
 )
-def test_python_runs(page):
+def test_python_runs(page, tmp_path, monkeypatch):
     """Top to bottom, in one namespace; `config` is what a recipe has."""
     from repvgg_jax.train.config import default_config
 
+    monkeypatch.chdir(tmp_path)
     exec(compile(python(page), page, "exec"), {"__name__": page, "config": default_config()})
 
 
