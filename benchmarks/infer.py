@@ -109,8 +109,10 @@ def open_onnx(kind: str, path: pathlib.Path) -> Callable[[np.ndarray], np.ndarra
     return runtime.open(path, names)  # type: ignore[arg-type]
 
 
-def write_onnx(name: str, path: pathlib.Path, images: np.ndarray) -> None:
-    """A deployed network with random parameters as an ONNX file."""
+def write_onnx(
+    name: str, path: pathlib.Path, images: np.ndarray, dtype: str = "float32"
+) -> np.ndarray:
+    """A deployed network with random parameters as an ONNX file; returns its float32 logits."""
     import jax
     import jax.numpy as jnp
 
@@ -121,7 +123,8 @@ def write_onnx(name: str, path: pathlib.Path, images: np.ndarray) -> None:
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     unused = Normalize(mean=(0.0,), std=(1.0,))  # images are normalized already
     network = Network(model, rv.fuse_params(variables), images=images, normalize=unused)
-    get_format("onnx").write(network, path, "float32")
+    get_format("onnx").write(network, path, dtype)
+    return np.asarray(jax.jit(model.apply)(variables, images))
 
 
 def main() -> None:

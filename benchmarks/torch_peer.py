@@ -87,9 +87,17 @@ def peak_mib(run: Callable[[], None]) -> float:
     return torch.cuda.max_memory_allocated() / 2**20
 
 
+def optimizer(model: Any) -> Any:
+    """SGD with momentum and weight decay, as in `step.py`."""
+    import torch
+
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+
 def trainer(model: Any, images: Any, labels: Any, *, channels_last: bool = False,
-            compile: bool = False, bf16: bool = False) -> Callable[[], None]:  # fmt: skip
-    """A function that does one step of SGD with momentum and waits for it.
+            compile: bool = False, bf16: bool = False,
+            wait: bool = True) -> Callable[[], Any]:  # fmt: skip
+    """A function that does one step of SGD with momentum, waits for it, and returns the loss.
 
     Args:
       model: in training form.
@@ -98,6 +106,7 @@ def trainer(model: Any, images: Any, labels: Any, *, channels_last: bool = False
       channels_last: keep images and weights channels last in memory.
       compile: through `torch.compile`.
       bf16: under bfloat16 autocast.
+      wait: return when the step is done, and not as soon as it is started.
     """
     import torch
 
@@ -106,25 +115,29 @@ def trainer(model: Any, images: Any, labels: Any, *, channels_last: bool = False
     model = model.train().to(device=device, memory_format=memory)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).contiguous(memory_format=memory)
     y = torch.from_numpy(labels).long().to(device)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    sgd = optimizer(model)
     forward = torch.compile(model) if compile else model
 
-    def step() -> None:
+    def step() -> Any:
         sgd.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss = torch.nn.functional.cross_entropy(forward(x), y)
         loss.backward()
         sgd.step()
-        _wait(loss)
+        if wait:
+            _wait(loss)
+        return loss
 
     return step
 
 
 def predictor(model: Any, images: Any, *, channels_last: bool = False, compile: bool = False,
-              freezing: bool = False, bf16: bool = False) -> Callable[[], None]:  # fmt: skip
+              freezing: bool = False, bf16: bool = False, whole: bool = False,
+              wait: bool = True) -> Callable[[], Any]:  # fmt: skip
     """A function that computes the logits of `images` and waits for them; as `trainer`.
 
-    With `freezing` the compiler takes the weights as constants, in the whole process.
+    With `freezing` the compiler takes the weights as constants, in the whole process. With `whole`
+    weights and images are in bfloat16, too, and there is no autocast.
     """
     import torch
 
@@ -137,12 +150,17 @@ def predictor(model: Any, images: Any, *, channels_last: bool = False, compile: 
     memory = torch.channels_last if channels_last else torch.contiguous_format
     model = model.eval().to(device=device, memory_format=memory)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).to(device).contiguous(memory_format=memory)
+    if bf16 and whole:
+        model, x, bf16 = model.to(torch.bfloat16), x.to(torch.bfloat16), False
     mode = "max-autotune" if device == "cuda" else None
     forward = torch.compile(model, mode=mode) if compile else model
 
-    def run() -> None:
+    def run() -> Any:
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
-            _wait(forward(x))
+            logits = forward(x)
+        if wait:
+            _wait(logits)
+        return logits
 
     return run
 
