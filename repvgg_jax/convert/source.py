@@ -15,7 +15,14 @@ from repvgg_jax.normalize import Normalize
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.text import first_few
 from repvgg_jax.train.experiment import network_title
-from repvgg_jax.train.restore import Step, data_images, load_run, photographs, validation_images
+from repvgg_jax.train.restore import (
+    Step,
+    data_images,
+    data_settings,
+    load_run,
+    photographs,
+    validation_images,
+)
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights import Weights, is_pretrained, load_file_or_pretrained
 from repvgg_jax.weights.detect import UnknownVariantError
@@ -47,6 +54,9 @@ class Source:
       details: where it comes from, for `metadata.json`.
       notes: what was assumed, or what else there is, a line each.
       crop: how image files become its images.
+      reading: how data sets become its images; those of the run, if it is one.
+      evaluation: the data set that `images` are from, which has labels; None for photographs.
+      is_run: whether it is a run, whose training images are those of `reading`.
     """
 
     title: str
@@ -59,6 +69,9 @@ class Source:
     details: dict[str, Any]
     notes: tuple[str, ...] = ()
     crop: Crop = Crop()  # noqa: RUF009 (frozen)
+    reading: DataSettings | None = None
+    evaluation: DataSettings | None = None
+    is_run: bool = False
 
     @property
     def per_pixel(self) -> bool:
@@ -140,6 +153,9 @@ def from_run(path: pathlib.Path, *, step: Step = "newest", data: str | None = No
         },
         notes=tuple(notes),
         crop=crop_of(run.settings.data),
+        reading=run.settings.data,
+        evaluation=run.settings.data if data is None else data_settings(data, run.settings.data),
+        is_run=True,
     )
 
 
@@ -202,6 +218,7 @@ def _from_deployed(path: pathlib.Path, data: str | None) -> Source:
             "images": image_source,
         },
         crop=metadata.crop,
+        **_data_of(shape, data, metadata.crop),
     )
 
 
@@ -217,6 +234,7 @@ def _from_own_file(path: pathlib.Path, description: Description, data: str | Non
         normalize=description.normalize,
         labels=description.labels,
         details={"weights": str(path), "family": loaded.family, "images": image_source},
+        **_data_of(description.image_shape, data),
     )
 
 
@@ -265,6 +283,7 @@ def _from_foreign(name: str, facts: Facts, data: str | None) -> Source:
         labels=labels,
         details={"weights": name, "family": loaded.family, "images": image_source},
         notes=tuple(notes),
+        **_data_of((*size, channels), data),
     )
 
 
@@ -308,6 +327,30 @@ def _images(
     """Proof images of that shape, and what they are."""
     if data is None:
         return photographs(shape)
+    return data_images(data, reading_of(shape, data), shape, count)
+
+
+def reading_of(
+    shape: tuple[int, int, int], data: str | None, crop: Crop | None = None
+) -> DataSettings:
+    """How a data set becomes images of that shape, without a run that says it."""
+    crop = crop or Crop()
     size = 0 if data in ("digits", "fake", "scenes") else shape[:2]
-    settings = DataSettings(train_size=size, eval_size=size)
-    return data_images(data, settings, shape, count)
+    return DataSettings(
+        train_size=size,
+        eval_size=size,
+        eval_crop=crop.fraction,
+        background=crop.background,
+        white=crop.white,
+    )
+
+
+def _data_of(
+    shape: tuple[int, int, int], data: str | None, crop: Crop | None = None
+) -> dict[str, Any]:
+    """The fields `reading` and `evaluation` of a source that is not a run."""
+    reading = reading_of(shape, data, crop)
+    return {
+        "reading": reading,
+        "evaluation": None if data is None else data_settings(data, reading),
+    }
