@@ -63,6 +63,44 @@ TOLERANCE = flags.DEFINE_float(
     "tolerance", 1e-5, "Largest |Δlogit| allowed, relative to the largest |logit|."
 )
 
+QUANTIZE = flags.DEFINE_enum(
+    "quantize", None, ["int8"], "Also write the network in int8, as ONNX or LiteRT by --format."
+)
+CALIBRATE = flags.DEFINE_string(
+    "calibrate",
+    None,
+    "With --quantize: images to calibrate with, SOURCE or SOURCE:N: run (the default with "
+    "--workdir), a directory of images, or as config.data.source.",
+)
+TARGET = flags.DEFINE_string(
+    "target", "vnni", "With --quantize: what it is for: vnni (x86), tensorrt, arm."
+)
+CALIBRATOR = flags.DEFINE_string(
+    "calibrator", "mse", "With --quantize: max, percentile, entropy or mse."
+)
+PERCENTILE = flags.DEFINE_float("percentile", 99.99, "Of --calibrator percentile.")
+FLOAT_LAYERS = flags.DEFINE_list(
+    "float-layers", [], "With --quantize: layers that stay in float, e.g. stem,head or stage4_*."
+)
+EQUALIZE = flags.DEFINE_bool(
+    "equalize",
+    None,
+    "With --quantize: scale channels between layers first; by default if all activations are ReLU.",
+)
+BIAS_CORRECTION = flags.DEFINE_bool(
+    "bias-correction", True, "With --quantize: correct the means of channels by their biases."
+)
+
+_OF_INT8 = {
+    "calibrate": CALIBRATE,
+    "target": TARGET,
+    "calibrator": CALIBRATOR,
+    "percentile": PERCENTILE,
+    "float-layers": FLOAT_LAYERS,
+    "equalize": EQUALIZE,
+    "bias-correction": BIAS_CORRECTION,
+}
+
 _OF_A_FILE = {
     "image-size": IMAGE_SIZE,
     "classes": CLASSES,
@@ -88,6 +126,8 @@ def main(_: Sequence[str]) -> int:
         )
     if weights is not None and STEP.value is not None:
         raise ValueError(f"--step={STEP.value} is for a run, --workdir; --from={weights} has none")
+    if QUANTIZE.value is None and (given := [n for n, f in _OF_INT8.items() if f.present]):
+        raise ValueError(f"--{given[0]} is for --quantize int8, which is not given")
     if OUTPUT.value is None:
         raise ValueError("give --output, the directory to write")
     from repvgg_jax.convert.deployed import Output
@@ -102,6 +142,7 @@ def main(_: Sequence[str]) -> int:
             f"--with-preprocessing has an effect on graphs only, e.g. --format onnx, not on "
             f"{', '.join(FORMAT.value)}"
         )
+    int8 = _int8(workdir)
     output = Output(pathlib.Path(OUTPUT.value))
     if workdir is not None:
         step = parse_step(STEP.value)
@@ -127,9 +168,39 @@ def main(_: Sequence[str]) -> int:
         ),
         feature_maps=OUTPUTS.value,
         dynamic_size=DYNAMIC_SIZE.value,
+        int8=int8,
     )
     print(done.table())
     return 0
+
+
+def _int8(workdir: str | None) -> Any:
+    """What `--quantize` and the flags beside it ask for; None without it."""
+    if QUANTIZE.value is None:
+        return None
+    from repvgg_jax.convert.calibration import RUN, Calibrate
+    from repvgg_jax.convert.int8 import Int8
+    from repvgg_jax.export import INT8_FORMATS
+    from repvgg_jax.quantization import Settings
+
+    if workdir is None and CALIBRATE.value is None:
+        raise ValueError(
+            "--quantize int8 takes images to calibrate with; give --calibrate, a directory of "
+            "images or a data set, e.g. --calibrate /images:256"
+        )
+    asked = {text.partition(":")[0] for text in FORMAT.value}
+    return Int8(
+        Calibrate.parse(CALIBRATE.value or RUN),
+        Settings(
+            target=TARGET.value,
+            calibrator=CALIBRATOR.value,
+            percentile=PERCENTILE.value,
+            float_layers=tuple(FLOAT_LAYERS.value),
+            equalize=EQUALIZE.value,
+            bias_correction=BIAS_CORRECTION.value,
+        ),
+        tuple(name for name in INT8_FORMATS if name in asked) or ("onnx",),
+    )
 
 
 def _size(values: Sequence[str] | None) -> Any:

@@ -451,6 +451,7 @@ def write_description(
     source: Mapping[str, Any],
     crop: Crop = Crop(),
     earlier: pathlib.Path | None = None,
+    int8: Mapping[str, Any] | None = None,
 ) -> Kept:
     """Writes `metadata.json` and `proof.json` next to the artifacts.
 
@@ -462,6 +463,7 @@ def write_description(
       source: where the network comes from.
       crop: how images were read.
       earlier: the directory whose place this one takes.
+      int8: what was measured of quantized artifacts.
 
     Returns:
       What was taken over from `earlier`.
@@ -495,8 +497,10 @@ def write_description(
     checksums = {path.name: files.sha256(path), **kept.checksums}
     for artifact in artifacts:
         checksums |= artifact.checksums
+    int8 = int8 or kept.int8
     content: dict[str, Any] = {
         "fused": None if proof is None else proof.as_dict(),
+        **({} if int8 is None else {"int8": dict(int8)}),
         _ARTIFACTS: [*(artifact.as_dict() for artifact in artifacts), *kept.artifacts],
         "sha256": dict(sorted(checksums.items())),
         "versions": installed,

@@ -38,11 +38,13 @@ class Kept:
       artifacts: their entries in `proof.json`.
       checksums: SHA-256 of their files, by path.
       lines: what stayed and what went, in words.
+      int8: what was measured of quantized artifacts, if some stayed.
     """
 
     artifacts: tuple[Mapping[str, Any], ...] = ()
     checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
     lines: tuple[str, ...] = ()
+    int8: Mapping[str, Any] | None = None
 
 
 def weights_digest(params: Any) -> str:
@@ -96,7 +98,9 @@ def take_over(
         found.append(entry)
         checksums |= parts
         lines.append(f"kept: {name}, of the same weights")
-    return Kept(tuple(found), checksums, tuple(lines))
+    measured = proof.get("int8")
+    rounded = isinstance(measured, Mapping) and any(e.get("dtype") == "int8" for e in found)
+    return Kept(tuple(found), checksums, tuple(lines), measured if rounded else None)
 
 
 def _keep_foreign(old: pathlib.Path, new: pathlib.Path, listed: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from repvgg_jax.convert import int8 as quantized
 from repvgg_jax.convert.deployed import Output, write_description
 from repvgg_jax.convert.source import Source
 from repvgg_jax.export import Network, Target
@@ -39,6 +40,7 @@ class Conversion:
       output: the directory written.
       lines: what was written there, with its proofs.
       notes: what the source had to assume, or what else it offers.
+      int8: what quantization costs, a table.
     """
 
     title: str
@@ -49,6 +51,7 @@ class Conversion:
     output: pathlib.Path
     lines: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    int8: tuple[str, ...] = ()
 
     def table(self) -> str:
         """A summary as text."""
@@ -77,6 +80,7 @@ class Conversion:
                 f"proof: {proof}",
                 f"{images}: {self.image_source}",
                 *self.notes,
+                *self.int8,
                 f"written to {self.output}:",
                 *(f"  {line}" for text in self.lines for line in text.splitlines()),
             ]
@@ -92,6 +96,7 @@ def convert(
     with_preprocessing: bool = False,
     feature_maps: Sequence[str] = (),
     dynamic_size: bool = False,
+    int8: quantized.Int8 | None = None,
 ) -> Conversion:
     """Fuses a network, proves that the fused one computes the same, and writes it.
 
@@ -104,6 +109,7 @@ def convert(
       with_preprocessing: artifacts that hold a graph take uint8 images and return probabilities.
       feature_maps: stages whose maps such artifacts return instead; as in `export.Network`.
       dynamic_size: such artifacts take images of any size.
+      int8: how the network is also quantized; None for not at all.
 
     Raises:
       ValueError: an unknown activation or stage, a format that cannot hold what is asked for, a
@@ -147,6 +153,11 @@ def convert(
     )
     for target in targets:
         target.check(network)
+    if int8 is not None and network.feature_maps:
+        raise ValueError(
+            "--quantize int8 is for networks that return logits, not for --outputs; convert twice"
+        )
+    rounded = None if int8 is None else quantized.Conversion(source, fused, int8)
     weights_only = network.without_preprocessing()
     with output.writing() as directory:
         artifacts = [
@@ -157,6 +168,8 @@ def convert(
             for target in targets
             for name in target.filenames
         ]
+        if rounded is not None:
+            artifacts += rounded.write(network, directory)
         kept = write_description(
             directory,
             network,
@@ -165,6 +178,7 @@ def convert(
             source=source.details,
             crop=source.crop,
             earlier=output.path,
+            int8=None if rounded is None else rounded.as_dict(),
         )
     return Conversion(
         title=source.title,
@@ -182,6 +196,7 @@ def convert(
             "metadata.json, proof.json",
         ),
         notes=source.notes,
+        int8=() if rounded is None else rounded.lines,
     )
 
 

@@ -16,7 +16,14 @@ from repvgg_jax.proof import Proof
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.text import first_few
 from repvgg_jax.train.experiment import network_title
-from repvgg_jax.train.restore import Step, data_images, load_run, photographs, validation_images
+from repvgg_jax.train.restore import (
+    Step,
+    data_images,
+    data_settings,
+    load_run,
+    photographs,
+    validation_images,
+)
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights import Weights, is_pretrained, load_file_or_pretrained
 from repvgg_jax.weights.detect import UnknownVariantError
@@ -50,6 +57,9 @@ class Source:
       crop: how image files become its images.
       proof: that was made when it was fused, if the conversion adds formats to it.
       with_preprocessing: what graphs do that are there already, in the same case.
+      reading: how data sets become its images; those of the run, if it is one.
+      evaluation: the data set that `images` are from, which has labels; None for photographs.
+      is_run: whether it is a run, whose training images are those of `reading`.
     """
 
     title: str
@@ -64,6 +74,9 @@ class Source:
     crop: Crop = Crop()  # noqa: RUF009 (frozen)
     proof: Proof | None = None
     with_preprocessing: bool = False
+    reading: DataSettings | None = None
+    evaluation: DataSettings | None = None
+    is_run: bool = False
 
     @property
     def per_pixel(self) -> bool:
@@ -145,6 +158,9 @@ def from_run(path: pathlib.Path, *, step: Step = "newest", data: str | None = No
         },
         notes=tuple(notes),
         crop=crop_of(run.settings.data),
+        reading=run.settings.data,
+        evaluation=run.settings.data if data is None else data_settings(data, run.settings.data),
+        is_run=True,
     )
 
 
@@ -215,6 +231,7 @@ def _from_deployed(path: pathlib.Path, data: str | None, *, adding: bool) -> Sou
         crop=metadata.crop,
         proof=Proof.from_json(fused) if adding and fused else None,
         with_preprocessing=adding and metadata.with_preprocessing,
+        **_data_of(shape, data, metadata.crop),
     )
 
 
@@ -230,6 +247,7 @@ def _from_own_file(path: pathlib.Path, description: Description, data: str | Non
         normalize=description.normalize,
         labels=description.labels,
         details={"weights": str(path), "family": loaded.family, "images": image_source},
+        **_data_of(description.image_shape, data),
     )
 
 
@@ -278,6 +296,7 @@ def _from_foreign(name: str, facts: Facts, data: str | None) -> Source:
         labels=labels,
         details={"weights": name, "family": loaded.family, "images": image_source},
         notes=tuple(notes),
+        **_data_of((*size, channels), data),
     )
 
 
@@ -321,6 +340,30 @@ def _images(
     """Proof images of that shape, and what they are."""
     if data is None:
         return photographs(shape)
+    return data_images(data, reading_of(shape, data), shape, count)
+
+
+def reading_of(
+    shape: tuple[int, int, int], data: str | None, crop: Crop | None = None
+) -> DataSettings:
+    """How a data set becomes images of that shape, without a run that says it."""
+    crop = crop or Crop()
     size = 0 if data in ("digits", "fake", "scenes") else shape[:2]
-    settings = DataSettings(train_size=size, eval_size=size)
-    return data_images(data, settings, shape, count)
+    return DataSettings(
+        train_size=size,
+        eval_size=size,
+        eval_crop=crop.fraction,
+        background=crop.background,
+        white=crop.white,
+    )
+
+
+def _data_of(
+    shape: tuple[int, int, int], data: str | None, crop: Crop | None = None
+) -> dict[str, Any]:
+    """The fields `reading` and `evaluation` of a source that is not a run."""
+    reading = reading_of(shape, data, crop)
+    return {
+        "reading": reading,
+        "evaluation": None if data is None else data_settings(data, reading),
+    }

@@ -7,7 +7,7 @@ process, which counts over all workers, decides (`BadImages`). `load` has the ta
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -275,14 +275,44 @@ class Dataset:
         Raises:
           ValueError: none of them can.
         """
-        transform = EvalTransform(self.evaluation, self.eval_crop, self.eval_shape, self.masks)
-        examples = [transform(i)[0] for i in range(min(count, len(self.evaluation)))]
-        images = [example["image"] for example in examples if example["mask"]]
-        if not images:
-            raise ValueError(
-                f"none of the first {len(examples)} validation images of {self.name} can be decoded"
-            )
-        return np.stack(images)
+        count = min(count, len(self.evaluation))
+        return self._examples(self.evaluation, range(count), f"the first {count} validation")[0]
+
+    def spread_examples(
+        self, count: int, *, training: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images from all over a split, in even distances, as evaluation sees them.
+
+        Those that cannot be decoded are left out.
+
+        Args:
+          count: of images, at most.
+          training: those of training instead of validation, without augmentation.
+
+        Returns:
+          uint8 (count, *eval_shape), and int32 labels (count,), or uint8 (count, height, width) of
+          pixels.
+
+        Raises:
+          ValueError: none of them can be decoded.
+        """
+        source = self.train if training else self.evaluation
+        count = min(count, len(source))
+        what = f"{count} {'training' if training else 'validation'}"
+        return self._examples(source, [i * len(source) // count for i in range(count)], what)
+
+    def _examples(
+        self, source: Source, numbers: Sequence[int], what: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        transform = EvalTransform(source, self.eval_crop, self.eval_shape, self.masks)
+        examples = [transform(number)[0] for number in numbers]
+        found = [example for example in examples if example["mask"]]
+        if not found:
+            raise ValueError(f"none of {what} images of {self.name} can be decoded")
+        return (
+            np.stack([example["image"] for example in found]),
+            np.stack([example["label"] for example in found]),
+        )
 
 
 def _load_tfds(name: str, settings: DataSettings, training: bool) -> Splits:

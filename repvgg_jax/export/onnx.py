@@ -27,19 +27,23 @@ IR_VERSION = 8  # the one released with opset 17; older runtimes refuse newer on
 
 def write(network: Network, path: Path, dtype: str) -> None:
     """Writes and checks a model file."""
+    save(Graph(network, np.dtype(dtype)), path)
+
+
+def save(graph: "Graph", path: Path) -> None:
+    """Fills a graph with the operators of its network, writes it and checks it."""
     import onnx
 
-    graph = _Graph(network, np.dtype(dtype))
-    x = graph.enter(network.input_name)
-    for operator in operators.operators(network):
+    x = graph.enter(graph.network.input_name)
+    for operator in operators.operators(graph.network):
         x = graph.add(operator, x)
     graph.finish()
     onnx.save(graph.model, path)
-    del graph  # the checker reads the file: one copy of the weights at a time
+    graph.model.Clear()  # the checker reads the file: one copy of the weights at a time
     onnx.checker.check_model(str(path), full_check=True)
 
 
-class _Graph:
+class Graph:
     """A model that operators are added to; tensors are represented by their names."""
 
     def __init__(self, network: Network, dtype: np.dtype):
@@ -62,35 +66,33 @@ class _Graph:
             return self._cast("images/cast", images, self.dtype, source=np.float32)
         # The cast comes first: TensorRT takes uint8 inputs only if they are cast at once.
         x = self._cast("images/cast", images, np.float32, source=np.uint8)
-        x = self._node("Transpose", "images/nchw", x, perm=(0, 3, 1, 2))
+        x = self.node("Transpose", "images/nchw", x, perm=(0, 3, 1, 2))
         normalize = self.network.normalize
         for name, op, values in (
             ("images/offset", "Sub", normalize.offset),
             ("images/factor", "Mul", normalize.factor),
         ):
             values = values.reshape(1, -1, 1, 1)
-            x = self._node(op, name, x, self._weight(f"{name}/value", values, np.float32))
+            x = self.node(op, name, x, self.weight(f"{name}/value", values, np.float32))
         return self._cast("images/normalized", x, self.dtype, source=np.float32)
 
     def add(self, operator: operators.Operator, x: str) -> str:
         """Adds an operator that maps `x`; returns its result."""
         match operator:
             case operators.Conv():
-                return self._conv(operator, x)
+                return self.conv(operator, x)
             case operators.Activation(kind):
                 return self._activation(kind, x)
             case operators.Gate():
                 return self._gate(operator, x)
             case operators.Pool():
                 x = self._cast("pool/cast", x, np.float32, source=self.dtype)
-                x = self._node("GlobalAveragePool", "pool", x)
-                return self._node("Flatten", "pool/flatten", x, axis=1)
-            case operators.Linear(name):
-                kernel = self._weight(f"{name}/kernel", operator.kernel, np.float32)
-                bias = self._weight(f"{name}/bias", operator.bias, np.float32)
-                return self._node("Gemm", name, x, kernel, bias)
+                x = self.node("GlobalAveragePool", "pool", x)
+                return self.node("Flatten", "pool/flatten", x, axis=1)
+            case operators.Linear():
+                return self.linear(operator, x)
             case operators.Softmax():
-                return self._node("Softmax", "softmax", x, axis=1)
+                return self.node("Softmax", "softmax", x, axis=1)
             case operators.Output(name):
                 return self._output(name, x)
             case _:
@@ -104,18 +106,18 @@ class _Graph:
             case operators.Take(name):
                 return self._kept[name]
             case operators.Add(name):
-                return self._node("Add", f"{x}/add", x, self._kept[name])
+                return self.node("Add", f"{x}/add", x, self._kept[name])
             case operators.Join(names):
                 parts = [self._kept[name] for name in names]
-                return self._node("Concat", "/".join(names), *parts, axis=1)
+                return self.node("Concat", "/".join(names), *parts, axis=1)
             case operators.MaxPool():
                 sides = {"kernel_shape": (3, 3), "strides": (2, 2), "pads": (1, 1, 1, 1)}
-                return self._node("MaxPool", f"{x}/max", x, **sides)
+                return self.node("MaxPool", f"{x}/max", x, **sides)
             case operators.Resample(name, rows, columns):
                 dtype = np.float32 if operator.wide else None
-                across = self._weight(f"{name}/columns", columns.T, dtype)
-                x = self._node("MatMul", f"{name}/across", x, across)
-                return self._node("MatMul", name, self._weight(f"{name}/rows", rows, dtype), x)
+                across = self.weight(f"{name}/columns", columns.T, dtype)
+                x = self.node("MatMul", f"{name}/across", x, across)
+                return self.node("MatMul", name, self.weight(f"{name}/rows", rows, dtype), x)
             case operators.Widen():
                 return self._cast(f"{x}/wide", x, np.float32, source=self.dtype)
         raise AssertionError(operator)
@@ -128,14 +130,25 @@ class _Graph:
         self.model.graph.node[-1].output[0] = name
         return name
 
-    def _conv(self, conv: operators.Conv, x: str) -> str:
-        dtype = np.float32 if conv.wide else None
-        return self._node(
+    def linear(self, linear: operators.Linear, x: str) -> str:
+        """Adds the classifier."""
+        return self.node("Gemm", linear.name, x, *self.weights(linear, linear.kernel, wide=True))
+
+    def weights(self, layer: Any, kernel: np.ndarray, *, wide: bool) -> tuple[str, str]:
+        """Adds a layer's kernel, as its operator takes it, and its bias."""
+        dtype = np.float32 if wide else None
+        return (
+            self.weight(f"{layer.name}/kernel", kernel, dtype),
+            self.weight(f"{layer.name}/bias", layer.bias, dtype),
+        )
+
+    def conv(self, conv: operators.Conv, x: str) -> str:
+        """Adds a convolution."""
+        return self.node(
             "Conv",
             conv.name,
             x,
-            self._weight(f"{conv.name}/kernel", conv.kernel.transpose(3, 2, 0, 1), dtype),
-            self._weight(f"{conv.name}/bias", conv.bias, dtype),
+            *self.weights(conv, conv.kernel.transpose(3, 2, 0, 1), wide=conv.wide),
             kernel_shape=conv.kernel_size,
             strides=(conv.stride,) * 2,
             pads=conv.padding * 2,
@@ -145,25 +158,25 @@ class _Graph:
 
     def _activation(self, kind: str, x: str) -> str:
         if kind == "relu":
-            return self._node("Relu", f"{x}/relu", x)
+            return self.node("Relu", f"{x}/relu", x)
         assert kind == "silu"  # opset 17 has no operator for it
-        return self._node("Mul", f"{x}/silu", x, self._node("Sigmoid", f"{x}/sigmoid", x))
+        return self.node("Mul", f"{x}/silu", x, self.node("Sigmoid", f"{x}/sigmoid", x))
 
     def _gate(self, gate: operators.Gate, x: str) -> str:
-        y = self._node("GlobalAveragePool", f"{gate.name}/mean", x)
+        y = self.node("GlobalAveragePool", f"{gate.name}/mean", x)
         for linear, activation in ((gate.reduce, "Relu"), (gate.expand, "Sigmoid")):
             # A linear layer on a single pixel: as a convolution it needs no reshape.
             kernel = linear.kernel.T[:, :, None, None]
-            y = self._node(
+            y = self.node(
                 "Conv",
                 linear.name,
                 y,
-                self._weight(f"{linear.name}/kernel", kernel),
-                self._weight(f"{linear.name}/bias", linear.bias),
+                self.weight(f"{linear.name}/kernel", kernel),
+                self.weight(f"{linear.name}/bias", linear.bias),
                 kernel_shape=(1, 1),
             )
-            y = self._node(activation, f"{linear.name}/{activation.lower()}", y)
-        return self._node("Mul", gate.name, x, y)
+            y = self.node(activation, f"{linear.name}/{activation.lower()}", y)
+        return self.node("Mul", gate.name, x, y)
 
     def finish(self) -> None:
         """Declares input and output, and adds the description to the model."""
@@ -188,7 +201,8 @@ class _Graph:
         for key, text in network.header(ONNX.input_layout(network)).items():
             self.model.metadata_props.add(key=key, value=text)
 
-    def _node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
+    def node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
+        """Adds a node of that name with one output of the same name."""
         self.model.graph.node.append(
             self.onnx.helper.make_node(op, inputs, [name], name=name, **attributes)
         )
@@ -198,18 +212,24 @@ class _Graph:
         if np.dtype(target) == np.dtype(source):
             return x
         to = self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(target))
-        return self._node("Cast", name, x, to=to)
+        return self.node("Cast", name, x, to=to)
 
-    def _weight(self, name: str, values: np.ndarray, dtype: Any = None) -> str:
+    def weight(self, name: str, values: np.ndarray, dtype: Any = None) -> str:
+        """Adds weights in the graph's dtype, or in another one."""
         dtype = self.dtype if dtype is None else np.dtype(dtype)
         if (largest := np.abs(values).max()) > np.finfo(dtype).max:
             raise ValueError(
                 f"{name} holds {largest:.3g}, beyond the largest {dtype}, {np.finfo(dtype).max:g}; "
                 "export this network in float32"
             )
+        return self.constant(name, values.astype(dtype, copy=False))
+
+    def constant(self, name: str, values: np.ndarray) -> str:
+        """Adds an array as it is."""
         tensor = self.model.graph.initializer.add(name=name, dims=values.shape)
-        tensor.data_type = self.onnx.helper.np_dtype_to_tensor_dtype(dtype)
-        tensor.raw_data = values.astype(dtype.newbyteorder("<"), copy=False).tobytes()
+        tensor.data_type = self.onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+        little_endian = values.dtype.newbyteorder("<")
+        tensor.raw_data = values.astype(little_endian, copy=False).tobytes()
         return name
 
 

@@ -12,7 +12,7 @@ there are labels.
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,22 @@ def load() -> Any:
     return tf
 
 
-def build(network: Network) -> Any:
-    """A `tf.Module` with the weights as variables and a `tf.function` called `serve`."""
+Translated = tuple[Callable[..., Any], list[Any]]
+"""A function of a value and of variables, and these variables."""
+
+
+def build(network: Network, translate: Callable[[Any, Any], Translated] | None = None) -> Any:
+    """A `tf.Module` with the weights as variables and a `tf.function` called `serve`.
+
+    Args:
+      network: what it computes.
+      translate: maps an operator and TensorFlow to a function and its variables; default: as the
+        operator is.
+    """
     tf = load()
     module = tf.Module(name="repvgg")
     layers = [
-        _translate(operator, tf)
+        (translate or translate_operator)(operator, tf)
         for operator in operators.operators(network)
         if not isinstance(operator, operators.Output)  # the last one is the only output
     ]
@@ -61,7 +71,7 @@ def build(network: Network) -> Any:
     return module
 
 
-def _translate(operator: Any, tf: Any) -> tuple[Callable[..., Any], list[Any]]:
+def translate_operator(operator: Any, tf: Any) -> Translated:
     """An operator as a function of its input and its variables."""
     match operator:
         case operators.Conv():
@@ -74,34 +84,35 @@ def _translate(operator: Any, tf: Any) -> tuple[Callable[..., Any], list[Any]]:
                 x = tf.nn.conv2d(x, kernel, stride, padding, dilations=dilation, name=operator.name)
                 return tf.nn.bias_add(x, bias)
 
-            return conv, _variables(tf, operator.kernel, operator.bias)
+            return conv, variables_of(tf, operator.kernel, operator.bias)
         case operators.Activation(kind):
             return {"relu": tf.nn.relu, "silu": tf.nn.silu}[kind], []
         case operators.Gate(_, reduce, expand):
 
             def gate(x: Any, *variables: Any) -> Any:
                 y = tf.reduce_mean(x, (1, 2), keepdims=True)
-                y = tf.nn.relu(_pointwise(tf, y, *variables[:2]))
-                return x * tf.sigmoid(_pointwise(tf, y, *variables[2:]))
+                y = tf.nn.relu(pointwise(tf, y, *variables[:2]))
+                return x * tf.sigmoid(pointwise(tf, y, *variables[2:]))
 
-            return gate, _variables(tf, reduce.kernel, reduce.bias, expand.kernel, expand.bias)
+            return gate, variables_of(tf, reduce.kernel, reduce.bias, expand.kernel, expand.bias)
         case operators.Pool():
             return lambda x: tf.reduce_mean(x, (1, 2)), []
         case operators.Linear():
             return (
                 lambda x, kernel, bias: tf.nn.bias_add(tf.matmul(x, kernel), bias),
-                _variables(tf, operator.kernel, operator.bias),
+                variables_of(tf, operator.kernel, operator.bias),
             )
         case operators.Softmax():
             return tf.nn.softmax, []
     raise AssertionError(operator)
 
 
-def _variables(tf: Any, *values: np.ndarray) -> list[Any]:
+def variables_of(tf: Any, *values: np.ndarray) -> list[Any]:
+    """Arrays as variables."""
     return [tf.Variable(value) for value in values]
 
 
-def _pointwise(tf: Any, x: Any, kernel: Any, bias: Any) -> Any:
+def pointwise(tf: Any, x: Any, kernel: Any, bias: Any) -> Any:
     """A linear layer on a single pixel: as a convolution it needs no reshape."""
     return tf.nn.bias_add(tf.nn.conv2d(x, kernel[None, None], 1, "VALID"), bias)
 
@@ -147,14 +158,23 @@ def write_tflite(network: Network, path: Path, dtype: str) -> None:
     """
     tf = load()
     module = build(network)
-    converter = tf.lite.TFLiteConverter.from_concrete_functions(
-        [module.serve.get_concrete_function()], module
-    )
+    converter = converter_of(module, tf)
     if dtype == "float16":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         converter.target_spec.supported_types = [tf.float16]
     path.write_bytes(converter.convert())
-    description = network.description(TFLITE.layout)
+    describe(path, network, network.description(TFLITE.layout))
+
+
+def converter_of(module: Any, tf: Any) -> Any:
+    """A converter of what `build` returns."""
+    return tf.lite.TFLiteConverter.from_concrete_functions(
+        [module.serve.get_concrete_function()], module
+    )
+
+
+def describe(path: Path, network: Network, description: Mapping[str, Any]) -> None:
+    """Adds the description to a .tflite file, and the labels."""
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("metadata.json", json.dumps(description, indent=2, ensure_ascii=False))
         if network.labels:

@@ -12,7 +12,15 @@ from repvgg_jax.model import RepVGG
 from repvgg_jax.quantization import passes
 from repvgg_jax.quantization.calibrators import BINS, Histogram, choose_range
 from repvgg_jax.quantization.grid import Grid
-from repvgg_jax.quantization.network import Plan, chain, checked, layer_of, plan, with_layers
+from repvgg_jax.quantization.network import (
+    Plan,
+    chain,
+    checked,
+    is_relu,
+    layer_of,
+    plan,
+    with_layers,
+)
 from repvgg_jax.quantization.settings import Settings
 from repvgg_jax.reparam import equalize
 from repvgg_jax.text import named_leaves, plural
@@ -125,6 +133,8 @@ def quantize(
     """
     settings = settings or Settings()
     model = checked(model)
+    if settings.equalize is None:
+        settings = dataclasses.replace(settings, equalize=is_relu(model.activation))
     planned = plan(model, settings.float_layers)
     images = check_images(images)
     params = _params_of(model, variables)

@@ -55,7 +55,8 @@ class Settings:
       percentile: of the calibrator `percentile`: how many percent of the values are at most the
         largest number, and at least the smallest one.
       float_layers: layers that stay in float, by name, e.g. `("stem", "head")`.
-      equalize: whether channels are first scaled between layers, see `reparam.equalize`.
+      equalize: whether channels are first scaled between layers, see `reparam.equalize`; None if
+        all activations are ReLU, for which it is exact.
       bias_correction: whether biases make up for the shift of each channel's mean.
 
     Raises:
@@ -66,7 +67,7 @@ class Settings:
     calibrator: str = "mse"
     percentile: float = 99.99
     float_layers: tuple[str, ...] = ()
-    equalize: bool = True
+    equalize: bool | None = None
     bias_correction: bool = True
 
     def __post_init__(self) -> None:

@@ -207,13 +207,7 @@ def data_images(
     Raises:
       ValueError: it is not there, or has images of another shape.
     """
-    path = pathlib.Path(data)
-    if path.is_dir():
-        records = (path / MANIFEST).is_file()
-        data = f"records:{data}" if records else f"folder:{data}"
-        below = any((path / split).is_dir() for split in ("val", "validation"))
-        settings = dataclasses.replace(settings, eval_split="validation" if below else ".")
-    settings = dataclasses.replace(settings, source=data, holdout=0.0, num_classes=0)
+    settings = data_settings(data, settings)
     images = load(settings, training=False).evaluation_images(count)
     if images.shape[1:] != shape:
         raise ValueError(
@@ -221,6 +215,22 @@ def data_images(
             f"takes {shape}"
         )
     return images, f"{len(images):,} validation images of {settings.source}"
+
+
+def data_settings(data: str, settings: DataSettings) -> DataSettings:
+    """The settings that read another data set like a run's own.
+
+    Args:
+      data: as for `data_images`.
+      settings: of the run.
+    """
+    path = pathlib.Path(data)
+    if path.is_dir():
+        records = (path / MANIFEST).is_file()
+        data = f"records:{data}" if records else f"folder:{data}"
+        below = any((path / split).is_dir() for split in ("val", "validation"))
+        settings = dataclasses.replace(settings, eval_split="validation" if below else ".")
+    return dataclasses.replace(settings, source=data, holdout=0.0, num_classes=0)
 
 
 def photographs(shape: tuple[int, int, int]) -> tuple[np.ndarray, str]:

@@ -1,0 +1,292 @@
+"""`--quantize int8`: quantizes the fused network, writes it and measures what that costs."""
+
+import dataclasses
+import logging
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from repvgg_jax.convert.calibration import (
+    Calibrate,
+    calibration_images,
+    evaluation_examples,
+)
+from repvgg_jax.convert.source import Source
+from repvgg_jax.export import INT8_FORMATS, Artifact, Network, export_int8
+from repvgg_jax.export.format import Run, size
+from repvgg_jax.export.int8 import float_layers, simulated
+from repvgg_jax.quantization import Quantized, Settings, quantize
+from repvgg_jax.segmentation.network import Segmenter
+from repvgg_jax.text import plural
+
+logger = logging.getLogger(__name__)
+
+KEY = "int8"
+"""Of the measurements in `proof.json`."""
+
+TIMED_IMAGES = 32  # at most, per call in the timing
+TIMED_ROUNDS = 3, 15  # at least, at most
+TIMED_SECONDS = 6.0  # no further round after this
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """What `--quantize int8` and the flags beside it ask for.
+
+    Attributes:
+      calibrate: which images.
+      settings: how the network is quantized.
+      formats: what to write, names of `INT8_FORMATS`.
+    """
+
+    calibrate: Calibrate
+    settings: Settings = Settings()  # noqa: RUF009 (frozen)
+    formats: tuple[str, ...] = ("onnx",)
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.formats if name not in INT8_FORMATS]:
+            raise ValueError(f"no int8 in {unknown[0]}; formats: {', '.join(INT8_FORMATS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """How the float and the int8 artifact of a runtime compare.
+
+    Attributes:
+      accuracy: of both; None without labels.
+      agreement: share of images that get the same class from both.
+      bytes: of both files; of the simulation none.
+      images_per_second: of both, in batches of up to 32; of the simulation none.
+      float_layers: those that the runtime computes in float, although they are quantized.
+    """
+
+    accuracy: tuple[float, float] | None
+    agreement: float
+    bytes: tuple[int, int] | None = None
+    images_per_second: tuple[float, float] | None = None
+    float_layers: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for `proof.json`."""
+        found: dict[str, Any] = {"agreement": self.agreement}
+        for field in ("accuracy", "bytes", "images_per_second"):
+            for form, value in zip(("float", "int8"), getattr(self, field) or (), strict=False):
+                found[f"{form}_{field}"] = value
+        return {**found, "float_layers": list(self.float_layers)}
+
+
+class Conversion:
+    """A quantized network, ready to be written: whatever can fail for its input has not.
+
+    Attributes:
+      quantized: the network.
+      artifacts: what was written.
+    """
+
+    def __init__(self, source: Source, fused: Any, asked: Int8):
+        """Calibrates and quantizes.
+
+        Raises:
+          ValueError: a segmenter, or as `calibration_images` and `quantize`.
+        """
+        if isinstance(source.model, Segmenter) or not source.model.num_classes:
+            raise ValueError(
+                "--quantize int8 takes classifiers; a network without classes or with a class per "
+                "pixel has no accuracy that it could be checked by"
+            )
+        self.asked = asked
+        self.source = source
+        self.calibration = calibration_images(source, asked.calibrate)
+        self.evaluation = evaluation_examples(source)
+        start = time.perf_counter()
+        self.quantized: Quantized = quantize(
+            source.model.clone(deploy=True),
+            fused,
+            source.normalize(self.calibration.images),
+            asked.settings,
+        )
+        self.seconds = time.perf_counter() - start
+        for line in self.quantized.warnings:
+            logger.warning("%s", line)
+        self.artifacts: list[Artifact] = []
+        self._measured: dict[str, dict[str, Measured]] = {}
+
+    def write(self, network: Network, directory: pathlib.Path) -> list[Artifact]:
+        """Writes the artifacts, proves and measures them.
+
+        Args:
+          network: the float network, with its settings of graphs.
+          directory: where to write.
+
+        Raises:
+          ValueError: as `export_int8`.
+        """
+        rounded = self._network(network, self.quantized.params, network.images)
+        for name in self.asked.formats:
+            path = directory / INT8_FORMATS[name].filename
+            artifact = export_int8(name, rounded, self.quantized, path)
+            self.artifacts.append(artifact)
+            self._measured[name] = self._measure(name, network, artifact)
+        self._measured["jax"] = {"simulation": self._simulation(network)}
+        return self.artifacts
+
+    def _network(self, network: Network, params: Any, images: np.ndarray) -> Network:
+        return Network(
+            network.model,
+            {"params": params},
+            images=images,
+            normalize=network.normalize,
+            labels=network.labels,
+            with_preprocessing=network.with_preprocessing,
+            dynamic_size=network.dynamic_size,
+        )
+
+    def _measure(self, name: str, network: Network, artifact: Artifact) -> dict[str, Measured]:
+        """Runs the float and the int8 artifact in every runtime on the evaluation images."""
+        found = {}
+        form = INT8_FORMATS[name].format
+        images = self.evaluation.images
+        of_float = self._network(network, network.params, images)
+        of_int8 = self._network(network, self.quantized.params, images)
+        with tempfile.TemporaryDirectory() as temporary:
+            path = pathlib.Path(temporary, form.filename)
+            form.write(of_float, path, "float32")
+            for runtime in form.runtimes:
+                if runtime.name in artifact.unproven:
+                    continue
+                runs = runtime.open(path, of_float), runtime.open(artifact.path, of_int8)
+                outputs = of_float.answers(runs[0]), of_int8.answers(runs[1])
+                found[runtime.name] = dataclasses.replace(
+                    self._compared(*outputs),
+                    bytes=(size(path), artifact.size),
+                    images_per_second=_images_per_second(runs, of_float.images),
+                    float_layers=float_layers(
+                        name, runtime.name, artifact.path, of_int8, self.quantized
+                    ),
+                )
+                del runs
+        return found
+
+    def _simulation(self, network: Network) -> Measured:
+        images = self.evaluation.images
+        of_float = self._network(network, network.params, images)
+        of_int8 = self._network(network, self.quantized.params, images)
+        return self._compared(of_float.reference, simulated(of_int8, self.quantized))
+
+    def _compared(self, of_float: np.ndarray, of_int8: np.ndarray) -> Measured:
+        classes = of_float.argmax(-1), of_int8.argmax(-1)
+        labels = self.evaluation.labels
+        accuracy = None
+        if labels is not None:
+            accuracy = float((classes[0] == labels).mean()), float((classes[1] == labels).mean())
+        return Measured(accuracy, float((classes[0] == classes[1]).mean()))
+
+    @property
+    def _headline(self) -> Measured:
+        """What the first runtime measured, or else the simulation."""
+        return next(iter(next(found for found in self._measured.values() if found).values()))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object `int8` of `proof.json`."""
+        accuracy = self._headline.accuracy or (None, None)
+        return {
+            "float_accuracy": accuracy[0],
+            "int8_accuracy": accuracy[1],
+            "agreement": self._headline.agreement,
+            "images": len(self.evaluation.images),
+            "evaluation": self.evaluation.what,
+            "calibration": {
+                "source": str(self.asked.calibrate),
+                "images": len(self.calibration.images),
+                "what": self.calibration.what,
+            },
+            "settings": self.quantized.settings.as_dict(),
+            "logit_errors": dict(self.quantized.errors),
+            "layer_noise": dict(self.quantized.noise),
+            "warnings": list(self.quantized.warnings),
+            "runtimes": {
+                name: {runtime: measured.as_dict() for runtime, measured in found.items()}
+                for name, found in self._measured.items()
+            },
+        }
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """A table of all that was measured."""
+        settings = self.quantized.settings
+        steps = ", ".join(f"{error:.2%} {step}" for step, error in self.quantized.errors.items())
+        head = [
+            f"int8 for {settings.target}, {_calibrator(settings)}, calibrated on "
+            f"{self.calibration.what}, {self.seconds:.0f} s",
+            f"  change of the logits, root mean square: {steps}",
+        ]
+        if settings.float_layers:
+            head.append(f"  in float as asked: {', '.join(self.quantized.plan.float_layers)}")
+        rows = [("", "", "float", "int8", "")]
+        for name, found in self._measured.items():
+            for runtime, measured in found.items():
+                rows += self._rows(name, runtime, measured)
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        table = [
+            "  ".join(
+                cell.ljust(width) if column in (0, 1, 4) else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        notes = [f"  {self.evaluation.note}"] if self.evaluation.note else []
+        notes += [f"  warning: {line}" for line in self.quantized.warnings]
+        return (*head, *(f"  {line.rstrip()}" for line in table), *notes)
+
+    def _rows(
+        self, name: str, runtime: str, measured: Measured
+    ) -> list[tuple[str, str, str, str, str]]:
+        same = f"same class on {measured.agreement:.2%} of {self.evaluation.what}"
+        accuracy = measured.accuracy
+        before, after = ("–", "–") if accuracy is None else (f"{a:.2%}" for a in accuracy)
+        rows = [(runtime, "accuracy", before, after, same)]
+        if measured.bytes is not None:
+            large, small = measured.bytes
+            rows.append(("", "bytes", f"{large:,}", f"{small:,}", f"{small / large:.1%}, {name}"))
+        if measured.images_per_second is not None:
+            slow, fast = measured.images_per_second
+            ratio = f"{fast / slow:.2f}x"
+            rows.append(("", "images/s", f"{slow:,.0f}", f"{fast:,.0f}", ratio))
+        total = len(self.quantized.plan.layers)
+        if runtime != "simulation":
+            left = measured.float_layers
+            text = "all layers in int8"
+            if left:
+                text = f"{len(left)} of {plural(total, 'layer')} in float: {', '.join(left)}"
+            rows.append(("", "", "", "", text))
+        return rows
+
+
+def _calibrator(settings: Settings) -> str:
+    if settings.calibrator == "percentile":
+        return f"calibrator percentile {settings.percentile:g}"
+    return f"calibrator {settings.calibrator}"
+
+
+def _images_per_second(runs: Sequence[Run], images: np.ndarray) -> tuple[float, float]:
+    """Medians of several rounds in which both artifacts take turns."""
+    batch = images[: min(len(images), TIMED_IMAGES)]
+    seconds: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        run(batch)
+    least, most = TIMED_ROUNDS
+    began = time.perf_counter()
+    for done in range(most):
+        if done >= least and time.perf_counter() - began > TIMED_SECONDS:
+            break
+        for run, taken in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            run(batch)
+            taken.append(time.perf_counter() - start)
+    first, second = (len(batch) / statistics.median(taken) for taken in seconds)
+    return first, second
