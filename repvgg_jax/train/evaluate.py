@@ -224,6 +224,11 @@ def evaluate_only(
     variables = jax.device_put(variables, experiment.replicated)
     evaluator = Evaluator(experiment)
     trained = evaluator(experiment.model, variables)
+    if experiment.obstacle is not None:
+        raise ValueError(
+            f"{source} has no deploy form to evaluate beside: {experiment.obstacle}; the end of "
+            "its training evaluates it as it is"
+        )
     fused = evaluator(experiment.model.clone(deploy=True), experiment.model.fuse(variables))
     assert trained is not None
     assert fused is not None

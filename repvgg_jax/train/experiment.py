@@ -17,7 +17,7 @@ from repvgg_jax.data.dataset import Dataset, TrainSizes, load
 from repvgg_jax.data.identity import class_counts
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.reparam import decay_mask
+from repvgg_jax.reparam import BUILT_IN, BlockSpec, decay_mask
 from repvgg_jax.segmentation.inference import PROTOCOLS
 from repvgg_jax.segmentation.network import Segmenter, create_segmenter
 from repvgg_jax.segmentation.task import Segmentation
@@ -218,6 +218,7 @@ class Experiment:
                 steps_per_epoch=steps_per_epoch,
                 total_steps=total_steps,
                 offset=offset,
+                blocks=model.variant.blocks if isinstance(model, RepVGG) else (),
             ),
             normalize=normalize,
             augment=make_augmentation(settings.augment, normalize),
@@ -325,6 +326,12 @@ class Experiment:
         """Height and width of the training images in an epoch, counted from 0."""
         return TrainSizes(self.settings.data.sizes, otherwise=self.dataset.image_shape[:2])
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why the network has no deploy form; None if it has one."""
+        blocks = self.model.variant.blocks if isinstance(self.model, RepVGG) else ()
+        return next((block.obstacle for block in blocks if block.obstacle), None)
+
     def is_due(self, every_epochs: int, step: int) -> bool:
         """Whether something that happens every so many epochs, and at the end, is due."""
         period = every_epochs * self.steps_per_epoch
@@ -375,6 +382,7 @@ def make_optimizer(
     steps_per_epoch: int,
     total_steps: int,
     offset: int = 0,
+    blocks: Sequence[BlockSpec] = (),
 ) -> optax.GradientTransformation:
     """The gradient transformation that `config.optimizer` describes.
 
@@ -388,6 +396,7 @@ def make_optimizer(
       steps_per_epoch: whole batches in the training images.
       total_steps: step at which the run ends.
       offset: steps by which the schedule is ahead.
+      blocks: of the network, for those whose norms decay beside the built-in ones.
     """
     rate = schedule(
         settings,
@@ -398,7 +407,9 @@ def make_optimizer(
     )
 
     def mask(params: Any) -> Any:
-        return decay_mask(params, equivalent_l2=settings.equivalent_l2)
+        if settings.equivalent_l2:
+            return decay_mask(params, equivalent_l2=True)
+        return decay_mask(params, blocks=(*BUILT_IN, *blocks))
 
     clipping = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     heads = []
