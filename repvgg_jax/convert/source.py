@@ -308,6 +308,6 @@ def _images(
     """Proof images of that shape, and what they are."""
     if data is None:
         return photographs(shape)
-    size = 0 if data in ("digits", "fake", "scenes") else shape[:2]
+    size = 0 if data in ("digits", "clutter", "fake", "scenes") else shape[:2]
     settings = DataSettings(train_size=size, eval_size=size)
     return data_images(data, settings, shape, count)

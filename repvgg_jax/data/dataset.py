@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from repvgg_jax.data.clutter import load_clutter
 from repvgg_jax.data.decoding import Decoder, UndecodableError, decode
 from repvgg_jax.data.images import CenterCrop, RandomResizedCrop
 from repvgg_jax.data.joint_crop import JointCrop, WholeImage
@@ -296,6 +297,7 @@ def _load_folder(path: str, settings: DataSettings, training: bool) -> Splits:
 
 _LOADERS: Mapping[str, Callable[[str, DataSettings, bool], Splits]] = {
     "digits": lambda _, settings, training: load_digits(),
+    "clutter": lambda _, settings, training: load_clutter(),
     "fake": lambda _, settings, training: load_fake(),
     "tfds:": _load_tfds,
     "folder:": _load_folder,
@@ -310,8 +312,8 @@ _MASK_LOADERS: Mapping[str, Callable[[str], tuple[Any, Any, tuple[str, ...]]]] =
 """Data with a label per pixel."""
 
 _SOURCES = (
-    "digits, fake, tfds:NAME, folder:DIRECTORY, records:DIRECTORY; with a class per pixel scenes, "
-    "cityscapes:DIRECTORY, masks:DIRECTORY"
+    "digits, clutter, fake, tfds:NAME, folder:DIRECTORY, records:DIRECTORY; with a class per pixel "
+    "scenes, cityscapes:DIRECTORY, masks:DIRECTORY"
 )
 
 

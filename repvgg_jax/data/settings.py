@@ -84,8 +84,8 @@ class DataSettings(Section, path="config.data"):
 
     source: str = setting(
         "digits",
-        "digits, fake, tfds:NAME, folder:DIRECTORY or records:DIRECTORY; with a class per pixel: "
-        "scenes, cityscapes:DIRECTORY or masks:DIRECTORY",
+        "digits, clutter, fake, tfds:NAME, folder:DIRECTORY or records:DIRECTORY; with a class per "
+        "pixel: scenes, cityscapes:DIRECTORY or masks:DIRECTORY",
     )
     directory: str = setting("", "where TFDS prepared tfds:NAME; empty: its own default")
     train_split: str = setting("train", "split of tfds:NAME, or folder of folder:, to train on")
@@ -104,8 +104,8 @@ class DataSettings(Section, path="config.data"):
     )
     train_size: int | tuple[int, int] = setting(
         0,
-        "height and width, pixels: one number or (height, width); 0: as they are, for digits and "
-        "fake only",
+        "height and width, pixels: one number or (height, width); 0: as they are, for digits, "
+        "clutter and fake only",
         parse=parse_size,
         any_type=True,
     )
