@@ -256,9 +256,8 @@ class ReparamBlock(nn.Module):
                 return scale(x) * term.factor, None
             return scale(x) * term.factor, lambda: scale(_value(before, channels)) * term.factor
         if isinstance(term, Nonlinearity):
-            function, before = getattr(jax.nn, term.function), zero
-            channels = x.shape[-1]
-            return function(x), lambda: function(_value(before, channels))
+            # Convolutions behind it pad with zeros, as everywhere: nothing is folded here.
+            return getattr(jax.nn, term.function)(x), None
         assert isinstance(term, Identity), term
         return x, zero
 

@@ -13,7 +13,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from repvgg_jax.reparam import QAREPVGG, REPOPT, mobileone, repopt_search
+from repvgg_jax.reparam import ABLATIONS, ACB, QAREPVGG, REPOPT, mobileone, repopt_search
+from repvgg_jax.reparam.ablations import residual
 
 _DEPTHWISE = {branches: mobileone(3, branches) for branches in (1, 4)}
 _POINTWISE = {branches: mobileone(1, branches) for branches in (1, 4)}
@@ -52,6 +53,22 @@ def _repopt_search(layer: Any) -> tuple[Any, ...]:
     return (dataclasses.replace(layer, block=repopt_search(layer.index)),)
 
 
+_RESIDUAL = {
+    (projection, branches): residual(projection=projection, branches=branches)
+    for projection in (False, True)
+    for branches in (False, True)
+}
+
+
+def _residual(layer: Any, *, branches: bool = False) -> tuple[Any, ...]:
+    """A residual block of two convolutions; the stem is a single convolution or RepVGG block."""
+    if layer.in_channels is None:
+        block = ABLATIONS["full" if branches else "no branches"]
+    else:
+        block = _RESIDUAL[not layer.identity, branches]
+    return (dataclasses.replace(layer, block=block),)
+
+
 BLOCKS: Mapping[str, Callable[..., tuple[Any, ...]]] = types.MappingProxyType(
     {
         "repvgg": lambda layer: (layer,),
@@ -60,6 +77,18 @@ BLOCKS: Mapping[str, Callable[..., tuple[Any, ...]]] = types.MappingProxyType(
         "qarepvgg": functools.partial(_every, block=QAREPVGG),
         "repopt": functools.partial(_every, block=REPOPT),
         "repopt_search": _repopt_search,
+        # RepVGG's Tables 6 and 7, for `repvgg_jax.studies.ablation`.
+        "no_identity": functools.partial(_every, block=ABLATIONS["no identity"]),
+        "no_1x1": functools.partial(_every, block=ABLATIONS["no 1x1"]),
+        "no_branches": functools.partial(_every, block=ABLATIONS["no branches"]),
+        "identity_without_bn": functools.partial(_every, block=ABLATIONS["identity without BN"]),
+        "post_addition_bn": functools.partial(_every, block=ABLATIONS["post-addition BN"]),
+        "relu_in_branches": functools.partial(_every, block=ABLATIONS["ReLU in branches"]),
+        "diracnet": functools.partial(_every, block=ABLATIONS["DiracNet"]),
+        "trivial": functools.partial(_every, block=ABLATIONS["trivial"]),
+        "acb": functools.partial(_every, block=ACB),
+        "residual": _residual,
+        "residual_repvgg": functools.partial(_residual, branches=True),
     }
 )
 """What `Variant.block` may be."""

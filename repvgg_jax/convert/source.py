@@ -348,7 +348,7 @@ def reading_of(
 ) -> DataSettings:
     """How a data set becomes images of that shape, without a run that says it."""
     crop = crop or Crop()
-    size = 0 if data in ("digits", "fake", "scenes") else shape[:2]
+    size = 0 if data in ("digits", "clutter", "fake", "scenes") else shape[:2]
     return DataSettings(
         train_size=size,
         eval_size=size,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from repvgg_jax.data.clutter import load_clutter
 from repvgg_jax.data.decoding import Decoder, UndecodableError, decode
 from repvgg_jax.data.images import CenterCrop, RandomResizedCrop
 from repvgg_jax.data.joint_crop import JointCrop, WholeImage
@@ -348,6 +349,7 @@ def _load_records(path: str, settings: DataSettings, training: bool) -> Splits:
 
 _LOADERS: Mapping[str, Callable[[str, DataSettings, bool], Splits]] = {
     "digits": lambda _, settings, training: load_digits(),
+    "clutter": lambda _, settings, training: load_clutter(),
     "fake": lambda _, settings, training: load_fake(),
     "tfds:": _load_tfds,
     "folder:": _load_folder,
@@ -362,8 +364,8 @@ _LOADERS: Mapping[str, Callable[[str, DataSettings, bool], Splits]] = {
 }
 
 _SOURCES = (
-    "digits, fake, tfds:NAME, folder:DIRECTORY, records:DIRECTORY; with a class per pixel scenes, "
-    "cityscapes:DIRECTORY, masks:DIRECTORY, records:DIRECTORY, tfds:NAME"
+    "digits, clutter, fake, tfds:NAME, folder:DIRECTORY, records:DIRECTORY; with a class per pixel "
+    "scenes, cityscapes:DIRECTORY, masks:DIRECTORY, records:DIRECTORY, tfds:NAME"
 )
 
 

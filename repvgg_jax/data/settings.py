@@ -84,8 +84,9 @@ class DataSettings(Section, path="config.data"):
 
     source: str = setting(
         "digits",
-        "digits, fake, tfds:NAME, folder:DIRECTORY or records:DIRECTORY; with a class per pixel: "
-        "scenes, cityscapes:DIRECTORY, masks:DIRECTORY, records:DIRECTORY or, with mask, tfds:NAME",
+        "digits, clutter, fake, tfds:NAME, folder:DIRECTORY or records:DIRECTORY; with a class per "
+        "pixel: scenes, cityscapes:DIRECTORY, masks:DIRECTORY, records:DIRECTORY or, with mask, "
+        "tfds:NAME",
     )
     directory: str = setting("", "where TFDS prepared tfds:NAME; empty: its own default")
     train_split: str = setting(
@@ -117,8 +118,8 @@ class DataSettings(Section, path="config.data"):
     )
     train_size: int | tuple[int, int] = setting(
         0,
-        "height and width, pixels: one number or (height, width); 0: as they are, for digits and "
-        "fake only",
+        "height and width, pixels: one number or (height, width); 0: as they are, for digits, "
+        "clutter and fake only",
         parse=parse_size,
         any_type=True,
     )

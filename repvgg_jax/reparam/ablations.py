@@ -59,6 +59,34 @@ ABLATIONS: Mapping[str, BlockSpec] = types.MappingProxyType(
 its norm (Zagoruyko and Komodakis, 2017, equation 3), "trivial" is `I + W`.
 """
 
+
+def residual(*, projection: bool, branches: bool = False) -> BlockSpec:
+    """A basic block of ResNet: two 3x3 convolutions with a ReLU between them, and a shortcut.
+
+    It trains but has no deploy form. With `branches`, both convolutions have RepVGG's branches
+    (a ResNet made of RepVGG blocks).
+
+    Args:
+      projection: whether the shortcut is a 1x1 convolution and its norm, for blocks that change
+        the shape, instead of the identity.
+      branches: whether both convolutions have branches.
+    """
+
+    def conv(suffix: str, *, strided: bool) -> Linear:
+        square = conv_norm(f"3x3_{suffix}", 3, strided=strided)
+        if not branches:
+            return square
+        terms: list[Linear] = [square, conv_norm(f"1x1_{suffix}", 1, strided=strided)]
+        if not (strided and projection):
+            terms.append(Norm(f"bn_identity_{suffix}", decay=True))
+        return Sum(tuple(terms))
+
+    through = Chain((conv("a", strided=True), Nonlinearity(), conv("b", strided=False)))
+    shortcut = conv_norm("_shortcut", 1) if projection else Identity()
+    name = "residual block" + " of RepVGG blocks" * branches
+    return BlockSpec(name, Sum((through, shortcut)), keep=KEPT)
+
+
 QAREPVGG_VERSIONS: Mapping[str, BlockSpec] = types.MappingProxyType(
     {
         "V1": _spec("QARepVGG V1", _BN3, _BN1, _BN0, post_norm=True),

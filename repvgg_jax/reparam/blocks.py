@@ -159,6 +159,8 @@ class BlockSpec:
             )
 
     def _check_chain(self, chain: Chain) -> None:
+        if any(isinstance(term, Nonlinearity) for term in chain.terms):
+            return  # it only trains, so it need not be one convolution at the borders
         strided = False
         sizes = [kernel_size(term) for term in chain.terms]
         if any(sum(size > 1 for size in axis) > 1 for axis in zip(*sizes, strict=True)):

@@ -30,7 +30,7 @@ from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.targets import Target
 from repvgg_jax.train.validate import check_batches, check_compiler_options
 
-_BUILT_IN = ("digits", "fake", "scenes")  # sources that come with the package
+_BUILT_IN = ("digits", "clutter", "fake", "scenes")  # sources that come with the package
 
 _COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("

@@ -296,6 +296,11 @@ def _evaluated(
     experiment: Experiment, variables: Any, source: str, sets: RealLabels | None
 ) -> Evaluation:
     """The evaluation of both forms, with numbers of single images."""
+    if experiment.obstacle is not None:
+        raise ValueError(
+            f"{source} has no deploy form to evaluate beside: {experiment.obstacle}; the end of "
+            "its training evaluates it as it is"
+        )
     dataset, evaluator = experiment.dataset, Evaluator(experiment)
     deployed, fused_variables = (
         experiment.model.clone(deploy=True),

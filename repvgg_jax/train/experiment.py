@@ -190,6 +190,7 @@ class Experiment:
                 steps_per_epoch=steps_per_epoch,
                 total_steps=total_steps,
                 offset=offset,
+                blocks=model.variant.blocks if isinstance(model, RepVGG) else (),
             ),
             normalize=normalize,
             augment=make_augmentation(settings.augment, normalize),
@@ -297,6 +298,12 @@ class Experiment:
     def size_at(self) -> TrainSizes:
         """Height and width of the training images in an epoch, counted from 0."""
         return TrainSizes(self.settings.data.sizes, otherwise=self.dataset.image_shape[:2])
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the network has no deploy form; None if it has one."""
+        blocks = self.model.variant.blocks if isinstance(self.model, RepVGG) else ()
+        return next((block.obstacle for block in blocks if block.obstacle), None)
 
     def is_due(self, every_epochs: int, step: int) -> bool:
         """Whether something that happens every so many epochs, and at the end, is due."""

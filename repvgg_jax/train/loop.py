@@ -41,7 +41,7 @@ class Outcome:
       step: steps taken, including those before this call.
       accuracy: the task's headline, accuracy or mIoU, of the training form on the validation
         images, a fraction; None if stopped.
-      accuracy_fused: of the fused form.
+      accuracy_fused: of the fused form; None if stopped, or if the network has none.
       stopped_by: the signal that stopped the run before its end, or None.
     """
 
@@ -350,29 +350,33 @@ def _finish(
 ) -> Outcome:
     step = int(state.step)
     trained = evaluator(experiment.model, state.result, stop)
-    fused_model, fused_params = (
-        experiment.model.clone(deploy=True),
-        experiment.model.fuse(state.result),
-    )
-    fused = evaluator(fused_model, fused_params, stop)
-    if trained is None or fused is None:
+    if trained is None:
         return Outcome(step, stopped_by=stop.signal)
-    final = {**metrics_row("final", trained), **metrics_row("final", fused, "_fused")}
+    final, results = metrics_row("final", trained), [trained]
+    if experiment.obstacle is None:
+        fused = evaluator(
+            experiment.model.clone(deploy=True), experiment.model.fuse(state.result), stop
+        )
+        if fused is None:
+            return Outcome(step, stopped_by=stop.signal)
+        final |= metrics_row("final", fused, "_fused")
+        results.append(fused)
     writer.write({"step": step, **final})
-    by_class = ByClass.of(experiment.dataset.classes, fused)
+    by_class = ByClass.of(experiment.dataset.classes, results[-1])
     writer.draw(by_class, picture=evaluator.picture)
     (headline, word), (beside, beside_word) = experiment.task.names.items()
-    accuracy, accuracy_fused = final[f"final/{headline}"], final[f"final/{headline}_fused"]
+    accuracy, accuracy_fused = final[f"final/{headline}"], final.get(f"final/{headline}_fused")
     images = counted(trained, len(experiment.dataset.evaluation))
-    logger.info(
-        f"validation {word}: {accuracy:.2%} as trained, {accuracy_fused:.2%} fused ({images})"
-    )
+    fused_text = "" if accuracy_fused is None else f", {accuracy_fused:.2%} fused"
+    logger.info(f"validation {word}: {accuracy:.2%} as trained{fused_text} ({images})")
     logger.info(
         "%s: %.2f%%; lowest by class: %s",
         beside_word,
-        100 * final[f"final/{beside}_fused"],
+        100 * float(results[-1][beside]),
         by_class.line(),
     )
+    if experiment.obstacle is not None:
+        logger.info("%s has no deploy form: %s", workdir.path, experiment.obstacle)
     best = checkpoints.best()
     if best is not None and best != step:
         logger.info(
@@ -384,5 +388,6 @@ def _finish(
             best,
         )
     logger.info("report: %s", workdir.report)
-    logger.info("next: python convert.py --workdir %s --output deploy", workdir.path)
+    if experiment.obstacle is None:
+        logger.info("next: python convert.py --workdir %s --output deploy", workdir.path)
     return Outcome(step, accuracy, accuracy_fused)

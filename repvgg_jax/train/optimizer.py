@@ -1,11 +1,12 @@
 """The optimizer and the learning rate by step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from repvgg_jax.reparam import decay_mask
+from repvgg_jax.reparam import BUILT_IN, BlockSpec, decay_mask
 from repvgg_jax.train.settings import OptimizerSettings
 from repvgg_jax.weights.tree import in_head
 
@@ -19,6 +20,7 @@ def make_optimizer(
     steps_per_epoch: int,
     total_steps: int,
     offset: int = 0,
+    blocks: Sequence[BlockSpec] = (),
 ) -> optax.GradientTransformation:
     """The gradient transformation that `config.optimizer` describes.
 
@@ -32,6 +34,7 @@ def make_optimizer(
       steps_per_epoch: whole batches in the training images.
       total_steps: step at which the run ends.
       offset: steps by which the schedule is ahead.
+      blocks: of the network, for those whose norms decay beside the built-in ones.
     """
     rate = schedule(
         settings,
@@ -42,7 +45,9 @@ def make_optimizer(
     )
 
     def mask(params: Any) -> Any:
-        return decay_mask(params, equivalent_l2=settings.equivalent_l2)
+        if settings.equivalent_l2:
+            return decay_mask(params, equivalent_l2=True)
+        return decay_mask(params, blocks=(*BUILT_IN, *blocks))
 
     clipping = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     heads = []
