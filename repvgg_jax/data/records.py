@@ -88,7 +88,8 @@ class Manifest:
         try:
             content = files.read_json(path)
             if content["version"] not in (VERSION, MASKS_VERSION):
-                raise ValueError(f"version {content['version']}, this is {MASKS_VERSION}")
+                known = f"{VERSION} and {MASKS_VERSION}"
+                raise ValueError(f"version {content['version']}, this reads {known}")
             splits = {
                 split: tuple(Shard(**shard) for shard in shards)
                 for split, shards in content["splits"].items()
