@@ -83,17 +83,10 @@ def _keep_compiled_programs() -> None:
 
     `JAX_COMPILATION_CACHE_DIR`, which jax reads itself, names another directory.
     """
-    import jax
+    from repvgg_jax.compiled import keep_programs
 
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    place = base / "repvgg_jax" / "xla"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # without a writable home, only compile time is lost
-    jax.config.update("jax_compilation_cache_dir", str(place))
+    keep_programs(base / "repvgg_jax" / "xla")
 
 
 def run(

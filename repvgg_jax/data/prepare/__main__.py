@@ -45,7 +45,15 @@ VERIFY = flags.DEFINE_string(
 
 COMMAND = "python -m repvgg_jax.data.prepare"
 GROUPS = {
-    "What to read": ("source", "max_bad", "allow_empty", "max_pixels", "background", "white"),
+    "What to read": (
+        "source",
+        "splits",
+        "max_bad",
+        "allow_empty",
+        "max_pixels",
+        "background",
+        "white",
+    ),
     "What to write": ("output", "short_side", "quality", "shard_images", "processes"),
     "Instead": ("verify",),
 }
