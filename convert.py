@@ -1,8 +1,4 @@
-"""Fuses a trained RepVGG, proves the fused network equal and writes it for its runtimes.
-
-python convert.py --workdir runs/digits --output deploy
-python convert.py --from RepVGG-A0-train.pth --output deploy --format onnx,safetensors
-"""
+"""Fuses a trained RepVGG, proves the fused network equal and writes it for its runtimes."""
 
 from repvgg_jax.convert import command
 

@@ -1,9 +1,4 @@
-"""Trains a RepVGG, resumes a run that was interrupted, or evaluates one.
-
-python train.py --config configs/digits.py --workdir runs/digits --config.train.epochs=5
-python train.py --workdir runs/digits --eval_only --by_class
-python train.py --config configs/digits.py --eval_only --init_from deploy/model.safetensors
-"""
+"""Trains a RepVGG, resumes a run that was interrupted, or evaluates one."""
 
 import pathlib
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from repvgg_jax._version import __version__
 from repvgg_jax.block import ReparamBlock, RepVGGBlock
+from repvgg_jax.compiled import CompiledNetwork, compile_deployed
 from repvgg_jax.costs import Cost, cost
 from repvgg_jax.fuse_module import fuse_model
 from repvgg_jax.model import RepVGG, create_model
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILY",
     "VARIANTS",
+    "CompiledNetwork",
     "Cost",
     "Layer",
     "RepVGG",
@@ -39,6 +41,7 @@ __all__ = [
     "Variant",
     "Weights",
     "__version__",
+    "compile_deployed",
     "cost",
     "create_model",
     "create_segmenter",

@@ -19,8 +19,10 @@ from typing import NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+from repvgg_jax import command_help
 from repvgg_jax.text import how_to_install
 
+flags.DEFINE_bool("quiet", False, "Print results, warnings and errors only.")
 flags.DEFINE_bool("traceback", False, "Show where in the code an error arose.")
 
 # What the package raises for a user's mistake; anything else is a bug and shows its traceback.
@@ -38,11 +40,16 @@ _NUMBERS = (
 
 
 class LogHandler(logging.Handler):
-    """Writes messages as they are: INFO to standard output, warnings to standard error.
+    """Writes messages as they are: INFO to standard output, unless `aside`, warnings to stderr.
 
     With several processes, process 0 writes INFO, and warnings start with the index of the
     process that writes them. INFO with `extra={"all_processes": True}` is treated like warnings.
     """
+
+    def __init__(self, *, aside: bool = False):
+        """See the class; `aside` leaves standard output to results."""
+        super().__init__()
+        self._aside = aside
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes a message; the streams are looked up anew, as a live line replaces them."""
@@ -57,16 +64,17 @@ class LogHandler(logging.Handler):
         prefix = f"process {jax.process_index()}: " if several and by_all else ""
         try:
             text = prefix + self.format(record)
-            print(text, file=sys.stdout if info else sys.stderr, flush=True)
+            to_output = info and not self._aside
+            print(text, file=sys.stdout if to_output else sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 
 
-def _configure_logging() -> None:
+def _configure_logging(*, aside: bool) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)  # jax logs every backend it does not find
     logger = logging.getLogger("repvgg_jax")
     logger.setLevel(logging.INFO)
-    logger.addHandler(LogHandler())
+    logger.addHandler(LogHandler(aside=aside))
     logger.propagate = False  # absl's handler on the root logger would write all of it again
 
 
@@ -75,17 +83,10 @@ def _keep_compiled_programs() -> None:
 
     `JAX_COMPILATION_CACHE_DIR`, which jax reads itself, names another directory.
     """
-    import jax
+    from repvgg_jax.compiled import keep_programs
 
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
     base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    place = base / "repvgg_jax" / "xla"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # without a writable home, only compile time is lost
-    jax.config.update("jax_compilation_cache_dir", str(place))
+    keep_programs(base / "repvgg_jax" / "xla")
 
 
 def run(
@@ -93,6 +94,7 @@ def run(
     defaults: Callable[[Sequence[str]], Mapping[str, str]] = lambda _: {},
     *,
     positional: bool = False,
+    logs_aside: bool = False,
 ) -> NoReturn:
     """Parses the flags, runs `main` and exits with its status, 1 for an error, 2 for a flag.
 
@@ -102,12 +104,16 @@ def run(
         one: it depends on other flags, and a flag's own default would be read before errors can
         be caught.
       positional: whether it takes arguments that are not flags.
+      logs_aside: whether progress goes to standard error, and results alone to standard output.
     """
-    _configure_logging()
+    _configure_logging(aside=logs_aside)
     for flag in flags.FLAGS.get_flags_for_module(main.__module__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # for --help
 
     def parse(arguments: Sequence[str]) -> Sequence[str]:
+        if command_help.is_asked(arguments):
+            print(command_help.text(sys.modules[main.__module__]))
+            sys.exit(0)
         return _parse(arguments, defaults, positional=positional)
 
     app.run(lambda argv: _guarded(main, argv), flags_parser=parse)
@@ -142,6 +148,8 @@ def _parse(
 
 def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     _keep_compiled_programs()
+    if flags.FLAGS.quiet:
+        logging.getLogger("repvgg_jax").setLevel(logging.WARNING)
     try:
         return main(argv)
     except (KeyboardInterrupt, *_USER_ERRORS) as error:
@@ -204,7 +212,7 @@ def prepare() -> None:
 
 def predict() -> None:
     """The console script `repvgg-predict`."""
-    _script("repvgg_jax.predict", extra="train", positional=True)
+    _script("repvgg_jax.predict", extra="train", positional=True, logs_aside=True)
 
 
 def visualize() -> None:
@@ -212,11 +220,11 @@ def visualize() -> None:
     _script("repvgg_jax.visualize.__main__", extra="train")
 
 
-def _script(module: str, *, extra: str, positional: bool = False) -> None:
+def _script(module: str, *, extra: str, **options: bool) -> None:
     """Runs a command whose libraries may not be installed: they come with an extra."""
     try:
         loaded = importlib.import_module(module)
-        run(loaded.main, getattr(loaded, "defaults", lambda _: {}), positional=positional)
+        run(loaded.main, getattr(loaded, "defaults", lambda _: {}), **options)
     except ModuleNotFoundError as error:
         ours = (error.name or "").partition(".")[0] == __package__
         if ours or (flags.FLAGS.is_parsed() and flags.FLAGS.traceback):

@@ -41,13 +41,20 @@ RUNTIME = flags.DEFINE_string(
 )
 STEP = flags.DEFINE_string("step", None, "Of a run: the checkpoint, a number, best or newest.")
 
+COMMAND = "python -m repvgg_jax.predict"
+ARGUMENTS = "IMAGE|DIRECTORY|PATTERN…"
+GROUPS = {
+    "The network": ("model", "step", "runtime"),
+    "The output": ("top", "json", "output"),
+}
+
 _MANY = 256  # images from which constant weights pay for the longer compilation
-_EVERY = 1000  # images between two lines of progress
 
 
 def main(arguments: Sequence[str]) -> int:
     """Classifies; returns the exit status."""
     from repvgg_jax.classifier import find_images
+    from repvgg_jax.progress import progress
 
     if MODEL.value is None or len(arguments) < 2:
         raise ValueError(
@@ -57,10 +64,10 @@ def main(arguments: Sequence[str]) -> int:
     paths = find_images(arguments[1:])
     classifier = _open(MODEL.value, STEP.value, constant_weights=len(paths) >= _MANY)
     found = []
-    for number, row in enumerate(_rows(classifier, paths), 1):
-        found.append(row)
-        if number % _EVERY == 0:
-            print(f"{number} of {len(paths)} images", file=sys.stderr, flush=True)
+    with progress("predicting", len(paths)) as advance:
+        for row in _rows(classifier, paths):
+            found.append(row)
+            advance()
     print(json.dumps(found, indent=2) if JSON.value else _table(found))
     return 0
 
@@ -178,7 +185,7 @@ def _table(found: Sequence[dict[str, Any]]) -> str:
 
 def run() -> None:
     """Runs the command and exits."""
-    cli.run(main, positional=True)
+    cli.run(main, positional=True, logs_aside=True)
 
 
 if __name__ == "__main__":

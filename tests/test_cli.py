@@ -99,8 +99,10 @@ def test_mistakes_are_one_line(tmp_path, arguments, status, message):
 
 
 def test_help_and_the_command_of_an_installed_package(tmp_path):
-    status, out, _ = run("train.py", "--help", cwd=tmp_path)
-    assert status == 1  # absl's
+    status, out, err = run("train.py", "--help", cwd=tmp_path)
+    assert (status, err) == (0, "")
+    assert "  python train.py --workdir runs/mine --eval_only" in out
+    assert "  130 interrupted" in out
     for flag in ("--config", "--workdir", "--init_from", "--[no]eval_only", "--compile_only"):
         assert flag in out
     program = "from repvgg_jax.train.command import run; run()"
@@ -153,3 +155,58 @@ def test_a_read_only_disk(tmp_path):
         )
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+PROGRAM = """
+import importlib, sys
+from absl import flags
+from repvgg_jax import command_help
+for name in sys.argv[1:]:
+    module = importlib.import_module(name)
+    own = flags.FLAGS.get_key_flags_for_module(module)
+    if not own:
+        continue  # it defines them when it is run
+    listed = [flag for group in module.GROUPS.values() for flag in group]
+    assert sorted(listed) == sorted(flag.name for flag in own), (name, listed)
+    text = command_help.text(module)
+    assert f"usage: {module.COMMAND}" in text
+    assert text.count(module.COMMAND) >= 2, name  # an example
+    for flag in own:
+        flags.FLAGS.__delattr__(flag.name)
+"""
+
+
+def test_every_flag_is_in_one_group_of_the_help(tmp_path):
+    """Of every command; modules of commands are not imported here, as their flags would clash."""
+    commands = [
+        path for path in (ROOT / "repvgg_jax").rglob("*.py") if "cli.run(main" in path.read_text()
+    ]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in commands]
+    assert len(names) >= 7
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *names],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_quiet(digits_run, tmp_path):
+    """Results alone: a table, and nothing of what is read and written."""
+    arguments = ["--eval_only", "--quiet", "--init_from=runs/digits", f"--output={tmp_path}"]
+    status, out, err = run("train.py", *arguments, cwd=digits_run)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == "step 22 of runs/digits: 360 images"
+    assert out.splitlines()[-1].startswith("lowest by class")
+    assert (tmp_path / "evaluation.json").exists()
+
+
+def test_a_run_directory_explains_itself(digits_run):
+    """Every file that is there, and how to go on."""
+    text = (digits_run / "runs" / "digits" / "README.txt").read_text()
+    assert "python train.py --workdir RUN --eval_only" in text
+    for path in (digits_run / "runs" / "digits").iterdir():
+        assert path.name in text or path.name == "README.txt"

@@ -113,6 +113,7 @@ def test_the_scripts_then_the_python_blocks(place):
     accuracy = float(re.search(r"validation accuracy: ([\d.]+)% as trained", out)[1])
     assert accuracy >= 98.5
     out = shell("python convert.py --workdir runs/digits --output deploy", place)
+    out = re.sub(r"^converting: .*\n", "", out, flags=re.M)  # on a slow machine
     told = next(block for block in blocks("text") if "as trained" in block)
     for line, found in zip(told.splitlines()[:3], out.splitlines()[:3], strict=True):
         assert line.split() == found.split()

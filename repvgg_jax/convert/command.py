@@ -1,4 +1,9 @@
-"""The command `convert.py`, and `repvgg-convert` of an installed package."""
+"""Fuses a trained RepVGG, proves the fused network equal and writes it for its runtimes.
+
+python convert.py --workdir runs/digits --output deploy
+python convert.py --from RepVGG-A0-train.pth --output deploy --format onnx,safetensors
+python convert.py --from deploy --output deploy-bytes --format tflite --with-preprocessing
+"""
 
 import pathlib
 from collections.abc import Sequence
@@ -101,6 +106,17 @@ _OF_INT8 = {
     "bias-correction": BIAS_CORRECTION,
 }
 
+COMMAND = "python convert.py"
+GROUPS = {
+    "What to convert": ("workdir", "step", "from"),
+    "What to write": (
+        "output", "format", "with-preprocessing", "outputs", "dynamic-size",
+    ),
+    "The proof": ("data", "tolerance"),
+    "Int8": ("quantize", *_OF_INT8),
+    "What a checkpoint file does not say": ("image-size", "classes", "mean", "std", "entry"),
+}  # fmt: skip
+
 _OF_A_FILE = {
     "image-size": IMAGE_SIZE,
     "classes": CLASSES,
@@ -131,9 +147,10 @@ def main(_: Sequence[str]) -> int:
     if OUTPUT.value is None:
         raise ValueError("give --output, the directory to write")
     from repvgg_jax.convert.deployed import Output
-    from repvgg_jax.convert.pipeline import convert
+    from repvgg_jax.convert.pipeline import convert, steps
     from repvgg_jax.convert.source import Facts, from_run, from_weights
     from repvgg_jax.export import parse_targets
+    from repvgg_jax.progress import progress
     from repvgg_jax.train.restore import parse_step
 
     targets = parse_targets(FORMAT.value)
@@ -158,18 +175,20 @@ def main(_: Sequence[str]) -> int:
         )
         adding = pathlib.Path(weights).resolve() == output.path.resolve()
         network = from_weights(weights, facts, data=DATA.value, adding=adding)
-    done = convert(
-        network,
-        output,
-        targets=targets,
-        tolerance=TOLERANCE.value,
-        with_preprocessing=(
-            PREPROCESSING.value if PREPROCESSING.present else network.with_preprocessing
-        ),
-        feature_maps=OUTPUTS.value,
-        dynamic_size=DYNAMIC_SIZE.value,
-        int8=int8,
-    )
+    with progress("converting", steps(targets, int8), "steps") as advance:
+        done = convert(
+            network,
+            output,
+            targets=targets,
+            tolerance=TOLERANCE.value,
+            with_preprocessing=(
+                PREPROCESSING.value if PREPROCESSING.present else network.with_preprocessing
+            ),
+            feature_maps=OUTPUTS.value,
+            dynamic_size=DYNAMIC_SIZE.value,
+            int8=int8,
+            advance=advance,
+        )
     print(done.table())
     return 0
 

@@ -16,6 +16,7 @@ from repvgg_jax.convert.deployed import Output, write_description
 from repvgg_jax.convert.source import Source
 from repvgg_jax.export import Network, Target
 from repvgg_jax.export.operators import activation_kind
+from repvgg_jax.progress import Advance, silent
 from repvgg_jax.proof import TOLERANCE, Forward, Proof, compare_forwards
 
 ARTIFACT_IMAGES = 64  # at most, run by every runtime of every artifact
@@ -97,6 +98,7 @@ def convert(
     feature_maps: Sequence[str] = (),
     dynamic_size: bool = False,
     int8: quantized.Int8 | None = None,
+    advance: Advance = silent,
 ) -> Conversion:
     """Fuses a network, proves that the fused one computes the same, and writes it.
 
@@ -110,6 +112,7 @@ def convert(
       feature_maps: stages whose maps such artifacts return instead; as in `export.Network`.
       dynamic_size: such artifacts take images of any size.
       int8: how the network is also quantized; None for not at all.
+      advance: told of each of `steps`.
 
     Raises:
       ValueError: an unknown activation or stage, a format that cannot hold what is asked for, a
@@ -120,6 +123,7 @@ def convert(
     if not tolerance > 0:
         raise ValueError(f"--tolerance={tolerance} must be positive")
     activation_kind(source.model.activation, source.title)  # `load_deployed` must know it
+    advance(0, "comparing both forms")
     images = source.normalize(source.images)
     deployed = source.model.clone(deploy=True)
     fused, proof = source.variables, None
@@ -138,9 +142,11 @@ def convert(
                 f"the fused network does not compute what the trained one does: {proof}; "
                 "nothing was written"
             )
+    advance(1, "timing both forms")
     # Before the runtimes are opened, whose idle threads would slow it down.
     speed = _images_per_second(forms, images)
     forms.clear()
+    advance(1, "checking formats")
     network = Network(
         deployed,
         fused,
@@ -157,19 +163,22 @@ def convert(
         raise ValueError(
             "--quantize int8 is for networks that return logits, not for --outputs; convert twice"
         )
+    if int8 is not None:
+        advance(0, "quantizing")
     rounded = None if int8 is None else quantized.Conversion(source, fused, int8)
     weights_only = network.without_preprocessing()
     with output.writing() as directory:
-        artifacts = [
-            target.write(
-                network if target.format.holds_graph else weights_only,
-                directory / name,
-            )
-            for target in targets
-            for name in target.filenames
-        ]
+        artifacts = []
+        for target in targets:
+            what = network if target.format.holds_graph else weights_only
+            for name in target.filenames:
+                advance(0, f"writing and reading back {name}")
+                artifacts.append(target.write(what, directory / name))
+                advance(1)
         if rounded is not None:
+            advance(0, "writing in int8")
             artifacts += rounded.write(network, directory)
+            advance(1)
         kept = write_description(
             directory,
             network,
@@ -198,6 +207,11 @@ def convert(
         notes=source.notes,
         int8=() if rounded is None else rounded.lines,
     )
+
+
+def steps(targets: Sequence[Target], int8: quantized.Int8 | None = None) -> int:
+    """The number of steps that `convert` takes: comparing, timing, a file each, and int8."""
+    return 2 + sum(len(target.filenames) for target in targets) + (int8 is not None)
 
 
 def _images_per_second(forms: Mapping[str, Forward], images: np.ndarray) -> dict[str, float]:

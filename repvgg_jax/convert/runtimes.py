@@ -67,7 +67,7 @@ class Choice:
         able = [form.name for form in FORMATS.values() if self._of(form) is not None]
         raise ValueError(
             f"{path} has nothing for --runtime={self.text}, only {', '.join(there) or 'weights'}; "
-            f"python convert.py --from {path} --output OTHER --format {able[0]} writes it"
+            f"python convert.py --from {path} --output {path} --format {able[0]} adds it"
         )
 
     def runs(self, artifact: Mapping[str, Any]) -> bool:

@@ -24,6 +24,16 @@ WHITE = flags.DEFINE_float("white", None, "As config.data.white.", lower_bound=0
 THREADS = flags.DEFINE_integer("threads", 0, "Number of threads; 0: one per core.", lower_bound=0)
 
 
+COMMAND = "python -m repvgg_jax.data.check"
+GROUPS = {
+    "The data": (
+        "source", "directory", "train_split", "eval_split", "mask", "num_classes", "allow_empty",
+        "max_pixels", "white",
+    ),
+    "Speed": ("threads",),
+}  # fmt: skip
+
+
 def main(_: Sequence[str]) -> int:
     """Checks; the exit status is 1 if something would stop a run."""
     from repvgg_jax.data.dataset import decoder_of, load

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import ExifTags
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from repvgg_jax.data.dataset import FAILURES, Dataset
 from repvgg_jax.data.decoding import Decoder, open_image
 from repvgg_jax.data.masks import IGNORE
 from repvgg_jax.data.sources import Source
+from repvgg_jax.progress import progress
 from repvgg_jax.text import first_few, one_line, plural
 
 _BLOCK = 256  # images that are handed to the threads at a time
@@ -140,16 +140,14 @@ def survey(
 
 def _read(split: str, source: Source, decoder: Decoder, threads: int) -> list[Seen]:
     found: list[Seen] = []
-    columns = (BarColumn(), MofNCompleteColumn(), "images", TimeRemainingColumn())
     with (
-        Progress(f"{split:>9}", *columns) as progress,
+        progress(f"reading {split}", len(source)) as advance,
         concurrent.futures.ThreadPoolExecutor(threads) as pool,
     ):
-        bar = progress.add_task(split, total=len(source))
         for first in range(0, len(source), _BLOCK):
             block = range(first, min(first + _BLOCK, len(source)))
             found += pool.map(look, itertools.repeat(source), block, itertools.repeat(decoder))
-            progress.advance(bar, len(block))
+            advance(len(block))
     return found
 
 

@@ -1,4 +1,11 @@
-"""The command `train.py`, and `repvgg-train` of an installed package."""
+"""Trains a RepVGG, resumes a run that was interrupted, or evaluates one.
+
+python train.py --config b1 --workdir runs/b1 --config.data.source=folder:/data/imagenet
+python train.py --config my_recipe.py --workdir runs/mine --config.train.epochs=5
+python train.py --workdir runs/mine --eval_only --step best
+python train.py --config digits --eval_only --init_from deploy/model.safetensors
+python train.py --config b1 --compile_only v5e:2x4
+"""
 
 import functools
 import logging
@@ -103,6 +110,15 @@ COMPILE_ONLY = flags.DEFINE_string(
 COMPILE_TIMEOUT = flags.DEFINE_integer(
     "compile_timeout", 1800, "Seconds after which --compile_only gives up.", lower_bound=1
 )
+
+
+COMMAND = "python train.py"
+GROUPS = {
+    "The run": ("config", "workdir", "init_from", "entry", "extend", "other_data"),
+    "Evaluating": ("eval_only", "step", "by_class", "output", "class_map", "real_labels"),
+    "Several processes": ("distributed", "distributed_timeout"),
+    "Speed": ("profile_steps", "compile_only", "compile_timeout"),
+}
 
 
 def main(_: Sequence[str]) -> int:

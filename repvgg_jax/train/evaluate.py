@@ -1,5 +1,6 @@
 """Metrics over all validation images, during a run or without training."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -16,6 +17,7 @@ from repvgg_jax.data.batches import eval_batches
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.sources import Source
 from repvgg_jax.data.splits import Subset
+from repvgg_jax.progress import Advance, progress, silent
 from repvgg_jax.segmentation.task import EXAMPLES
 from repvgg_jax.text import differences, plural
 from repvgg_jax.train import findings, memory
@@ -114,21 +116,32 @@ class Evaluator:
             sharding=self._experiment.over_batch,
         )
         parts, shown, single = [], None, []
-        for batch in batches:
-            if stop is not None and stop.poll():
-                return None
-            sums = self._compiled(model, variables, batch, per_image)(variables, batch)
-            examples = sums.pop("examples", None)
-            shown = examples if shown is None else shown
-            if per_image:
-                single.append(sums.pop("per_image"))
-            parts.append(sums)
+        with self._progress(model, len(dataset.evaluation), alone=per_image) as advance:
+            for batch in batches:
+                if stop is not None and stop.poll():
+                    return None
+                sums = self._compiled(model, variables, batch, per_image)(variables, batch)
+                examples = sums.pop("examples", None)
+                shown = examples if shown is None else shown
+                if per_image:
+                    single.append(jax.device_get(sums.pop("per_image")))
+                parts.append(sums)
+                advance(len(batch["mask"]))
         task, classes = self._experiment.task, dataset.classes
         if per_image:
-            found = jax.tree.map(lambda *each: np.concatenate(each), *jax.device_get(single))
+            found = jax.tree.map(lambda *each: np.concatenate(each), *single)
             self.images = {name: each[: len(dataset.evaluation)] for name, each in found.items()}
         self.picture = task.draw(jax.device_get(shown), classes) if shown else None
         return task.means(parts)
+
+    def _progress(
+        self, model: Model, total: int, *, alone: bool
+    ) -> contextlib.AbstractContextManager[Advance]:
+        """Progress of an evaluation without training, which has a live line of its own."""
+        if not alone or jax.process_index() > 0:
+            return contextlib.nullcontext(silent)
+        form = "fused" if model.deploy else "as trained"
+        return progress(f"evaluating {form}", total)
 
     def _compiled(
         self, model: Model, variables: Any, batch: Any, per_image: bool

@@ -59,7 +59,7 @@ class MetricsWriter:
             workdir.tensorboard, purge_step=start_step + 1 if start_step else None
         )
         console = rich.console.Console(highlight=False, soft_wrap=True)
-        if console.is_terminal:
+        if console.is_terminal and logger.isEnabledFor(logging.INFO):
             # It also redirects standard output, so that logged lines appear above the live one.
             self._live = rich.live.Live(console=console, transient=True)
             self._live.start()

@@ -1,19 +1,6 @@
-"""A run directory.
+"""A run directory, its paths, and the rule that it belongs to one configuration.
 
-config.json        the configuration
-metadata.json      classes, image shapes and normalization: what using the weights takes; what
-                   tells the run's data from others
-checkpoints/       one directory per checkpoint, named by its step
-unsound/           checkpoints that were found corrupt, if any
-metrics.jsonl      one JSON object per row
-tensorboard/       the same for TensorBoard
-curves.png         the same as a picture
-confusion.png      what the final evaluation took for what
-examples.png       of segmentation: images, labels, predictions and errors of the last evaluation
-report.html        the same as a page, with the configuration and the machine
-evaluation.json    what --eval_only found, with evaluation_confusion.png and evaluation_worst.png
-profile/           a trace, with --profile_steps
-owner.json         which process holds the directory, while a run is at work
+`FILES` describes what is in it, which `README.txt` there repeats.
 """
 
 import contextlib
@@ -33,6 +20,37 @@ from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import differences, first_few
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.typed import typed
+
+FILES = """\
+config.json        the configuration
+metadata.json      classes, image shapes and normalization: what using the weights takes; what
+                   tells the run's data from others
+checkpoints/       one directory per checkpoint, named by its step
+unsound/           checkpoints that were found corrupt, if any
+metrics.jsonl      one JSON object per row
+tensorboard/       the same for TensorBoard
+curves.png         the same as a picture
+confusion.png      what the final evaluation took for what
+examples.png       of segmentation: images, labels, predictions and errors of the last evaluation
+report.html        the same as a page, with the configuration and the machine
+evaluation.json    what --eval_only found, with evaluation_confusion.png and evaluation_worst.png
+profile/           a trace, with --profile_steps
+owner.json         which process holds the directory, while a run is at work
+"""
+
+_README = f"""\
+A training run of repvgg_jax. report.html shows it: curves, results, configuration.
+
+{FILES}
+What to do with it, where RUN is this directory; an installed package has repvgg-train and
+repvgg-convert in the place of "python train.py" and "python convert.py":
+
+  python train.py --workdir RUN                          go on after an interruption
+  python train.py --workdir RUN --eval_only              evaluate it again
+  python train.py --workdir RUN --config.train.epochs=N --extend
+  python train.py --workdir NEW --init_from RUN          train on other data from here
+  python convert.py --workdir RUN --output DEPLOY        fuse, verify and export it
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +162,11 @@ class Workdir:
         return self.path / "curves.png"
 
     @property
+    def readme(self) -> pathlib.Path:
+        """See the module."""
+        return self.path / "README.txt"
+
+    @property
     def confusion(self) -> pathlib.Path:
         """See the module."""
         return self.path / "confusion.png"
@@ -177,6 +200,8 @@ class Workdir:
         with lock.locked(self.path):
             self.claim(settings, replacing=replacing)
             files.remove_leftovers(self.path)
+            if not self.readme.exists():
+                write_text(self.readme, _README)
             yield
 
     def claim(self, settings: Settings, *, replacing: Settings | None = None) -> None:

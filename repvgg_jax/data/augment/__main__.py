@@ -1,4 +1,7 @@
-"""Draws every operation and policy: `python -m repvgg_jax.data.augment --output augment.png`."""
+"""Draws every operation and policy of augmentation.
+
+python -m repvgg_jax.data.augment --output augment.png
+"""
 
 import dataclasses
 import os
@@ -18,6 +21,9 @@ from repvgg_jax.data.augment.policies import AutoAugment, ColorJitter, RandAugme
 from repvgg_jax.data.images import resize
 from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.normalize import Normalize
+
+COMMAND = "python -m repvgg_jax.data.augment"
+GROUPS = {"The picture": ("output", "seed")}
 
 SIZE = 128
 ARGUMENTS = {

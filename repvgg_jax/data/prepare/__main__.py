@@ -43,6 +43,22 @@ VERIFY = flags.DEFINE_string(
 )
 
 
+COMMAND = "python -m repvgg_jax.data.prepare"
+GROUPS = {
+    "What to read": (
+        "source",
+        "splits",
+        "max_bad",
+        "allow_empty",
+        "max_pixels",
+        "background",
+        "white",
+    ),
+    "What to write": ("output", "short_side", "quality", "shard_images", "processes"),
+    "Instead": ("verify",),
+}
+
+
 def main(_: Sequence[str]) -> int:
     """Prepares or verifies; returns the exit status."""
     from repvgg_jax.data.dataset import decoder_of

@@ -16,7 +16,6 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from repvgg_jax import files, text
 from repvgg_jax.data import records
@@ -26,6 +25,7 @@ from repvgg_jax.data.prepare import shards
 from repvgg_jax.data.prepare.inputs import Inputs, Item
 from repvgg_jax.data.prepare.shards import Done, Encoding, Job
 from repvgg_jax.data.sources import photo_crops
+from repvgg_jax.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -279,9 +279,7 @@ def _results(
     futures: Sequence[concurrent.futures.Future], title: str, images: Sequence[int]
 ) -> Iterator[tuple[concurrent.futures.Future, Any]]:
     sizes = dict(zip(futures, images, strict=True))
-    columns = (BarColumn(), MofNCompleteColumn(), "images", TimeRemainingColumn())
-    with Progress(f"{title:>9}", *columns) as progress:
-        bar = progress.add_task(title, total=sum(images))
+    with progress(title, sum(images)) as advance:
         for future in concurrent.futures.as_completed(futures):
             try:
                 yield future, future.result()
@@ -290,7 +288,7 @@ def _results(
                     "a worker process died, perhaps for lack of memory; the same command "
                     "continues; --processes sets the number of workers"
                 ) from error
-            progress.advance(bar, sizes[future])
+            advance(sizes[future])
 
 
 def _pool(processes: int) -> concurrent.futures.ProcessPoolExecutor:

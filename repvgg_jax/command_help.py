@@ -1,0 +1,68 @@
+"""What `--help` prints: examples, the flags in groups, and exit statuses."""
+
+import pathlib
+import shutil
+import sys
+import textwrap
+import types
+from collections.abc import Iterator, Mapping, Sequence
+
+from absl import flags
+
+COMMON = "Common"
+_COMMON = ("quiet", "traceback")
+
+STATUSES: Mapping[int, str] = {
+    0: "done; of train.py also if SIGTERM stopped it, after it has saved",
+    1: "an error, which standard error names; of data.check also images that would stop a run",
+    2: "a flag or a setting that is unknown or has a value of the wrong type",
+    130: "interrupted by Ctrl-C; train.py has saved",
+}
+"""Exit statuses of all commands."""
+
+_TYPES = {"string": "TEXT", "int": "N", "float": "X", "comma separated list of strings": "A,B,…"}
+
+
+def is_asked(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for help."""
+    return bool({"--help", "-help", "-h"} & set(arguments[1:]))
+
+
+def text(module: types.ModuleType) -> str:
+    """The help of a command.
+
+    Args:
+      module: of its `main`: a docstring with examples; `COMMAND`, how the examples call it;
+        `GROUPS`, names of its flags by title; and `ARGUMENTS`, what it takes beside flags, if
+        anything.
+    """
+    width = max(60, min(100, shutil.get_terminal_size((100, 24)).columns))
+    command = module.COMMAND
+    program = pathlib.Path(sys.argv[0]).name
+    # Installed commands have names of their own; their examples call them so.
+    shown = program if program.startswith("repvgg-") else command
+    about, _, examples = (module.__doc__ or "").strip().replace(command, shown).partition("\n\n")
+    arguments = getattr(module, "ARGUMENTS", "")
+    lines = [about, "", f"usage: {shown} [--flag=value …]{f' {arguments}' if arguments else ''}"]
+    lines += ["", "Examples:", textwrap.indent(examples, "  ")]
+    for title, names in {**module.GROUPS, COMMON: _COMMON}.items():
+        lines += ["", f"{title}:"]
+        for name in names:
+            lines += _flag(flags.FLAGS[name], width)
+    lines += ["  --help", "      Print this.", "  --helpfull", "      Flags of libraries, too."]
+    lines += ["", "Exit status:"]
+    lines += [f"  {status:<4}{meaning}" for status, meaning in STATUSES.items()]
+    return "\n".join(lines)
+
+
+def _flag(flag: flags.Flag, width: int) -> Iterator[str]:
+    if flag.boolean:
+        yield f"  --[no]{flag.name}" if flag.name not in _COMMON else f"  --{flag.name}"
+    else:
+        kind = getattr(flag.parser, "syntactic_help", "") and flag.flag_type()
+        given = (flag.default_as_str or "").strip("'\"")
+        default = f"  (default: {given})" if given else ""
+        yield f"  --{flag.name}={_TYPES.get(kind or '', 'TEXT')}{default}"
+    yield from textwrap.wrap(
+        flag.help or "", width, initial_indent=" " * 6, subsequent_indent=" " * 6
+    )
