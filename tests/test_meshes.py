@@ -188,3 +188,30 @@ def test_every_block_on_explicit_axes(name, train):
     variables = randomize(jax.eval_shape(block.init, jax.random.key(0), images))
     arguments = placed(mesh, variables, images)
     jax.jit(training_step(block)).trace(*arguments)
+
+
+@pytest.mark.parametrize("set_mesh", [False, True])
+def test_a_segmenter_on_explicit_axes(set_mesh):
+    """Its dropout, upsampling and auxiliary head, too."""
+    mesh = mesh_of(AxisType.Explicit)
+    variant = rv.Variant("tiny", (1, 1, 4), (8, 8, 8), 8, strides=(1, 2, 2))
+    options = {"bins": (1, 2), "width": 8, "auxiliary_width": 8, "lowering": "plain"}
+    model = rv.create_segmenter(variant, 3, **options)
+    images = random_images((8, 16, 16, 3))
+    variables = randomize(jax.eval_shape(model.init, jax.random.key(0), images))
+
+    def step(variables, images):
+        def loss(params):
+            logits, new = model.apply(
+                {**variables, "params": params},
+                images,
+                train=True,
+                mutable=["batch_stats", "auxiliary"],
+                rngs={"dropout": jax.random.key(1)},
+            )
+            return jnp.square(logits).mean(), new
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+        jax.jit(step).trace(*placed(mesh, variables, images))

@@ -18,6 +18,7 @@ from repvgg_jax import (
     fuse_model,
     fuse_params,
     reparam,
+    unfuse_params,
 )
 from repvgg_jax.reparam import ACB, DBB, QAREPVGG, REPVGG, conv_bn, large_kernel, mobileone
 from tests.helpers.jit import quick_jit
@@ -217,6 +218,29 @@ class TestRecognition:
         assert fused["params"]["b"] is tree["params"]["b"]
         assert fused["batch_stats"] == {"b": tree["batch_stats"]["b"]}
 
+    @pytest.mark.parametrize("function", [fuse_params, unfuse_params])
+    def test_a_path_that_names_nothing_is_refused(self, backbone, function):
+        """A typo would leave what was meant to be rewritten in silence."""
+        trees = {"like": backbone} if function is unfuse_params else {}
+        tree = fuse_params(backbone) if function is unfuse_params else backbone
+        with pytest.raises(ValueError, match="no path 'neck', 'deco"):
+            function(tree, exclude=("neck", "deco*"), **trees)
+        both = {name: {"neck": backbone[name], "a": backbone[name]} for name in backbone}
+        assert fuse_params(both, exclude="neck", expect=1)["params"]["neck"] is backbone["params"]
+
+    @pytest.mark.parametrize("dtype", [np.int32, np.complex64, object])
+    def test_leaves_that_are_no_real_numbers_are_refused(self, backbone, dtype):
+        wrong = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), backbone)
+        with pytest.raises(ValueError, match=f"{np.dtype(dtype)}, expected floating"):
+            fuse_params(wrong)
+
+    @pytest.mark.parametrize(
+        "options", [{"epsilon": -1}, {"epsilon": float("nan")}, {"blocks": ("repvgg",)}]
+    )
+    def test_options_that_cannot_be(self, backbone, options):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            fuse_params(backbone, **options)
+
     def test_only_the_given_blocks_are_fused(self, backbone):
         with pytest.raises(ValueError, match=r"no block.*ACB"):
             fuse_params(backbone, blocks=(ACB,))
@@ -233,6 +257,18 @@ class TestRecognition:
         variables = jax.tree.map(jnp.asarray, backbone)
         traced = jax.jit(lambda: fuse_params(variables))()
         chex.assert_trees_all_close(traced, fuse_params(variables), rtol=1e-5, atol=1e-6)
+        # NumPy arrays in `like` beside traced ones.
+        back = jax.jit(lambda fused: unfuse_params(fused, like=backbone))(traced)
+        again = fuse_params(back)
+        chex.assert_trees_all_close(again, fuse_params(variables), rtol=1e-4, atol=1e-5)
+
+    def test_impulses_inside_a_trace(self):
+        weight = np.arange(6.0, dtype=np.float32).reshape(2, 3)
+        probe = functools.partial(fuse_linear, in_channels=2, max_kernel=3)
+        inside = jax.jit(lambda: probe(lambda x: x @ weight))()
+        np.testing.assert_allclose(inside.kernel[0, 0], weight, atol=1e-6)
+        with pytest.raises(ValueError, match=r"outside of jax\.jit"):
+            jax.jit(lambda w: probe(lambda x: x @ w))(weight)
 
     def test_lists_keep_their_places(self, backbone):
         norm = {"scale": np.ones(4), "bias": np.zeros(4)}

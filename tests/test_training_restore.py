@@ -177,6 +177,15 @@ class TestInitFrom:
         found = experiment.model.apply(started, gray.repeat(4, axis=-1))
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
+    def test_another_network_for_other_channels(self, small_run):
+        experiment = Experiment.from_config(
+            small_config(dataclasses.replace(SMALL, depths=(2, 1)), init_from=str(small_run[0]))
+        )
+        color = dataclasses.replace(experiment.dataset, image_shape=(8, 8, 3))
+        experiment = dataclasses.replace(experiment, dataset=color)
+        with pytest.raises(ValueError, match="does not fit"):
+            starting_state(experiment)
+
     def test_one_of_several_entries(self, small_run, tmp_path):
         torch = pytest.importorskip("torch")
         trained = final_state(small_run[0]).variables

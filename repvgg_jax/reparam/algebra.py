@@ -138,10 +138,10 @@ def _summed(maps: Sequence[Affine], *, copy: bool) -> Affine:
     kernel = largest.kernel.astype(_wide_dtype(largest.kernel), copy=copy)
     lead = np.broadcast_shapes(*(m.kernel.shape[:-4] for m in maps))
     if kernel.shape[:-4] != lead:  # e.g. of a pooling, which has no parameters to be stacked
-        kernel = _namespace(kernel).broadcast_to(kernel, (*lead, *kernel.shape[-4:])).copy()
+        kernel = namespace(kernel).broadcast_to(kernel, (*lead, *kernel.shape[-4:])).copy()
     if kernel.shape[-4:-2] != (height, width):  # e.g. of a 1x3 and a 3x1 kernel
         shape = (*kernel.shape[:-4], height, width, *kernel.shape[-2:])
-        kernel = _add_at_center(_namespace(kernel).zeros(shape, kernel.dtype), kernel)
+        kernel = _add_at_center(namespace(kernel).zeros(shape, kernel.dtype), kernel)
     bias = largest.bias
     for other in maps:
         if other is not largest:
@@ -166,7 +166,7 @@ def compose(first: Affine, then: Affine) -> Affine:
             f"{middle} channels do not split into groups of {per_group}"
         )
     groups = middle // per_group
-    xp = _namespace(first.kernel, then.kernel)
+    xp = namespace(first.kernel, then.kernel)
     a, b = widened(first.kernel), widened(then.kernel)
     a = a.reshape(*a.shape[:-1], groups, per_group)
     b = b.reshape(*b.shape[:-1], groups, -1)
@@ -221,7 +221,7 @@ class _Partial(NamedTuple):
             kernel = kernel.reshape((1,) * self.lead + kernel.shape)
         if bias is None:
             shape = (*kernel.shape[:-4], kernel.shape[-1])
-            bias = _namespace(kernel).zeros(shape, _wide_dtype(kernel))
+            bias = namespace(kernel).zeros(shape, _wide_dtype(kernel))
         return Affine(kernel, bias)
 
     def scaled(self, factor: Array, shift: Array | None, params: Params) -> Self:
@@ -246,7 +246,7 @@ def _follow(term: Linear, x: _Partial, params: Params, stats: Params, epsilon: f
     if isinstance(term, Norm):
         scale, bias = (widened(params[term.name][leaf]) for leaf in ("scale", "bias"))
         mean, var = (widened(stats[term.name][leaf]) for leaf in ("mean", "var"))
-        factor = scale / _namespace(var).sqrt(var + epsilon)
+        factor = scale / namespace(var).sqrt(var + epsilon)
         return x.scaled(factor, bias - mean * factor, params)
     if isinstance(term, Scale):
         if term.name is None:
@@ -289,7 +289,7 @@ def unit_norm(kernel: Array) -> Array:
     """The kernel divided by its L2 norm per output channel, in at least float32."""
     kernel = widened(kernel)
     squares = (kernel * kernel).sum(axis=(-4, -3, -2), keepdims=True)
-    return kernel / _namespace(kernel).sqrt(squares)
+    return kernel / namespace(kernel).sqrt(squares)
 
 
 def dilated(kernel: Array, dilation: int) -> Array:
@@ -363,7 +363,7 @@ def widened(array: Array) -> Array:
     return array if array.dtype == dtype else array.astype(dtype)
 
 
-def _namespace(*arrays: Array) -> Any:
+def namespace(*arrays: Array) -> Any:
     """`numpy` where all arrays are NumPy's, else `jax.numpy`."""
     return np if all(isinstance(a, (np.ndarray, np.generic)) for a in arrays) else jnp
 

@@ -63,7 +63,8 @@ def fuse_params(
       blocks: what to look for; by default every built-in block.
       expect: how many blocks there must be, in either form; None for at least one.
       exclude: paths that are left alone with everything inside, e.g. `"neck"` or
-        `"decoder/*"` (`fnmatch` patterns), for mappings that only look like a block.
+        `"decoder/*"` (`fnmatch` patterns), for mappings that only look like a block; each must
+        name something.
       epsilon: of batch normalization.
       geometries: shapes of blocks by their own name, the last part of their path; of others
         they are read off the parameters. Needed for blocks whose parameters do not show
@@ -75,10 +76,10 @@ def fuse_params(
 
     Raises:
       ValueError: no block or not as many as expected, no running statistics, a block whose
-        leaves have other names or shapes, or (for concrete values) a negative variance or
-        float16 values that overflow.
+        leaves have other names or shapes or are no real numbers, or (for concrete values) a
+        negative variance or float16 values that overflow; or an option that cannot be.
     """
-    fusing = _Fusing(tuple(blocks), tuple(exclude), epsilon, geometries or {})
+    fusing = _Fusing(blocks, exclude, epsilon, geometries or {})
     fused = fusing.outside_params(variables, ())
     fusing.check(expect)
     return fused
@@ -269,6 +270,7 @@ class _Fusing(Walk):
                 f"with mappings that have exactly the children of a block ({known}){near}; for "
                 "blocks of your own give blocks=(spec,), or the model to fuse_model"
             )
+        self.check_exclude()
         check_variances(self.variances)
 
 

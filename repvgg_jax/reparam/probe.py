@@ -52,7 +52,14 @@ def fuse_linear(
     image = (size,) * spatial_dims
 
     def run(x: np.ndarray) -> np.ndarray:
-        return np.asarray(function(jnp.asarray(x, dtype)), np.float64)
+        with jax.ensure_compile_time_eval():  # inside of a trace, too
+            y = function(jnp.asarray(x, dtype))
+        if isinstance(y, jax.core.Tracer):
+            raise ValueError(
+                "fuse_linear reads values, but the function uses arrays that are being traced; "
+                "call it outside of jax.jit, or fuse_params inside"
+            )
+        return np.asarray(y, np.float64)
 
     at_zero = run(np.zeros((1, *image, in_channels)))
     out = at_zero.shape[1] if at_zero.ndim == spatial_dims + 2 else 0

@@ -7,8 +7,11 @@ in a parallel tree under the same names. Nothing here depends on Flax.
 import collections
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
+
+import jax.numpy as jnp
 
 from repvgg_jax.reparam.blocks import BlockSpec
 from repvgg_jax.reparam.containers import Tree, children_of, unboxed
@@ -33,13 +36,24 @@ Path = tuple[Any, ...]
 
 @dataclasses.dataclass
 class Walk:
-    """What all walks over a tree share."""
+    """What all walks over a tree share; the arguments are those of `fuse_params`."""
 
-    blocks: tuple[BlockSpec, ...]
-    exclude: tuple[str, ...]
+    blocks: Sequence[BlockSpec]
+    exclude: Sequence[str]
     epsilon: float
     geometries: Mapping[str, Geometry] = dataclasses.field(default_factory=dict)
     count: int = 0
+    met: set[str] = dataclasses.field(default_factory=set)  # patterns of `exclude`
+
+    def __post_init__(self) -> None:
+        if isinstance(self.blocks, BlockSpec):
+            self.blocks = (self.blocks,)
+        if wrong := [block for block in self.blocks if not isinstance(block, BlockSpec)]:
+            raise ValueError(f"blocks must hold BlockSpecs, e.g. reparam.REPVGG, not {wrong[0]!r}")
+        if isinstance(self.exclude, str):
+            self.exclude = (self.exclude,)
+        if isinstance(self.epsilon, (int, float)) and not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon={self.epsilon} must be a finite number, 0 or more")
 
     def geometry(self, path: Path) -> Geometry | None:
         """The shapes of the block at this path, if the caller gave them."""
@@ -48,7 +62,14 @@ class Walk:
     def excluded(self, path: Path) -> bool:
         """Whether a pattern in `exclude` names this path."""
         name = tree_path([part for part in path if part != "params"])
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
+        found = [pattern for pattern in self.exclude if fnmatch.fnmatchcase(name, pattern)]
+        self.met |= {*found}
+        return bool(found)
+
+    def check_exclude(self) -> None:
+        """Raises ValueError for a pattern that has named nothing: a block of a misspelled path."""
+        if unmet := [pattern for pattern in self.exclude if pattern not in self.met]:
+            raise ValueError(f"exclude: the tree has no path {first_few(map(repr, unmet))}")
 
     def train_spec(self, node: Tree, path: Path) -> BlockSpec | None:
         """The block that this node is, in training form."""
@@ -339,7 +360,7 @@ def is_auxiliary_head(node: Tree) -> bool:
 
 
 def check_leaves(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError unless `found` has the expected leaf names and shapes."""
+    """Raises ValueError unless `found` has the expected leaf names and shapes, all real numbers."""
     if found.keys() != expected.keys():
         raise ValueError(
             f"{where} has [{', '.join(sorted(map(str, found)))}], "
@@ -348,6 +369,10 @@ def check_leaves(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
     for leaf, shape in expected.items():
         if (have := getattr(found[leaf], "shape", None)) != shape:
             raise ValueError(f"{where}/{leaf}: shape {have}, expected {shape}")
+        if not jnp.issubdtype(found[leaf].dtype, jnp.floating):
+            raise ValueError(
+                f"{where}/{leaf}: {found[leaf].dtype}, expected floating point numbers"
+            )
 
 
 def path_name(path: Path) -> str:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repvgg_jax.reparam.algebra import EPSILON, Affine, affine, parallel, widened
+from repvgg_jax.reparam.algebra import EPSILON, Affine, affine, namespace, parallel, widened
 from repvgg_jax.reparam.blocks import BUILT_IN, BlockSpec
 from repvgg_jax.reparam.containers import (
     Tree,
@@ -97,7 +97,7 @@ def unfuse_params(
     if (ours is None) != (theirs is None):
         raise no_variables
     arrays = jnp if any(isinstance(x, jax.Array) for x in jax.tree.leaves(deployed)) else np
-    unfusing = _Unfusing(tuple(blocks), tuple(exclude), epsilon, geometries or {}, arrays=arrays)
+    unfusing = _Unfusing(blocks, exclude, epsilon, geometries or {}, arrays=arrays)
     result = unfusing.node(like, None, deployed, ())
     if not unfusing.count:
         if theirs is None:
@@ -106,6 +106,7 @@ def unfuse_params(
             "unfuse_params: `like` contains no training-form block; give the variables of the "
             "training form, create_model(…).init(…)"
         )
+    unfusing.check_exclude()
     return result
 
 
@@ -262,9 +263,9 @@ class _Inverse:
                 raise ValueError("only a single term before a norm or scale can be solved for")
             if isinstance(last, Norm):
                 mean, var = (widened(self.stats[last.name][leaf]) for leaf in ("mean", "var"))
-                xp = np if isinstance(var, np.ndarray) else jnp
+                xp = namespace(var)  # not always that of the target, which may be traced
                 neutral = {"scale": xp.sqrt(var + self.epsilon), "bias": target.bias + mean}
-                target = target._replace(bias=xp.zeros_like(target.bias))
+                target = target._replace(bias=namespace(target.bias).zeros_like(target.bias))
                 return {**self.solve(rest[0], target, unbiased=True), last.name: neutral}
             if last.name is not None and last.factor == 1 and not last.bias:
                 ones = {"scale": 0 * target.bias + 1}

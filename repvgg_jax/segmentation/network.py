@@ -23,6 +23,7 @@ from repvgg_jax import cpu_conv
 from repvgg_jax.block import Activation, ReparamBlock, TrainForm
 from repvgg_jax.cpu_conv import Lowering
 from repvgg_jax.layers import BatchNorm, torch_bias_init, torch_kernel_init
+from repvgg_jax.meshes import on_auto_axes
 from repvgg_jax.model import RematPolicy, RepVGG, create_model
 from repvgg_jax.reparam import CONV_BN, EPSILON, conv_bn, fuse_params
 from repvgg_jax.segmentation.resize import adaptive_average_pool, resize_bilinear, upsample
@@ -297,6 +298,21 @@ class PixelHead(nn.Module):
         return _pixel_classifier(self.num_classes, self.width, self.param_dtype, name="logits")(x)
 
 
+class Dropout(nn.Dropout):
+    """Flax's, also on meshes with axes of type Explicit."""
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, deterministic: bool | None = None, rng: jax.Array | None = None
+    ) -> jax.Array:
+        """Drops some of the inputs, or none where `deterministic`."""
+        if deterministic or not self.rate:
+            return inputs
+        rng = self.make_rng(self.rng_collection) if rng is None else rng
+        drop = nn.Dropout(self.rate, self.broadcast_dims, deterministic=False, parent=None)
+        return on_auto_axes(lambda x, rng: drop.apply({}, x, rng=rng), inputs, rng)
+
+
 def make_backbone(segmenter: Segmenter) -> RepVGG | ResNet:
     """The backbone of a segmenter, whose variables are `backbone` in the segmenter's.
 
@@ -353,7 +369,7 @@ def _backbone_variant(name: Any) -> Variant | ResNetVariant:
 
 def _channel_dropout(rate: float) -> nn.Dropout:
     """Drops whole channels of an image, as PyTorch's `Dropout2d`."""
-    return nn.Dropout(rate, broadcast_dims=(1, 2))
+    return Dropout(rate, broadcast_dims=(1, 2))
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -315,7 +315,7 @@ class Checkpoints:
     def _on_disk(self) -> list[int]:
         """Steps of all checkpoints, newest first, including those that Orbax does not list."""
         found = self._path.iterdir() if self._path.is_dir() else ()
-        return sorted((int(entry.name) for entry in found if entry.name.isdigit()), reverse=True)
+        return sorted((int(entry.name) for entry in found if entry.name.isdecimal()), reverse=True)
 
     def _best_of(self, steps: Sequence[int]) -> int | None:
         known = [

@@ -143,7 +143,7 @@ class Workdir:
     @property
     def newest_step(self) -> int | None:
         """The step of the newest checkpoint, valid or not; None if there is none."""
-        steps = [int(e.name) for e in self.checkpoints.glob("*") if e.name.isdigit()]
+        steps = [int(e.name) for e in self.checkpoints.glob("*") if e.name.isdecimal()]
         return max(steps, default=None)
 
     @property

@@ -31,8 +31,8 @@ def adapt_channels(
     """
     adapted = dict(arrays)
     for leaf in leaves(variant, deploy=deploy, num_classes=0, in_channels=channels):
-        kernel = arrays[leaf.path]
-        if kernel.shape == leaf.shape:
+        kernel = arrays.get(leaf.path)
+        if kernel is None or kernel.shape == leaf.shape:  # another network is refused elsewhere
             continue
         if leaf.path[-1] != "kernel" or kernel.shape != (*leaf.shape[:2], taken, leaf.shape[3]):
             raise ValueError(
