@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from repvgg_jax.data.dataset import FAILURES, Dataset
 from repvgg_jax.data.decoding import Decoder, open_image
-from repvgg_jax.data.masks import IGNORE
 from repvgg_jax.data.sources import Source
+from repvgg_jax.segmentation.labels import IGNORE
 from repvgg_jax.text import first_few, one_line, plural
 
 _BLOCK = 256  # images that are handed to the threads at a time
