@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_jax._version import __version__
-from repvgg_jax.export import operators
+from repvgg_jax.export import onnx_sizes, operators
 from repvgg_jax.export.format import Format, Run, Runtime
 from repvgg_jax.export.network import Network
 from repvgg_jax.proof import TOLERANCE
@@ -62,14 +62,14 @@ class _Graph:
             return self._cast("images/cast", images, self.dtype, source=np.float32)
         # The cast comes first: TensorRT takes uint8 inputs only if they are cast at once.
         x = self._cast("images/cast", images, np.float32, source=np.uint8)
-        x = self._node("Transpose", "images/nchw", x, perm=(0, 3, 1, 2))
+        x = self.node("Transpose", "images/nchw", x, perm=(0, 3, 1, 2))
         normalize = self.network.normalize
         for name, op, values in (
             ("images/offset", "Sub", normalize.offset),
             ("images/factor", "Mul", normalize.factor),
         ):
             values = values.reshape(1, -1, 1, 1)
-            x = self._node(op, name, x, self._weight(f"{name}/value", values, np.float32))
+            x = self.node(op, name, x, self._weight(f"{name}/value", values, np.float32))
         return self._cast("images/normalized", x, self.dtype, source=np.float32)
 
     def add(self, operator: operators.Operator, x: str) -> str:
@@ -83,14 +83,14 @@ class _Graph:
                 return self._gate(operator, x)
             case operators.Pool():
                 x = self._cast("pool/cast", x, np.float32, source=self.dtype)
-                x = self._node("GlobalAveragePool", "pool", x)
-                return self._node("Flatten", "pool/flatten", x, axis=1)
+                x = self.node("GlobalAveragePool", "pool", x)
+                return self.node("Flatten", "pool/flatten", x, axis=1)
             case operators.Linear(name):
                 kernel = self._weight(f"{name}/kernel", operator.kernel, np.float32)
                 bias = self._weight(f"{name}/bias", operator.bias, np.float32)
-                return self._node("Gemm", name, x, kernel, bias)
+                return self.node("Gemm", name, x, kernel, bias)
             case operators.Softmax():
-                return self._node("Softmax", "softmax", x, axis=1)
+                return self.node("Softmax", "softmax", x, axis=1)
             case operators.Output(name):
                 return self._output(name, x)
             case _:
@@ -104,18 +104,22 @@ class _Graph:
             case operators.Take(name):
                 return self._kept[name]
             case operators.Add(name):
-                return self._node("Add", f"{x}/add", x, self._kept[name])
+                return self.node("Add", f"{x}/add", x, self._kept[name])
             case operators.Join(names):
                 parts = [self._kept[name] for name in names]
-                return self._node("Concat", "/".join(names), *parts, axis=1)
+                return self.node("Concat", "/".join(names), *parts, axis=1)
             case operators.MaxPool():
                 sides = {"kernel_shape": (3, 3), "strides": (2, 2), "pads": (1, 1, 1, 1)}
-                return self._node("MaxPool", f"{x}/max", x, **sides)
+                return self.node("MaxPool", f"{x}/max", x, **sides)
             case operators.Resample(name, rows, columns):
                 dtype = np.float32 if operator.wide else None
                 across = self._weight(f"{name}/columns", columns.T, dtype)
-                x = self._node("MatMul", f"{name}/across", x, across)
-                return self._node("MatMul", name, self._weight(f"{name}/rows", rows, dtype), x)
+                x = self.node("MatMul", f"{name}/across", x, across)
+                return self.node("MatMul", name, self._weight(f"{name}/rows", rows, dtype), x)
+            case operators.ResampleToSize():
+                like = self._kept.get(operator.like, "")
+                wanted = np.dtype(np.float32) if operator.wide else self.dtype
+                return onnx_sizes.resample(self, operator, x, like, wanted)
             case operators.Widen():
                 return self._cast(f"{x}/wide", x, np.float32, source=self.dtype)
         raise AssertionError(operator)
@@ -130,7 +134,7 @@ class _Graph:
 
     def _conv(self, conv: operators.Conv, x: str) -> str:
         dtype = np.float32 if conv.wide else None
-        return self._node(
+        return self.node(
             "Conv",
             conv.name,
             x,
@@ -145,16 +149,16 @@ class _Graph:
 
     def _activation(self, kind: str, x: str) -> str:
         if kind == "relu":
-            return self._node("Relu", f"{x}/relu", x)
+            return self.node("Relu", f"{x}/relu", x)
         assert kind == "silu"  # opset 17 has no operator for it
-        return self._node("Mul", f"{x}/silu", x, self._node("Sigmoid", f"{x}/sigmoid", x))
+        return self.node("Mul", f"{x}/silu", x, self.node("Sigmoid", f"{x}/sigmoid", x))
 
     def _gate(self, gate: operators.Gate, x: str) -> str:
-        y = self._node("GlobalAveragePool", f"{gate.name}/mean", x)
+        y = self.node("GlobalAveragePool", f"{gate.name}/mean", x)
         for linear, activation in ((gate.reduce, "Relu"), (gate.expand, "Sigmoid")):
             # A linear layer on a single pixel: as a convolution it needs no reshape.
             kernel = linear.kernel.T[:, :, None, None]
-            y = self._node(
+            y = self.node(
                 "Conv",
                 linear.name,
                 y,
@@ -162,8 +166,8 @@ class _Graph:
                 self._weight(f"{linear.name}/bias", linear.bias),
                 kernel_shape=(1, 1),
             )
-            y = self._node(activation, f"{linear.name}/{activation.lower()}", y)
-        return self._node("Mul", gate.name, x, y)
+            y = self.node(activation, f"{linear.name}/{activation.lower()}", y)
+        return self.node("Mul", gate.name, x, y)
 
     def finish(self) -> None:
         """Declares input and output, and adds the description to the model."""
@@ -188,7 +192,8 @@ class _Graph:
         for key, text in network.header(ONNX.input_layout(network)).items():
             self.model.metadata_props.add(key=key, value=text)
 
-    def _node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
+    def node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
+        """Adds a node of that name; returns its only output, which has the same name."""
         self.model.graph.node.append(
             self.onnx.helper.make_node(op, inputs, [name], name=name, **attributes)
         )
@@ -197,8 +202,18 @@ class _Graph:
     def _cast(self, name: str, x: str, target: Any, *, source: Any) -> str:
         if np.dtype(target) == np.dtype(source):
             return x
+        return self.cast(name, x, target)
+
+    def cast(self, name: str, x: str, target: Any) -> str:
+        """`x` in another dtype."""
         to = self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(target))
-        return self._node("Cast", name, x, to=to)
+        return self.node("Cast", name, x, to=to)
+
+    def constant(self, name: str, values: Any) -> str:
+        """Numbers in their own dtype, not the network's."""
+        tensor = self.onnx.numpy_helper.from_array(np.asarray(values), name)
+        self.model.graph.initializer.append(tensor)
+        return name
 
     def _weight(self, name: str, values: np.ndarray, dtype: Any = None) -> str:
         dtype = self.dtype if dtype is None else np.dtype(dtype)

@@ -40,8 +40,9 @@ def build(network: Network) -> Any:
     """A `tf.Module` with the weights as variables and a `tf.function` called `serve`."""
     tf = load()
     module = tf.Module(name="repvgg")
+    kept: dict[str, Any] = {}  # what is remembered while `serve` is traced
     layers = [
-        _translate(operator, tf)
+        _translate(operator, tf, kept)
         for operator in operators.operators(network)
         if not isinstance(operator, operators.Output)  # the last one is the only output
     ]
@@ -61,7 +62,9 @@ def build(network: Network) -> Any:
     return module
 
 
-def _translate(operator: Any, tf: Any) -> tuple[Callable[..., Any], list[Any]]:
+def _translate(
+    operator: Any, tf: Any, kept: dict[str, Any]
+) -> tuple[Callable[..., Any], list[Any]]:
     """An operator as a function of its input and its variables."""
     match operator:
         case operators.Conv():
@@ -94,7 +97,41 @@ def _translate(operator: Any, tf: Any) -> tuple[Callable[..., Any], list[Any]]:
             )
         case operators.Softmax():
             return tf.nn.softmax, []
+        case operators.Keep(name):
+
+            def keep(x: Any) -> Any:
+                kept[name] = x
+                return x
+
+            return keep, []
+        case operators.Take(name):
+            return lambda x: kept[name], []
+        case operators.Add(name):
+            return lambda x: x + kept[name], []
+        case operators.Join(names):
+            return lambda x: tf.concat([kept[name] for name in names], axis=-1), []
+        case operators.MaxPool():
+            # Behind a ReLU, where zeros are as good a border as minus infinity.
+            border = [(0, 0), (1, 1), (1, 1), (0, 0)]
+            return lambda x: tf.nn.max_pool2d(tf.pad(x, border), 3, 2, "VALID"), []
+        case operators.Resample(_, rows, columns):
+            return _resample(tf, rows, columns), []
+        case operators.Widen():
+            return lambda x: x, []
     raise AssertionError(operator)
+
+
+def _resample(tf: Any, rows: np.ndarray, columns: np.ndarray) -> Callable[[Any], Any]:
+    """Multiplies both spatial axes by matrices, without any transposition."""
+    height, width = len(rows), len(columns)
+
+    def resample(x: Any) -> Any:
+        _, before, across, channels = x.shape
+        x = tf.matmul(tf.constant(rows)[None], tf.reshape(x, (-1, before, across * channels)))
+        x = tf.matmul(tf.constant(columns)[None], tf.reshape(x, (-1, across, channels)))
+        return tf.reshape(x, (-1, height, width, channels))
+
+    return resample
 
 
 def _variables(tf: Any, *values: np.ndarray) -> list[Any]:
@@ -132,6 +169,7 @@ SAVEDMODEL = Format(
     filename="savedmodel",
     write=write_savedmodel,
     packages=("tensorflow",),
+    segmenters=True,
     tolerances={"float32": TOLERANCE},
     runtimes=(Runtime("tensorflow", _open_savedmodel),),
     marker="saved_model.pb",
@@ -178,6 +216,7 @@ TFLITE = Format(
     filename="model.tflite",
     write=write_tflite,
     packages=("tensorflow",),
+    segmenters=True,
     tolerances={"float32": TOLERANCE, "float16": 1e-2},
     runtimes=(Runtime("ai_edge_litert", _open_tflite),),
     extra="tf",
