@@ -21,7 +21,8 @@ from repvgg_jax.data.decoding import Decoder, read_file
 from repvgg_jax.data.images import CenterCrop
 from repvgg_jax.data.sources import SUFFIXES
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.segmentation.pictures import default_colors, overlay
+from repvgg_jax.segmentation.labels import class_colors
+from repvgg_jax.segmentation.pictures import overlay
 from repvgg_jax.text import first_few
 
 BATCH = 32
@@ -152,7 +153,8 @@ class Classifier:
         stem = pathlib.Path(path).stem
         masks, overlays = output / f"{stem}.mask.png", output / f"{stem}.overlay.png"
         Image.fromarray(mask).save(masks)
-        Image.fromarray(overlay(pixels, mask, default_colors(self._num_classes))).save(overlays)
+        colors = class_colors(self.names(range(self._num_classes)))
+        Image.fromarray(overlay(pixels, mask, colors)).save(overlays)
         return masks, overlays, mask
 
     def names(self, labels: Iterable[int]) -> list[str]:

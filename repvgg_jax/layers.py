@@ -200,3 +200,39 @@ class SqueezeExciteGate(nn.Module):
             param_dtype=self.param_dtype,
             name=name,
         )
+
+
+def conv_bn_relu(
+    head: Any, x: jax.Array, train: bool, features: int, *, stride: int = 1
+) -> jax.Array:
+    """3x3 convolution, batch normalization and ReLU of a head for training, `conv` and `bn` in it.
+
+    To be called in a method that is `nn.compact`.
+
+    Args:
+      head: the module, with fields as `BatchNorm` and `nn.Conv` have them.
+      x: (images, height, width, channels).
+      train: as of `BatchNorm`.
+      features: channels out.
+      stride: of the convolution.
+    """
+    x = nn.Conv(
+        features,
+        (3, 3),
+        strides=stride,
+        padding=((1, 1), (1, 1)),
+        use_bias=False,
+        kernel_init=torch_kernel_init,
+        dtype=head.dtype,
+        param_dtype=head.param_dtype,
+        name="conv",
+    )(x)
+    norm = BatchNorm(
+        momentum=head.momentum,
+        epsilon=head.epsilon,
+        group_size=head.bn_group_size,
+        param_dtype=head.param_dtype,
+        axis_name=getattr(head, "axis_name", None),
+        name="bn",
+    )
+    return nn.relu(norm(x, train))

@@ -17,7 +17,7 @@ from repvgg_jax import cpu_conv
 from repvgg_jax.batch_stats import AxisName
 from repvgg_jax.block import Activation, ReparamBlock, RepVGGBlock, TrainForm
 from repvgg_jax.cpu_conv import Lowering
-from repvgg_jax.layers import BatchNorm, torch_bias_init, torch_kernel_init
+from repvgg_jax.layers import conv_bn_relu, torch_bias_init, torch_kernel_init
 from repvgg_jax.reparam import EPSILON, REPVGG, fuse_params, input_channels
 from repvgg_jax.variants import Layer, Variant, get_variant
 
@@ -310,27 +310,8 @@ class AuxiliaryHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Logits (images, num_classes) of feature maps (images, height, width, features)."""
-        x = nn.Conv(
-            self.features,
-            (3, 3),
-            strides=2,
-            padding=((1, 1), (1, 1)),
-            use_bias=False,
-            kernel_init=torch_kernel_init,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="conv",
-        )(x)
-        norm = BatchNorm(
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            group_size=self.bn_group_size,
-            param_dtype=self.param_dtype,
-            axis_name=self.axis_name,
-            name="bn",
-        )
-        x = norm(x, train)
-        x = _global_average(nn.relu(x))
+        x = conv_bn_relu(self, x, train, self.features, stride=2)
+        x = _global_average(x)
         return _classifier(self.num_classes, self.features, self.param_dtype, name="logits")(x)
 
 

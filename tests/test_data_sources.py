@@ -227,7 +227,7 @@ class TestBadData:
     def test_an_unreadable_manifest(self, recorded):
         content = json.loads((recorded / "manifest.json").read_text())
         (recorded / "manifest.json").write_text(json.dumps(content | {"version": 7}))
-        with pytest.raises(ValueError, match=r"manifest\.json .*version 7\b.* 1\b"):
+        with pytest.raises(ValueError, match=r"manifest\.json .*version 7\b.* 2\b"):
             load(settings(f"records:{recorded}"))
 
     @pytest.fixture

@@ -23,7 +23,7 @@ from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.validate import check_batches
 from tests.helpers.flags import xla_flags
 from tests.helpers.pictures import damaged, images, write_tree
-from tests.helpers.processes import FLOAT64, RECIPE, ROOT, free_port, started
+from tests.helpers.processes import FLOAT64, RECIPE, ROOT, SEGMENTER64, free_port, started
 
 pytestmark = pytest.mark.system
 
@@ -92,6 +92,22 @@ def test_two_processes_are_one_run(alone, tmp_path, launcher):
     assert "step 16/16" in run.out(0)
     assert "step" not in run.out(1)
     assert_same_run(alone, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_segment_as_one(tmp_path):
+    """The same losses and parameters, and the same confusion matrix of all pixels."""
+    for name, count, devices in (("alone", 1, 4), ("two", 2, 2)):
+        with started(tmp_path / name, count, devices=devices, recipe=SEGMENTER64) as run:
+            assert run.wait() == [0] * count
+    alone, two = tmp_path / "alone" / "run", tmp_path / "two" / "run"
+    assert_same_run(alone, two)
+    scores = [
+        [(row["step"], key, row[key]) for row in rows(path) for key in row if "miou" in key]
+        for path in (alone, two)
+    ]
+    assert len(scores[0]) > 4
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.slow

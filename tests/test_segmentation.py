@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax.data import masks
 from repvgg_jax.segmentation.inference import MMSEG, PROTOCOLS, SEMSEG, Protocol, predict, scores
-from repvgg_jax.segmentation.loss import IGNORE, pixel_cross_entropy, segmentation_loss
+from repvgg_jax.segmentation.labels import CITYSCAPES, IGNORE, class_colors, distinct_colors
+from repvgg_jax.segmentation.loss import pixel_cross_entropy, segmentation_loss
 from repvgg_jax.segmentation.metrics import Scores, confusion
-from repvgg_jax.segmentation.pictures import colorize, default_colors, grid, overlay
+from repvgg_jax.segmentation.pictures import colorize, grid, overlay
 from repvgg_jax.segmentation.task import Segmentation
 from tests.helpers.jit import quick_jit
 
@@ -19,10 +19,6 @@ CLASSES = 4
 
 
 # The loss.
-
-
-def test_data_loss_and_metrics_ignore_the_same_label():
-    assert masks.IGNORE == IGNORE
 
 
 def test_ignored_pixels_do_not_count(rng):
@@ -296,19 +292,31 @@ def test_training_metrics_are_of_labeled_pixels(rng):
 
 
 def test_every_class_has_a_color_of_its_own():
-    colors = default_colors(200)
+    colors = distinct_colors(200)
     assert len({tuple(color) for color in colors}) == 200
     np.testing.assert_array_equal(colors[:4], [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]])
+    np.testing.assert_array_equal(class_colors(["Background", "a", "b"]), colors[:3])
+    # A first class that is not the background is seen, too.
+    np.testing.assert_array_equal(class_colors(["a", "b", "c"]), colors[1:4])
 
 
-def test_overlays_keep_ignored_pixels():
+def test_cityscapes_has_its_own_colors():
+    names = [entry.name for entry in CITYSCAPES]
+    np.testing.assert_array_equal(class_colors(names)[[0, 10]], [[128, 64, 128], [70, 130, 180]])
+    assert len({tuple(color) for color in class_colors(names)}) == 19
+    assert class_colors(names[:18])[0].tolist() != [128, 64, 128]
+
+
+def test_overlays_keep_ignored_pixels_and_the_background():
     image = np.full((2, 2, 1), 100, np.uint8)
     mask = np.array([[0, 1], [IGNORE, 1]], np.uint8)
     shown = overlay(image, mask, np.array([[0, 0, 0], [200, 0, 0]], np.uint8))
     np.testing.assert_array_equal(shown[1, 0], [100] * 3)
-    np.testing.assert_array_equal(shown[0, 0], [40] * 3)
+    np.testing.assert_array_equal(shown[0, 0], [100] * 3)
     np.testing.assert_array_equal(shown[0, 1], [160, 40, 40])
-    assert (colorize(mask, default_colors(2))[1, 0] == 255).all()
+    shown = overlay(image, mask, class_colors(["road", "sky"]))
+    np.testing.assert_array_equal(shown[0, 0], [117, 40, 40])
+    assert (colorize(mask, distinct_colors(2))[1, 0] == 255).all()
 
 
 def test_the_grid_shows_errors(rng):

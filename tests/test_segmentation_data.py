@@ -9,8 +9,6 @@ from PIL import Image
 from repvgg_jax.data.decoding import UndecodableError
 from repvgg_jax.data.joint_crop import JointCrop, WholeImage
 from repvgg_jax.data.masks import (
-    CITYSCAPES,
-    IGNORE,
     cityscapes_train_ids,
     load_cityscapes,
     load_pairs,
@@ -18,6 +16,7 @@ from repvgg_jax.data.masks import (
 )
 from repvgg_jax.data.scenes import SCENE_CLASSES, load_digits_scenes
 from repvgg_jax.data.sources import load_digits
+from repvgg_jax.segmentation.labels import CITYSCAPES, IGNORE
 
 
 def encoded(array, format="PNG", mode=None):

@@ -10,12 +10,14 @@ from PIL import Image
 from repvgg_jax.data.batches import eval_batches, train_batches
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.identity import DataIdentity
-from repvgg_jax.data.masks import CITYSCAPES, IGNORE, cityscapes_train_ids
+from repvgg_jax.data.masks import cityscapes_train_ids
 from repvgg_jax.data.prepare import inputs
 from repvgg_jax.data.prepare import prepare as preparing
 from repvgg_jax.data.prepare.shards import Encoding
 from repvgg_jax.data.records import Manifest
 from repvgg_jax.data.settings import DataSettings
+from repvgg_jax.segmentation.labels import CITYSCAPES, IGNORE
+from repvgg_jax.train.restore import data_images
 from tests.helpers.in_process import InProcess
 from tests.helpers.pictures import encoded, photo
 from tests.helpers.scenes_tfds import CLASSES, Cityscapes, Named, Unnamed
@@ -146,6 +148,27 @@ def test_prepared_cityscapes_holds_train_ids(tmp_path, rng):
     assert data.classes == expected.classes
     np.testing.assert_array_equal(data.train[1]["label"], expected.train[1]["label"])
     assert cityscapes_train_ids()[7] == 0
+
+
+def test_a_split_without_pairs_is_no_data(tmp_path, rng):
+    folder = write_pairs(tmp_path / "in", rng)
+    for path in (folder / "val/masks").iterdir():
+        path.write_bytes(png(np.full((3, 3), 9, np.uint8)))
+    prepare(folder, tmp_path / "out", max_bad=3)
+    with pytest.raises(ValueError, match="no validation images"):
+        load(settings(f"records:{tmp_path / 'out'}"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "records", "cityscapes"])
+def test_a_directory_of_pairs_is_data_for_proofs(everywhere, kind, tmp_path, rng):
+    known = everywhere["named"]
+    if kind == "cityscapes":
+        path = write_cityscapes(tmp_path, rng)
+    else:
+        path = everywhere[kind].source.partition(":")[2]
+    images, what = data_images(str(path), known, (48, 48, 3), 2)
+    assert images.shape == ((1 if kind == "cityscapes" else 2), 48, 48, 3)
+    assert str(path) in what
 
 
 def test_prepared_smaller(tmp_path, rng):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.loop import train
 from repvgg_jax.train.settings import Settings
 from tests.helpers.jit import quick_jit
-from tests.helpers.runs import assert_same, numbers, rows
+from tests.helpers.runs import assert_same, final_state, numbers, rows
 
 TINY = Variant("tiny-scenes", (1, 1), (4, 8), 4, strides=(1, 2), stem_stride=2)
 
@@ -102,6 +103,10 @@ def test_an_interrupted_run_ends_bitwise_the_same(run, tmp_path, monkeypatch):
     assert 0 < stopped.step < 8
     assert train(tiny_config(), tmp_path).step == 8
     assert numbers(tmp_path)[-1] == numbers(run)[-1]
+    # Parameters, statistics, momentum and step, leaf by leaf.
+    chex.assert_trees_all_equal(
+        final_state(tmp_path, tiny_config()), final_state(run, tiny_config())
+    )
 
 
 def test_evaluation_alone_finds_what_the_run_did(run, tmp_path):

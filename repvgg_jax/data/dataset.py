@@ -16,13 +16,14 @@ from repvgg_jax.data.clutter import load_clutter
 from repvgg_jax.data.decoding import Decoder, UndecodableError, decode
 from repvgg_jax.data.images import CenterCrop, RandomResizedCrop
 from repvgg_jax.data.joint_crop import JointCrop, WholeImage
-from repvgg_jax.data.masks import IGNORE, PairSource, load_cityscapes, load_pairs
+from repvgg_jax.data.masks import PairSource, load_cityscapes, load_pairs
 from repvgg_jax.data.records import Manifest, load_records
 from repvgg_jax.data.scenes import SceneSource, load_digits_scenes
 from repvgg_jax.data.settings import DataSettings, Size, height_width
 from repvgg_jax.data.sources import ArraySource, Source, Splits, load_digits, load_fake, load_folder
 from repvgg_jax.data.splits import hold_out, named_splits, tfds_splits
 from repvgg_jax.data.tfds_records import load_tfds
+from repvgg_jax.segmentation.labels import IGNORE
 from repvgg_jax.text import did_you_mean, one_line, plural
 
 logger = logging.getLogger(__name__)
@@ -398,6 +399,9 @@ def load(settings: DataSettings, *, training: bool = True) -> Dataset:
             f"config.data.source is {name}"
         )
     train, evaluation, classes = _LOADERS[kind + colon](location, settings, training)
+    for split, source in (("training", train), ("validation", evaluation)):
+        if not len(source):
+            raise ValueError(f"{name} has no {split} images")
     masks = isinstance(train, (PairSource, SceneSource))
     if masks and len(settings.mean) != 3:
         raise ValueError(f"config.data.mean={settings.mean}: images of {name} have 3 channels")

@@ -11,8 +11,8 @@ import numpy as np
 
 from repvgg_jax.data.dataset import Dataset
 from repvgg_jax.data.decoding import UndecodableError
-from repvgg_jax.data.masks import IGNORE
 from repvgg_jax.data.sources import Source
+from repvgg_jax.segmentation.labels import IGNORE
 from repvgg_jax.text import first_few
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 
 from repvgg_jax.data.decoding import UndecodableError
-from repvgg_jax.data.masks import IGNORE
 from repvgg_jax.data.settings import Size, height_width
+from repvgg_jax.segmentation.labels import IGNORE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,54 +26,14 @@ import numpy as np
 
 from repvgg_jax.data.decoding import Decoder, UndecodableError, decode, open_image, read_file
 from repvgg_jax.data.sources import SUFFIXES, Source
+from repvgg_jax.segmentation.labels import CITYSCAPES, IGNORE
 from repvgg_jax.text import first_few, plural
-
-IGNORE = 255
-"""The label of pixels that have no class."""
 
 _SPLITS = ("train", "val")
 _CITYSCAPES_FOLDERS = ("leftImg8bit", "gtFine")
 _PAIR_FOLDERS = ("train/images", "train/masks", "val/images", "val/masks")
 _INVALID = 254  # in a table of labels: no file may have this value
 
-
-@dataclasses.dataclass(frozen=True)
-class CityscapesClass:
-    """A class of Cityscapes that is evaluated.
-
-    Attributes:
-      name: as in the official table.
-      label_id: in `*_labelIds.png`.
-      color: red, green and blue, 0 … 255.
-    """
-
-    name: str
-    label_id: int
-    color: tuple[int, int, int]
-
-
-CITYSCAPES = (
-    CityscapesClass("road", 7, (128, 64, 128)),
-    CityscapesClass("sidewalk", 8, (244, 35, 232)),
-    CityscapesClass("building", 11, (70, 70, 70)),
-    CityscapesClass("wall", 12, (102, 102, 156)),
-    CityscapesClass("fence", 13, (190, 153, 153)),
-    CityscapesClass("pole", 17, (153, 153, 153)),
-    CityscapesClass("traffic light", 19, (250, 170, 30)),
-    CityscapesClass("traffic sign", 20, (220, 220, 0)),
-    CityscapesClass("vegetation", 21, (107, 142, 35)),
-    CityscapesClass("terrain", 22, (152, 251, 152)),
-    CityscapesClass("sky", 23, (70, 130, 180)),
-    CityscapesClass("person", 24, (220, 20, 60)),
-    CityscapesClass("rider", 25, (255, 0, 0)),
-    CityscapesClass("car", 26, (0, 0, 142)),
-    CityscapesClass("truck", 27, (0, 0, 70)),
-    CityscapesClass("bus", 28, (0, 60, 100)),
-    CityscapesClass("train", 31, (0, 80, 100)),
-    CityscapesClass("motorcycle", 32, (0, 0, 230)),
-    CityscapesClass("bicycle", 33, (119, 11, 32)),
-)
-"""The evaluated classes in the order of their train ids (cityscapesscripts, helpers/labels.py)."""
 
 _CITYSCAPES_IDS = 34  # ids of all classes, evaluated or not, are 0 … 33
 

@@ -197,4 +197,6 @@ def open_shards(root: pathlib.Path, shards: Sequence[Shard]) -> Sequence[bytes]:
     """Random access to the records of several files, in the order of the files."""
     from grain.sources import ArrayRecordDataSource
 
+    if not shards:  # of which Grain makes no source
+        return ()
     return ArrayRecordDataSource([str(root / shard.file) for shard in shards])

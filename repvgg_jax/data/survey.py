@@ -12,9 +12,9 @@ from PIL import ExifTags
 
 from repvgg_jax.data.dataset import FAILURES, Dataset
 from repvgg_jax.data.decoding import Decoder, open_image
-from repvgg_jax.data.masks import IGNORE
 from repvgg_jax.data.sources import Source
 from repvgg_jax.progress import progress
+from repvgg_jax.segmentation.labels import IGNORE
 from repvgg_jax.text import first_few, one_line, plural
 
 _BLOCK = 256  # images that are handed to the threads at a time

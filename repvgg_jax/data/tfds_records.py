@@ -8,8 +8,9 @@ from typing import Any
 
 from repvgg_jax import text
 from repvgg_jax.data.decoding import Decoder, decode
-from repvgg_jax.data.masks import CITYSCAPES, PairDecoder, PairSource
+from repvgg_jax.data.masks import PairDecoder, PairSource
 from repvgg_jax.data.sources import Splits
+from repvgg_jax.segmentation.labels import CITYSCAPES
 
 _OPEN_THREADS = 32  # that count records of shards; remote storage answers slowly
 

@@ -106,12 +106,6 @@ class Target:
                 f"format {form.name} holds classifiers, not {network.name}; segmenters: "
                 f"{', '.join(able)}"
             )
-        if network.is_segmenter and network.dynamic_size:
-            raise ValueError(
-                f"graphs of {network.name} take images of one size, for which its poolings and "
-                "interpolations are computed ahead; leave out --dynamic-size, and convert once per "
-                "size"
-            )
         if not network.is_ours and not form.own_modules:
             able = [name for name, other in FORMATS.items() if other.own_modules]
             raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_jax._version import __version__
-from repvgg_jax.export import operators
+from repvgg_jax.export import onnx_sizes, operators
 from repvgg_jax.export.format import Format, Run, Runtime
 from repvgg_jax.export.network import Network
 from repvgg_jax.proof import TOLERANCE
@@ -118,6 +118,10 @@ class Graph:
                 across = self.weight(f"{name}/columns", columns.T, dtype)
                 x = self.node("MatMul", f"{name}/across", x, across)
                 return self.node("MatMul", name, self.weight(f"{name}/rows", rows, dtype), x)
+            case operators.ResampleToSize():
+                like = self._kept.get(operator.like, "")
+                wanted = np.dtype(np.float32) if operator.wide else self.dtype
+                return onnx_sizes.resample(self, operator, x, like, wanted)
             case operators.Widen():
                 return self._cast(f"{x}/wide", x, np.float32, source=self.dtype)
         raise AssertionError(operator)
@@ -211,6 +215,10 @@ class Graph:
     def _cast(self, name: str, x: str, target: Any, *, source: Any) -> str:
         if np.dtype(target) == np.dtype(source):
             return x
+        return self.cast(name, x, target)
+
+    def cast(self, name: str, x: str, target: Any) -> str:
+        """`x` in another dtype."""
         to = self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(target))
         return self.node("Cast", name, x, to=to)
 
@@ -224,8 +232,9 @@ class Graph:
             )
         return self.constant(name, values.astype(dtype, copy=False))
 
-    def constant(self, name: str, values: np.ndarray) -> str:
-        """Adds an array as it is."""
+    def constant(self, name: str, values: Any) -> str:
+        """Adds an array, or a number, in its own dtype."""
+        values = np.asarray(values)
         tensor = self.model.graph.initializer.add(name=name, dims=values.shape)
         tensor.data_type = self.onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
         little_endian = values.dtype.newbyteorder("<")

@@ -10,7 +10,7 @@ All values are NHWC; kernels are HWIO, as in Flax.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +194,28 @@ class Resample:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class ResampleToSize:
+    """As `Resample`, by matrices that the artifact computes, for images of any size.
+
+    Attributes:
+      name: of the result.
+      how: "pool", means over windows; "corners", between corners on corners; or "stride", pixel i
+        of the maps is pixel `stride * i` of the result, see `repvgg_jax.segmentation.resize`.
+      like: `Keep` of what has the size of the result; empty for "pool".
+      windows: of "pool", along each axis.
+      stride: of "stride".
+      wide: in float32, whatever the network computes in.
+    """
+
+    name: str
+    how: Literal["pool", "corners", "stride"]
+    like: str = ""
+    windows: int = 0
+    stride: int = 0
+    wide: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Widen:
     """From here on in float32."""
 
@@ -212,6 +234,7 @@ Operator = (
     | Join
     | MaxPool
     | Resample
+    | ResampleToSize
     | Widen
 )
 
@@ -245,26 +268,26 @@ def operators(network: Network) -> list[Operator]:
 
 
 def _segmenter(network: Network) -> Iterator[Operator]:
-    """The operators of a segmenter, for images of the network's size."""
+    """The operators of a segmenter, for images of the network's size or of any."""
     params, model = network.params, network.model.bind({"params": network.params})
+    yield Keep("images")
     yield from _backbone(model.backbone, params["backbone"])
-    height, width, channels = network.image_shape
-    image = jax.ShapeDtypeStruct((1, height, width, channels), np.float32)
-    backbone = make_backbone(network.model)
-    maps = jax.eval_shape(
-        lambda image: backbone.apply({"params": params["backbone"]}, image, method="features"),
-        image,
-    )
-    size = maps[backbone.layers[-1].stage].shape[1:3]
+    dynamic, size = network.dynamic_size, _map_size(network)
     yield Keep("maps")
     names = ["maps"]
     for windows in network.model.bins:
         name = f"pyramid{windows}"
         yield Take("maps")
-        yield _resample(f"{name}/pool", adaptive_average_pool, size, (windows, windows))
+        if dynamic:
+            yield ResampleToSize(f"{name}/pool", "pool", windows=windows)
+        else:
+            yield _resample(f"{name}/pool", adaptive_average_pool, size, (windows, windows))
         yield from _block(name, getattr(model, name), params[name])
-        resize = functools.partial(resize_bilinear, align_corners=True)
-        yield _resample(f"{name}/resize", resize, (windows, windows), size)
+        if dynamic:
+            yield ResampleToSize(f"{name}/resize", "corners", like="maps")
+        else:
+            resize = functools.partial(resize_bilinear, align_corners=True)
+            yield _resample(f"{name}/resize", resize, (windows, windows), size)
         yield Keep(name)
         names.append(name)
     yield Join(tuple(names))
@@ -273,13 +296,29 @@ def _segmenter(network: Network) -> Iterator[Operator]:
     head = params["head"]
     yield Conv("head", head["kernel"], head["bias"], stride=1, dilation=1, groups=1, wide=True)
 
-    def enlarge(x: jax.Array, after: tuple[int, int]) -> jax.Array:
-        return upsample(x, network.model.output_stride, after)
+    stride = network.model.output_stride
 
-    yield _resample("head/resize", enlarge, size, (height, width), wide=True)
+    def enlarge(x: jax.Array, after: tuple[int, int]) -> jax.Array:
+        return upsample(x, stride, after)
+
+    if dynamic:
+        yield ResampleToSize("head/resize", "stride", like="images", stride=stride, wide=True)
+    else:
+        yield _resample("head/resize", enlarge, size, network.image_shape[:2], wide=True)
     if network.output_name == "probabilities":
         yield Softmax()
     yield Output(network.output_name)
+
+
+def _map_size(network: Network) -> tuple[int, int]:
+    """Height and width of a segmenter's last feature map, for images of the network's size."""
+    backbone, params = make_backbone(network.model), network.params["backbone"]
+    maps = jax.eval_shape(
+        lambda image: backbone.apply({"params": params}, image, method="features"),
+        jax.ShapeDtypeStruct((1, *network.image_shape), np.float32),
+    )
+    height, width = maps[backbone.layers[-1].stage].shape[1:3]
+    return height, width
 
 
 def _backbone(backbone: Any, params: Any) -> Iterator[Operator]:

@@ -40,18 +40,19 @@ Translated = tuple[Callable[..., Any], list[Any]]
 """A function of a value and of variables, and these variables."""
 
 
-def build(network: Network, translate: Callable[[Any, Any], Translated] | None = None) -> Any:
+def build(network: Network, translate: Callable[..., Translated] | None = None) -> Any:
     """A `tf.Module` with the weights as variables and a `tf.function` called `serve`.
 
     Args:
       network: what it computes.
-      translate: maps an operator and TensorFlow to a function and its variables; default: as the
-        operator is.
+      translate: maps an operator, TensorFlow and what is remembered while `serve` is traced to a
+        function and its variables; default: as the operator is.
     """
     tf = load()
     module = tf.Module(name="repvgg")
+    kept: dict[str, Any] = {}  # what is remembered while `serve` is traced
     layers = [
-        (translate or translate_operator)(operator, tf)
+        (translate or translate_operator)(operator, tf, kept)
         for operator in operators.operators(network)
         if not isinstance(operator, operators.Output)  # the last one is the only output
     ]
@@ -71,7 +72,7 @@ def build(network: Network, translate: Callable[[Any, Any], Translated] | None =
     return module
 
 
-def translate_operator(operator: Any, tf: Any) -> Translated:
+def translate_operator(operator: Any, tf: Any, kept: dict[str, Any]) -> Translated:
     """An operator as a function of its input and its variables."""
     match operator:
         case operators.Conv():
@@ -104,7 +105,41 @@ def translate_operator(operator: Any, tf: Any) -> Translated:
             )
         case operators.Softmax():
             return tf.nn.softmax, []
+        case operators.Keep(name):
+
+            def keep(x: Any) -> Any:
+                kept[name] = x
+                return x
+
+            return keep, []
+        case operators.Take(name):
+            return lambda x: kept[name], []
+        case operators.Add(name):
+            return lambda x: x + kept[name], []
+        case operators.Join(names):
+            return lambda x: tf.concat([kept[name] for name in names], axis=-1), []
+        case operators.MaxPool():
+            # Behind a ReLU, where zeros are as good a border as minus infinity.
+            border = [(0, 0), (1, 1), (1, 1), (0, 0)]
+            return lambda x: tf.nn.max_pool2d(tf.pad(x, border), 3, 2, "VALID"), []
+        case operators.Resample(_, rows, columns):
+            return _resample(tf, rows, columns), []
+        case operators.Widen():
+            return lambda x: x, []
     raise AssertionError(operator)
+
+
+def _resample(tf: Any, rows: np.ndarray, columns: np.ndarray) -> Callable[[Any], Any]:
+    """Multiplies both spatial axes by matrices, without any transposition."""
+    height, width = len(rows), len(columns)
+
+    def resample(x: Any) -> Any:
+        _, before, across, channels = x.shape
+        x = tf.matmul(tf.constant(rows)[None], tf.reshape(x, (-1, before, across * channels)))
+        x = tf.matmul(tf.constant(columns)[None], tf.reshape(x, (-1, across, channels)))
+        return tf.reshape(x, (-1, height, width, channels))
+
+    return resample
 
 
 def variables_of(tf: Any, *values: np.ndarray) -> list[Any]:
@@ -143,6 +178,7 @@ SAVEDMODEL = Format(
     filename="savedmodel",
     write=write_savedmodel,
     packages=("tensorflow",),
+    segmenters=True,
     tolerances={"float32": TOLERANCE},
     runtimes=(Runtime("tensorflow", _open_savedmodel),),
     marker="saved_model.pb",
@@ -198,6 +234,7 @@ TFLITE = Format(
     filename="model.tflite",
     write=write_tflite,
     packages=("tensorflow",),
+    segmenters=True,
     tolerances={"float32": TOLERANCE, "float16": 1e-2},
     runtimes=(Runtime("ai_edge_litert", _open_tflite),),
     extra="tf",

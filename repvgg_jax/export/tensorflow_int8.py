@@ -43,7 +43,9 @@ class _Rounding:
         self.quantized = quantized
         self._block = ""  # whose output is not rounded yet
 
-    def __call__(self, operator: operators.Operator, tf: Any) -> Translated:
+    def __call__(
+        self, operator: operators.Operator, tf: Any, kept: dict[str, Any]
+    ) -> Translated:
         """An operator as a function and its variables."""
         before, after = [], []
         if not isinstance(operator, (operators.Activation, operators.Gate)):
@@ -57,7 +59,7 @@ class _Rounding:
         function, variables = (
             _classifier(operator, tf)
             if isinstance(operator, operators.Linear)
-            else translate_operator(operator, tf)
+            else translate_operator(operator, tf, kept)
         )
 
         def rounded(x: Any, *variables: Any) -> Any:

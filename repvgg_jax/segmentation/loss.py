@@ -5,8 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-IGNORE = 255
-"""The label of pixels that count neither in the loss nor in metrics."""
+from repvgg_jax.segmentation.labels import IGNORE
 
 AUXILIARY_WEIGHT = 0.4
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repvgg_jax.segmentation.loss import IGNORE
+from repvgg_jax.segmentation.labels import IGNORE
 
 
 def confusion(

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repvgg_jax import cpu_conv
-from repvgg_jax.block import Activation, ReparamBlock, TrainForm
+from repvgg_jax.block import Activation, TrainForm
 from repvgg_jax.cpu_conv import Lowering
-from repvgg_jax.layers import BatchNorm, torch_bias_init, torch_kernel_init
+from repvgg_jax.layers import conv_bn_relu, torch_bias_init, torch_kernel_init
 from repvgg_jax.meshes import on_auto_axes
 from repvgg_jax.model import RematPolicy, RepVGG, create_model
-from repvgg_jax.reparam import CONV_BN, EPSILON, conv_bn, fuse_params
+from repvgg_jax.reparam import CONV_BN, EPSILON, fuse_params
 from repvgg_jax.segmentation.resize import adaptive_average_pool, resize_bilinear, upsample
-from repvgg_jax.segmentation.resnet import RESNETS, ResNet, ResNetVariant
+from repvgg_jax.segmentation.resnet import RESNETS, ResNet, ResNetVariant, conv_bn_block
 from repvgg_jax.variants import Variant, get_variant
 
 OUTPUT_STRIDE = 8
@@ -172,9 +172,9 @@ class Segmenter(nn.Module):
         # Attributes become the names of the tree: backbone, pyramid1, …, decoder, head.
         self.backbone = make_backbone(self)
         for windows in self.bins:
-            level = self._conv_bn(1, self.variant.features // len(self.bins))
+            level = conv_bn_block(self, 1, self.variant.features // len(self.bins))
             setattr(self, f"pyramid{windows}", level)
-        self.decoder = self._conv_bn(3, self.width)
+        self.decoder = conv_bn_block(self, 3, self.width)
         self.head = _pixel_classifier(self.num_classes, self.width, self.param_dtype)
         self.drop = _channel_dropout(self.dropout)
         if self.auxiliary_width and not self.deploy:
@@ -241,19 +241,6 @@ class Segmenter(nn.Module):
             epsilon=self.epsilon,
         )
 
-    def _conv_bn(self, size: int, features: int) -> ReparamBlock:
-        return ReparamBlock(
-            features=features,
-            deploy=self.deploy,
-            bn_group_size=self.bn_group_size,
-            lowering=self.lowering,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            epsilon=self.epsilon,
-            momentum=self.momentum,
-            spec=conv_bn(size),
-        )
-
     def _full_size(self, logits: jax.Array, images: jax.Array) -> jax.Array:
         return upsample(logits, self.output_stride, images.shape[1:3])
 
@@ -277,24 +264,8 @@ class PixelHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Logits (images, height, width, num_classes) of feature maps of the same size."""
-        x = nn.Conv(
-            self.width,
-            (3, 3),
-            padding=((1, 1), (1, 1)),
-            use_bias=False,
-            kernel_init=torch_kernel_init,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="conv",
-        )(x)
-        norm = BatchNorm(
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            group_size=self.bn_group_size,
-            param_dtype=self.param_dtype,
-            name="bn",
-        )
-        x = _channel_dropout(self.dropout)(nn.relu(norm(x, train)), not train)
+        x = conv_bn_relu(self, x, train, self.width)
+        x = _channel_dropout(self.dropout)(x, not train)
         return _pixel_classifier(self.num_classes, self.width, self.param_dtype, name="logits")(x)
 
 

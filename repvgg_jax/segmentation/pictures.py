@@ -1,29 +1,14 @@
-"""Masks as pictures: colors of classes, overlays, and a grid that shows what a network does."""
+"""Masks as pictures: overlays, and a grid that shows what a network does."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from repvgg_jax.segmentation.loss import IGNORE
+from repvgg_jax.segmentation.labels import IGNORE, class_colors
 
 OPACITY = 0.6
 """Of the colors over an image."""
-
-
-def default_colors(num_classes: int) -> np.ndarray:
-    """Distinct colors, uint8 (classes, 3); the first is black.
-
-    The bits of a class's number, the lowest three first, become the highest bits of red, green
-    and blue, as in the masks of PASCAL VOC.
-    """
-    number = np.arange(num_classes)
-    colors = np.zeros((num_classes, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            set_bit = (number >> (3 * bit + channel)) & 1
-            colors[:, channel] |= (set_bit << (7 - bit)).astype(np.uint8)
-    return colors
 
 
 def colorize(mask: np.ndarray, colors: np.ndarray) -> np.ndarray:
@@ -40,7 +25,7 @@ def colorize(mask: np.ndarray, colors: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """An image with the colors of a mask over it; ignored pixels keep the image.
+    """An image with the colors of a mask over it; ignored pixels and black classes keep the image.
 
     Args:
       image: uint8 (height, width, 3), or 1 channel.
@@ -48,8 +33,10 @@ def overlay(image: np.ndarray, mask: np.ndarray, colors: np.ndarray) -> np.ndarr
       colors: uint8 (classes, 3).
     """
     image = np.broadcast_to(image, (*mask.shape, 3))
-    mixed = (1 - OPACITY) * image + OPACITY * colorize(mask, colors)
-    return np.where((mask == IGNORE)[..., None], image, mixed.round().astype(np.uint8))
+    colored = colorize(mask, colors)
+    mixed = ((1 - OPACITY) * image + OPACITY * colored).round().astype(np.uint8)
+    kept = (mask == IGNORE) | ~colored.any(axis=-1)
+    return np.where(kept[..., None], image, mixed)
 
 
 def grid(
@@ -66,7 +53,7 @@ def grid(
       labels: classes or 255, integers (height, width) each.
       predictions: classes, integers (height, width) each.
       classes: names by label, shown with their colors.
-      colors: uint8 (classes, 3); None for `default_colors`.
+      colors: uint8 (classes, 3); None for `class_colors`.
 
     Returns:
       A `matplotlib.figure.Figure`.
@@ -74,7 +61,7 @@ def grid(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colors = default_colors(len(classes)) if colors is None else colors
+    colors = class_colors(classes) if colors is None else colors
     columns = ("image", "truth", "prediction", "error")
     # Wide enough for four columns; the legend below takes a line per five classes.
     figure = Figure(figsize=(10, 2.6 * len(images) + 0.25 * -(-len(classes) // 5)), dpi=110)

@@ -34,11 +34,12 @@ def resize_bilinear(x: jax.Array, size: Size, *, align_corners: bool) -> jax.Arr
       ValueError: a size without pixels.
     """
 
-    def positions(before: int, after: int, dtype: Any) -> np.ndarray:
-        index = np.arange(after)
+    def positions(before: Any, after: Any, dtype: Any, xp: Any) -> Any:
+        index = xp.arange(after)
         if align_corners:
-            return index * float(dtype((before - 1) / (after - 1) if after > 1 else 0))
-        return np.maximum(float(dtype(before / after)) * (index + 0.5) - 0.5, 0)
+            # A single pixel, whose index is 0, is at the first one.
+            return index * _rounded((before - 1) / xp.maximum(after - 1, 1), dtype)
+        return xp.maximum(_rounded(before / after, dtype) * (index + 0.5) - 0.5, 0)
 
     return _interpolate(x, size, positions)
 
@@ -59,7 +60,7 @@ def upsample(x: jax.Array, stride: int, size: Size) -> jax.Array:
     Returns:
       (images, height, width, channels) in the dtype of `x`.
     """
-    return _interpolate(x, size, lambda before, after, dtype: np.arange(after) / stride)
+    return _interpolate(x, size, lambda before, after, dtype, xp: xp.arange(after) / stride)
 
 
 def adaptive_average_pool(x: jax.Array, size: Size) -> jax.Array:
@@ -76,19 +77,17 @@ def adaptive_average_pool(x: jax.Array, size: Size) -> jax.Array:
       (images, *size, channels) in the dtype of `x`.
     """
 
-    def weights(before: int, after: int) -> np.ndarray:
-        index = np.arange(after)
+    def weights(before: Any, after: Any, xp: Any) -> Any:
+        index = xp.arange(after)
         first, end = index * before // after, -(-(index + 1) * before // after)
-        pixel = np.arange(before)
+        pixel = xp.arange(before)[None]
         inside = (pixel >= first[:, None]) & (pixel < end[:, None])
         return inside / (end - first)[:, None]
 
     return _apply(x, size, weights)
 
 
-def _interpolate(
-    x: jax.Array, size: Size, positions: Callable[[int, int, Any], np.ndarray]
-) -> jax.Array:
+def _interpolate(x: jax.Array, size: Size, positions: Callable[..., Any]) -> jax.Array:
     """Interpolates between neighbors at the positions that each output pixel comes from.
 
     PyTorch rounds the ratio of the two sizes, and then the position once, as a fused
@@ -96,26 +95,37 @@ def _interpolate(
     """
     dtype = np.float64 if x.dtype == jnp.float64 else np.float32
 
-    def weights(before: int, after: int) -> np.ndarray:
-        position = np.minimum(positions(before, after, dtype), before - 1).astype(dtype)
-        low = position.astype(np.int64)
-        high = np.minimum(low + 1, before - 1)
-        share = position - low.astype(dtype)
-        matrix = np.zeros((after, before), dtype)
-        np.add.at(matrix, (np.arange(after), low), dtype(1) - share)
-        np.add.at(matrix, (np.arange(after), high), share)
-        return matrix
+    def weights(before: Any, after: Any, xp: Any) -> Any:
+        position = xp.minimum(positions(before, after, dtype, xp), before - 1).astype(dtype)
+        low = xp.floor(position)
+        high = xp.minimum(low + 1, before - 1)
+        share = (position - low)[:, None]
+        pixel = xp.arange(before)[None]
+        at_low, at_high = (pixel == place[:, None] for place in (low, high))
+        return at_low * (1 - share) + at_high * share
 
     return _apply(x, size, weights)
 
 
-def _apply(x: jax.Array, size: Size, weights: Callable[[int, int], np.ndarray]) -> jax.Array:
-    """Multiplies both spatial axes by matrices (after, before), in at least float32."""
-    if min(size) < 1:
+def _rounded(value: Any, dtype: Any) -> Any:
+    """A number in `dtype`; a Python float of that value if it is known."""
+    if isinstance(value, jax.Array):
+        return value.astype(dtype)
+    return float(dtype(value))
+
+
+def _apply(x: jax.Array, size: Size, weights: Callable[..., Any]) -> jax.Array:
+    """Multiplies both spatial axes by matrices (after, before), in at least float32.
+
+    The matrices are constants of the program, computed by NumPy; if sizes are symbolic, as in an
+    export for all sizes, the program computes them.
+    """
+    known = all(isinstance(side, int) for side in (*x.shape[1:3], *size))
+    if known and min(size) < 1:
         raise ValueError(f"feature maps cannot have {size[0]}x{size[1]} pixels; give 1 or more")
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     rows, columns = (
-        jnp.asarray(weights(before, after), dtype)
+        jnp.asarray(weights(before, after, np if known else jnp), dtype)
         for before, after in zip(x.shape[1:3], size, strict=True)
     )
     # Full precision: accelerators would round interpolated logits to bfloat16 otherwise.

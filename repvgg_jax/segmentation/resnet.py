@@ -150,7 +150,7 @@ class ResNet(nn.Module):
     def setup(self) -> None:
         """Makes the convolutions."""
         for index, features in enumerate(self.variant.stem_channels):
-            block = self._conv_bn(3, features, stride=1 if index else 2)
+            block = conv_bn_block(self, 3, features, stride=1 if index else 2)
             setattr(self, f"stem{index}", block)
         policy = self.remat if callable(self.remat) else None
         module = _Bottleneck
@@ -158,15 +158,15 @@ class ResNet(nn.Module):
             module = nn.remat(_Bottleneck, static_argnums=(2,), policy=policy)
         for layer in self.layers:
             convs: dict[str, Any] = {
-                "conv0": self._conv_bn(1, layer.width),
-                "conv1": self._conv_bn(
-                    3, layer.width, stride=layer.stride, dilation=layer.dilation
+                "conv0": conv_bn_block(self, 1, layer.width),
+                "conv1": conv_bn_block(
+                    self, 3, layer.width, stride=layer.stride, dilation=layer.dilation
                 ),
-                "conv2": self._conv_bn(1, EXPANSION * layer.width, activation=None),
+                "conv2": conv_bn_block(self, 1, EXPANSION * layer.width, activation=None),
             }
             if layer.projects:
-                convs["shortcut"] = self._conv_bn(
-                    1, EXPANSION * layer.width, stride=layer.stride, activation=None
+                convs["shortcut"] = conv_bn_block(
+                    self, 1, EXPANSION * layer.width, stride=layer.stride, activation=None
                 )
             setattr(self, layer.name, module(**convs))
 
@@ -199,30 +199,6 @@ class ResNet(nn.Module):
         """The last feature map."""
         return self.features(images, train)[self.layers[-1].stage]
 
-    def _conv_bn(
-        self,
-        size: int,
-        features: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        activation: Activation | None = nn.relu,
-    ) -> ReparamBlock:
-        return ReparamBlock(
-            features=features,
-            stride=stride,
-            dilation=dilation,
-            deploy=self.deploy,
-            bn_group_size=self.bn_group_size,
-            lowering=self.lowering,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            activation=activation,
-            epsilon=self.epsilon,
-            momentum=self.momentum,
-            spec=conv_bn(size),
-        )
-
 
 class _Bottleneck(nn.Module):
     """ReLU of three convolutions and a shortcut, summed."""
@@ -235,3 +211,38 @@ class _Bottleneck(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         y = self.conv2(self.conv1(self.conv0(x, train), train), train)
         return nn.relu(y + (x if self.shortcut is None else self.shortcut(x, train)))
+
+
+def conv_bn_block(
+    network: Any,
+    size: int,
+    features: int,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    activation: Activation | None = nn.relu,
+) -> ReparamBlock:
+    """A convolution and its norm, as a block of one branch, with the settings of a network.
+
+    Args:
+      network: a module with the fields `deploy`, `dtype`, …, that `ReparamBlock` has, too.
+      size: height and width of the kernel.
+      features: channels out.
+      stride: of both axes.
+      dilation: of both axes.
+      activation: after the norm.
+    """
+    return ReparamBlock(
+        features=features,
+        stride=stride,
+        dilation=dilation,
+        deploy=network.deploy,
+        bn_group_size=network.bn_group_size,
+        lowering=network.lowering,
+        dtype=network.dtype,
+        param_dtype=network.param_dtype,
+        activation=activation,
+        epsilon=network.epsilon,
+        momentum=network.momentum,
+        spec=conv_bn(size),
+    )

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from repvgg_jax.segmentation.inference import WHOLE, Protocol, scores
+from repvgg_jax.segmentation.labels import IGNORE
 from repvgg_jax.segmentation.loss import (
     AUXILIARY_WEIGHT,
-    IGNORE,
     pixel_cross_entropy,
     pixel_losses,
     segmentation_loss,

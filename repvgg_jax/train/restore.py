@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.identity import SplitIdentity
+from repvgg_jax.data.masks import is_cityscapes, is_pairs
 from repvgg_jax.data.records import MANIFEST
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import photo_crops
@@ -198,8 +199,8 @@ def data_images(
     """The first validation images of a data set, and what they are.
 
     Args:
-      data: as `config.data.source`, or a directory: of records, or of a folder per class, with or
-        without `val` above them.
+      data: as `config.data.source`, or a directory: of records, of Cityscapes, of images and masks,
+        or of a folder per class, with or without `val` above them.
       settings: how to read them.
       shape: (height, width, channels) that they must have.
       count: largest number of images.
@@ -226,11 +227,17 @@ def data_settings(data: str, settings: DataSettings) -> DataSettings:
     """
     path = pathlib.Path(data)
     if path.is_dir():
-        records = (path / MANIFEST).is_file()
-        data = f"records:{data}" if records else f"folder:{data}"
+        known = {
+            "records": (path / MANIFEST).is_file(),
+            "cityscapes": is_cityscapes(path),
+            "masks": is_pairs(path),
+        }
+        data = f"{next((kind for kind, holds in known.items() if holds), 'folder')}:{data}"
         below = any((path / split).is_dir() for split in ("val", "validation"))
         settings = dataclasses.replace(settings, eval_split="validation" if below else ".")
-    return dataclasses.replace(settings, source=data, holdout=0.0, num_classes=0)
+    if not (settings.mask and data.startswith("tfds:")):
+        settings = dataclasses.replace(settings, mask="", num_classes=0)
+    return dataclasses.replace(settings, source=data, holdout=0.0)
 
 
 def photographs(shape: tuple[int, int, int]) -> tuple[np.ndarray, str]:

@@ -52,6 +52,40 @@ from repvgg_jax.train import experiment
 experiment.create_model = create_model""",
 )
 
+# A segmenter in float64, on few scenes of digits.
+SEGMENTER64 = """
+import jax.numpy as jnp
+
+import repvgg_jax
+from repvgg_jax import Variant
+from repvgg_jax.data import scenes
+from repvgg_jax.train import experiment
+from repvgg_jax.train.config import default_config
+
+scenes.TRAINING_SCENES, scenes.VALIDATION_SCENES = 64, 20
+
+
+def get_config():
+    config = default_config(Variant("tiny", (1, 1), (4, 8), 4, strides=(1, 2), stem_stride=2))
+    config.task = "segmentation"
+    config.segmentation.output_stride, config.segmentation.bins = 4, (1, 2)
+    config.segmentation.width, config.segmentation.auxiliary_width = 8, 4
+    config.data.source, config.data.train_size, config.data.eval_size = "scenes", 33, 64
+    config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    config.train.batch_size, config.train.epochs = 16, 4
+    config.eval.batch_size = 16
+    config.report.every_steps = 4
+    return config
+
+
+def create_segmenter(*arguments, **options):
+    options |= {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    return repvgg_jax.create_segmenter(*arguments, **options)
+
+
+experiment.create_segmenter = create_segmenter
+"""
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -132,12 +166,12 @@ def started(
       launcher: "slurm" or "open mpi": they are told about each other as these do, not by
         --distributed.
       program: source of a program to run instead of train.py.
-      recipe: content of recipe.py, `RECIPE` or `FLOAT64`.
+      recipe: content of recipe.py, `RECIPE`, `FLOAT64` or `SEGMENTER64`.
     """
     port, commands = free_port(), []
     for i in range(count):
         environment = {"XLA_FLAGS": xla_flags(devices)}
-        if recipe == FLOAT64:
+        if recipe in (FLOAT64, SEGMENTER64):
             environment["JAX_ENABLE_X64"] = "1"
         given = ["--workdir=run", *arguments, *(own or {}).get(i, ())]
         if launcher == "slurm":

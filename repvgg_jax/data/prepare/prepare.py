@@ -20,12 +20,12 @@ from PIL import Image
 from repvgg_jax import files, text
 from repvgg_jax.data import records
 from repvgg_jax.data.decoding import UndecodableError
-from repvgg_jax.data.masks import CITYSCAPES
 from repvgg_jax.data.prepare import shards
 from repvgg_jax.data.prepare.inputs import Inputs, Item
 from repvgg_jax.data.prepare.shards import Done, Encoding, Job
 from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.progress import progress
+from repvgg_jax.segmentation.labels import CITYSCAPES
 
 logger = logging.getLogger(__name__)
 

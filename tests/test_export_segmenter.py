@@ -1,0 +1,134 @@
+"""Fused segmenters in other runtimes: ONNX and StableHLO of any size, LiteRT and SavedModel."""
+
+import functools
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+
+from repvgg_jax import Variant, create_segmenter
+from repvgg_jax.export import Network, Normalize, export
+from repvgg_jax.segmentation.resnet import ResNetVariant
+from tests.helpers import export_networks as nets
+from tests.helpers.trees import random_variables
+
+BACKBONES = {
+    "repvgg": Variant("tiny", (1, 2, 1), (4, 6, 8), 4, strides=(2, 2, 2)),
+    "fast": Variant("tiny", (1, 5, 1), (4, 6, 8), 4, strides=(2, 2, 2)),
+    "resnet": ResNetVariant("tiny-resnet", (1, 1, 1), (2, 3, 4), (4, 4, 6)),
+}
+SIZE = 34, 41  # of two strides, and neither 8 k + 1
+
+
+@functools.cache
+def segmenter(kind):
+    return create_segmenter(
+        BACKBONES[kind],
+        5,
+        fast=kind == "fast",
+        output_stride=8 if kind == "resnet" else 4,
+        bins=(1, 2, 3),
+        width=8,
+        auxiliary_width=4,
+    )
+
+
+@functools.cache
+def variables(kind):
+    return random_variables(segmenter(kind), size=SIZE[0], seed=4)
+
+
+def images(height, width, count=3):
+    return np.random.default_rng(height).integers(0, 256, (count, height, width, 3), np.uint8)
+
+
+def network(kind, **options):
+    return Network(
+        segmenter(kind),
+        segmenter(kind).fuse(variables(kind)),
+        images=images(*SIZE),
+        normalize=Normalize(nets.MEAN, nets.STD),
+        labels=nets.LABELS,
+        **options,
+    )
+
+
+def expected(kind, pixels):
+    """Logits of the training form."""
+    normalized = (pixels / 255 - np.asarray(nets.MEAN)) / np.asarray(nets.STD)
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(segmenter(kind).apply(variables(kind), normalized.astype(np.float32)))
+
+
+OTHER_SIZES = ((9, 57), (65, 33), (8, 8))  # beside those of the artifact's own proof
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "inside"),
+    [
+        ("repvgg", "float32", False),
+        pytest.param("resnet", "float32", False, marks=pytest.mark.slow),
+        pytest.param("fast", "float32", True, marks=pytest.mark.slow),
+        pytest.param("repvgg", "float16", False, marks=pytest.mark.slow),
+    ],
+)
+def test_onnx_of_any_size(kind, dtype, inside, tmp_path):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    made = network(kind, dynamic_size=True, with_preprocessing=inside)
+    artifact = export("onnx", made, tmp_path / "model.onnx", dtype=dtype)
+    assert artifact.proofs.keys() == {"onnxruntime", "openvino"}
+    session = runtime.InferenceSession(str(artifact.path), providers=["CPUExecutionProvider"])
+    (taken,), (given,) = session.get_inputs(), session.get_outputs()
+    size = ["height", "width"]
+    assert taken.shape == (["batch", *size, 3] if inside else ["batch", 3, *size])
+    assert given.shape[:2] == ["batch", 5]
+    for height, width in OTHER_SIZES:
+        pixels = images(height, width, 2)
+        fed = pixels if inside else made.normalize(pixels).transpose(0, 3, 1, 2)
+        (found,) = session.run(None, {"images": np.ascontiguousarray(fed)})
+        wanted = expected(kind, pixels)
+        found = found.transpose(0, 2, 3, 1)
+        if inside:
+            found, wanted = nets.log(found), nets.log(nets.softmax(wanted))
+        bound = {"float32": 1e-5, "float16": 1e-2}[dtype]
+        assert nets.relative(wanted, found) <= bound, (height, width)
+
+
+def test_stablehlo_of_any_size(tmp_path):
+    made = network("repvgg", dynamic_size=True)
+    artifact = export("stablehlo", made, tmp_path / "model.stablehlo")
+    assert artifact.proven
+    call = jax.export.deserialize(bytearray(artifact.path.read_bytes())).call
+    for height, width in OTHER_SIZES[:2]:
+        pixels = images(height, width, 2)
+        found = np.asarray(call(made.normalize(pixels)))
+        assert nets.relative(expected("repvgg", pixels), found) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "name", "dtype", "bound"),
+    [
+        ("repvgg", "tflite", "float32", 1e-5),
+        ("resnet", "tflite", "float16", 1e-2),
+        ("resnet", "savedmodel", "float32", 1e-5),
+    ],
+)
+def test_tensorflow(kind, name, dtype, bound, tmp_path):
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("ai_edge_litert")
+    made = network(kind)
+    artifact = export(name, made, tmp_path / "model", dtype=dtype)
+    (proof,) = artifact.proofs.values()
+    assert proof.relative <= bound
+    # What it was compared with is the training form.
+    assert nets.relative(expected(kind, images(*SIZE)), made.reference) <= 1e-5
+
+
+def test_tflite_takes_one_size(tmp_path):
+    pytest.importorskip("tensorflow")
+    with pytest.raises(ValueError, match="one size"):
+        export("tflite", network("repvgg", dynamic_size=True), tmp_path / "model.tflite")
