@@ -43,9 +43,7 @@ class _Rounding:
         self.quantized = quantized
         self._block = ""  # whose output is not rounded yet
 
-    def __call__(
-        self, operator: operators.Operator, tf: Any, kept: dict[str, Any]
-    ) -> Translated:
+    def __call__(self, operator: operators.Operator, tf: Any, kept: dict[str, Any]) -> Translated:
         """An operator as a function and its variables."""
         before, after = [], []
         if not isinstance(operator, (operators.Activation, operators.Gate)):
