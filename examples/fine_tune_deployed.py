@@ -16,9 +16,10 @@ import repvgg_jax as rv
 (images, labels), validation = load()
 
 
-def turned(data):
-    """The new task: the same digits, a quarter turned."""
-    return np.rot90(data[0], axes=(1, 2)).copy(), data[1]
+def faint(data, seed):
+    """The new task: the same digits, faint and in noise."""
+    noise = np.random.default_rng(seed).normal(0.0, 0.25, data[0].shape)
+    return np.float32(0.3 * data[0] + noise), data[1]
 
 
 model = rv.create_model(SMALL, num_classes=10)
@@ -38,20 +39,19 @@ difference = abs(jax.jit(model.apply)(start, validation[0]) - expected).max() / 
 print(f"split into branches: largest difference {difference:.1e} of the largest logit")
 assert difference < 1e-4
 
-few = tuple(array[:200] for array in turned((images, labels)))
-tuned = fit(classification_loss(model), start, few, steps=60)
+few = faint((images[:100], labels[:100]), seed=1)
+tuned = fit(classification_loss(model), start, few, steps=60, learning_rate=1e-3)
 scratch = fit(classification_loss(model), init(model, images, seed=1), few, steps=60)
+unseen = faint(validation, seed=2)
 shares = {
-    "as published": accuracy(deploy, published.variables, turned(validation)),
-    "200 images, from scratch": accuracy(model, scratch, turned(validation)),
-    "200 images, from the published network": accuracy(model, tuned, turned(validation)),
-    "the same, fused again": accuracy(
-        deploy, rv.fuse_params(jax.device_get(tuned)), turned(validation)
-    ),
+    "as published": accuracy(deploy, published.variables, unseen),
+    "100 images, from scratch": accuracy(model, scratch, unseen),
+    "100 images, from the published network": accuracy(model, tuned, unseen),
+    "the same, fused again": accuracy(deploy, rv.fuse_params(jax.device_get(tuned)), unseen),
 }
-print("validation accuracy on turned digits")
+print("validation accuracy on faint digits")
 for name, share in shares.items():
     print(f"  {name:<40} {share:.1%}")
 published_share, scratch_share, tuned_share, fused_share = shares.values()
-assert tuned_share > published_share
+assert tuned_share > max(published_share, scratch_share)
 assert fused_share == tuned_share

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from flax.traverse_util import flatten_dict
 
 import repvgg_jax
 from repvgg_jax import reparam
@@ -101,6 +102,12 @@ def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path):
             to = to / "index.html" if to.is_dir() else to
             assert to.exists(), f"{path}: {target}"
             assert not name or to not in pages or name in pages[to].names, f"{path}: {target}"
+    from repvgg_jax.train.config import default_config
+
+    settings = (tmp_path / "site" / "reference" / "settings" / "index.html").read_text()
+    assert set(re.findall(r"<td><code>config\.([\w.]+)</code></td>", settings)) == set(
+        flatten_dict(default_config().to_dict(), sep=".")
+    )
     for module, file in ((repvgg_jax, "repvgg_jax"), (reparam, "reparam")):
         names = pages[tmp_path / "site" / "reference" / file / "index.html"].names
         hidden = {"__version__"}
