@@ -79,10 +79,12 @@ def loss(variables, batch):
 
 
 def found(out, truth):
-    """The share of digits whose center is among the strongest cells, with class and IoU >= 0.5."""
-    strongest = np.asarray(out["center"]).reshape(len(out["center"]), -1)
-    threshold = np.sort(strongest, axis=1)[:, -DIGITS][:, None, None]
-    hit = (np.asarray(out["center"]) >= threshold) & (truth["center"] > 0)
+    """The share of digits whose center is among the strongest peaks, with class and IoU >= 0.5."""
+    score = out["center"]
+    peaks = nn.max_pool(score[..., None], (3, 3), padding="SAME")[..., 0] == score
+    score = np.where(peaks, score, -np.inf)
+    threshold = np.sort(score.reshape(len(score), -1), axis=1)[:, -DIGITS][:, None, None]
+    hit = (score >= threshold) & (truth["center"] > 0)
     hit &= np.asarray(out["digit"]).argmax(-1) == truth["digit"]
     one, other = np.asarray(out["box"]), truth["box"]
     low = np.maximum(one[..., :2] - one[..., 2:] / 2, other[..., :2] - other[..., 2:] / 2)
