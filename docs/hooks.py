@@ -1,12 +1,14 @@
-"""What MkDocs does not do by itself: pages that are outside docs/, and the notebooks.
+"""What MkDocs does not do by itself: pages that are outside docs/, notebooks, tables of settings.
 
 README, changelog and contributing guide are pages of the site and stay where forges look for them.
 Links are written for the repository; here they become links between pages of the site.
 """
 
+import ast
 import pathlib
 import posixpath
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from mkdocs.structure.files import File
@@ -21,6 +23,8 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "LICENSE": "LICENSE.txt",
 }
+
+WIDE = ("models.md", "results.md")  # tables that need the room of the navigation
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -41,6 +45,9 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Makes links between files of the repository links between pages of the site."""
     uri = page.file.src_uri
+    if uri in WIDE:
+        page.meta["hide"] = ["navigation"]
+    markdown = re.sub(r"^<!-- settings of (\S+) -->$", _settings, markdown, flags=re.MULTILINE)
     here = next((path for path, at in OUTSIDE.items() if at == uri), f"docs/{uri}")
 
     def link(match: re.Match) -> str:
@@ -56,3 +63,36 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if uri.startswith("notebooks/"):
         here = uri
     return re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)", link, markdown)
+
+
+def _settings(module: re.Match) -> str:
+    """A table of every section in a module of settings."""
+    tree = ast.parse((ROOT / module[1]).read_text())
+    found = [_section(node) for node in tree.body if isinstance(node, ast.ClassDef)]
+    return "\n".join(filter(None, found))
+
+
+def _section(section: ast.ClassDef) -> str:
+    path = next((word.value.value for word in section.keywords if word.arg == "path"), "")
+    rows = list(_rows(section, path))
+    head = ["| setting | default | |", "|---|---|---|"]
+    about = (ast.get_docstring(section) or "").partition("\n")[0]
+    return "\n".join([f"\n## `{path}`\n\n{about}\n", *head, *rows, ""]) if path and rows else ""
+
+
+def _rows(section: ast.ClassDef, path: str) -> Iterator[str]:
+    for field in section.body:
+        if not isinstance(field, ast.AnnAssign) or not isinstance(field.value, ast.Call):
+            continue
+        call = field.value
+        if ast.unparse(call.func) != "setting":
+            continue
+        default, about = call.args
+        words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+        limits = [
+            f"{words.get(word.arg, 'one of')} `{ast.unparse(word.value)}`"
+            for word in call.keywords
+            if word.arg in (*words, "choices")
+        ]
+        told = "; ".join([ast.literal_eval(about), *limits]).replace("|", "\\|")
+        yield f"| `{path}.{field.target.id}` | `{ast.unparse(default)}` | {told} |"

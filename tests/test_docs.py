@@ -1,13 +1,13 @@
 """The pages of docs/: their commands and Python run, and the flags and settings they name exist.
 
 Commands that need other machines, in launch.md and scaling.md, are parsed as train.py would parse
-them there. The Python of deploy.md is run by tests/test_export.py and tests/test_convert.py.
+them there. The Python of deploy.md is run by tests/test_export.py and tests/test_convert.py, and
+that of the tutorials by tests/test_tutorials.py.
 """
 
 import dataclasses
 import json
 import os
-import pathlib
 import re
 import shlex
 import shutil
@@ -21,36 +21,25 @@ from PIL import Image
 import repvgg_jax
 from repvgg_jax import ReparamBlock, reparam
 from repvgg_jax.data.augment import __main__ as picture
-from repvgg_jax.data.sources import SUFFIXES
-from repvgg_jax.train.settings import Settings
 from tests.helpers.commands import run
-from tests.helpers.flags import xla_flags
-from tests.helpers.pictures import encoded, images, photo, write_tars
+from tests.helpers.pages import DOCS, ROOT, commands, python, shell, text
+from tests.helpers.pictures import images, write_tars
 from tests.helpers.processes import RECIPE
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-RUN_HERE = ["augmentation.md", "data.md", "deploy.md"]
+RUN_HERE = [
+    "augmentation.md", "data.md", "deploy.md", "fine_tuning.md", "getting_started.md",
+    "own_images.md", "own_masks.md", "runtimes.md",
+]  # fmt: skip
 READ_HERE = ["launch.md", "scaling.md"]
 PYTHON_HERE = [
     "covariance.md", "family.md", "own_block.md", "reparameterization.md", "segmentation.md",
 ]  # fmt: skip
-PYTHON_ELSEWHERE = ["data.md", "deploy.md"]
+PYTHON_ELSEWHERE = [
+    "deploy.md", "fine_tuning.md", "getting_started.md", "own_images.md", "own_masks.md",
+    "runtimes.md",
+]  # fmt: skip
 FOREIGN_FLAGS = {"fp16", "gpu-bind", "ntasks-per-node", "signal"}  # of trtexec and SLURM
-
-
-def text(page: str) -> str:
-    return (DOCS / page).read_text()
-
-
-def commands(page: str) -> list[str]:
-    blocks = re.findall(r"^```bash\n(.*?)^```", text(page), re.M | re.S)
-    return "".join(blocks).splitlines()
-
-
-def python(page: str) -> str:
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", text(page), re.M | re.S))
 
 
 def scripts(page: str) -> list[str]:
@@ -58,25 +47,8 @@ def scripts(page: str) -> list[str]:
     return re.findall(r"\bpython,? +(-m \S+|[\w/]+\.py)", text(page))
 
 
-def shell(command: str, cwd: pathlib.Path) -> str:
-    """Runs a command with this environment's python and this checkout."""
-    python, *arguments = shlex.split(command)
-    assert python == "python"
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()},
-        text=True,
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 def test_every_page_with_code_is_tested():
-    pages = [page.name for page in DOCS.glob("*.md")]
+    pages = [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")]
     assert {page for page in pages if commands(page)} <= {*RUN_HERE, *READ_HERE}
     assert {page for page in pages if python(page)} == {*PYTHON_HERE, *PYTHON_ELSEWHERE}
 
@@ -192,9 +164,7 @@ def test_every_command_of_data(tmp_path):
     (tmp_path / "configs" / "b1.py").write_text(RECIPE.replace("    return", small))
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     prepare, train, verify, smaller = (
-        command.replace("/data/", f"{tmp_path}/")
-        for command in commands("data.md")
-        if "flowers" not in command
+        command.replace("/data/", f"{tmp_path}/") for command in commands("data.md")
     )
     out = shell(prepare, tmp_path)
     assert "train: 16 images of 3 classes" in out
@@ -206,57 +176,6 @@ def test_every_command_of_data(tmp_path):
     shell(smaller, tmp_path)
     manifest = json.loads((tmp_path / "imagenet256" / "manifest.json").read_text())
     assert (manifest["details"]["short_side"], manifest["details"]["quality"]) == (256, 90)
-
-
-def own_images() -> tuple[str, str]:
-    """The recipe and the program of the page."""
-    (section,) = (part for part in sections("data.md") if part.startswith("Your own images"))
-    recipe, classify = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
-    return recipe, classify
-
-
-def test_the_page_lists_every_type_of_file():
-    (told,) = re.findall(r"File names end in (.*?), in either", text("data.md"), re.S)
-    assert tuple(re.findall(r"`(\.\w+)`", told)) == SUFFIXES
-
-
-def test_the_recipe_for_own_images_is_one():
-    namespace: dict = {}
-    exec(compile(own_images()[0], "flowers.py", "exec"), namespace)
-    assert Settings.from_config(namespace["get_config"]()).data.source == "folder:flowers"
-
-
-@pytest.mark.slow
-def test_own_images_from_a_tree_to_their_classes(tmp_path):
-    """Word for word, with a small network in the place of A0 and a shorter run."""
-    recipe, classify = own_images()
-    tiny = 'Variant("tiny", (1, 1), (8, 16), 8, strides=(2, 2), stem_stride=2)'
-    recipe = "from repvgg_jax import Variant\n" + recipe.replace('"A0"', tiny)
-    (tmp_path / "flowers.py").write_text(recipe)
-    (tmp_path / "classify.py").write_text(classify)
-    for name, kind in (("daisy/7.jpg", "JPEG"), ("tulip/b.png", "PNG")):
-        for split in ("train", "val"):
-            path = tmp_path / "flowers" / split / name
-            path.parent.mkdir(parents=True)
-            for number in range(1, 9):
-                stored = path.with_stem(f"{path.stem}{number}" if number > 1 else path.stem)
-                stored.write_bytes(encoded(photo(number), kind))
-    for script in ("train.py", "convert.py"):
-        (tmp_path / script).symlink_to(ROOT / script)
-    check, train, convert, ask = (line for line in commands("data.md") if "flowers" in line)
-    assert "nothing in these images would stop a run" in shell(check, tmp_path)
-    changes = ["epochs=4", "batch_size=8"]
-    changes = " ".join(f"--config.train.{change}" for change in changes)
-    shell(f"{train} {changes} --config.data.train_size=32", tmp_path)
-    assert "written to deploy-flowers" in shell(convert, tmp_path)
-    files = ask.split()[5:]
-    rows = [line.split() for line in shell(ask, tmp_path).splitlines()]
-    assert [row[0] for row in rows] == files
-    assert {row[1] for row in rows} <= {"daisy", "tulip"}
-    lines = shell(f"python classify.py {' '.join(files)}", tmp_path).splitlines()
-    for (file, best, share, *_), line in zip(rows, lines, strict=True):
-        assert line.startswith(f"{file}: {best}, probability ")
-        assert abs(float(line.split()[-1]) - float(share.rstrip("%")) / 100) < 0.011
 
 
 @pytest.mark.slow
