@@ -14,10 +14,13 @@ from flax.traverse_util import flatten_dict
 
 from configs.digits import DIGITS, get_config
 from repvgg_jax import Variant, create_model
+from repvgg_jax.convert.source import from_run
+from repvgg_jax.data.dataset import load
 from repvgg_jax.quantization.fake import fake_quantize, range_scale
 from repvgg_jax.quantization.grid import Grid
 from repvgg_jax.quantization.qat import RANGES, Qat, measure_norms, split_ranges, with_ranges
-from repvgg_jax.quantization.settings import TARGETS
+from repvgg_jax.quantization.quantize import quantize
+from repvgg_jax.quantization.settings import TARGETS, Settings
 from repvgg_jax.train.config import as_config
 from repvgg_jax.train.loop import train
 from repvgg_jax.train.restore import load_run, starting_state
@@ -151,6 +154,12 @@ class TestRanges:
         floats = model.clone(deploy=True).apply({"params": fused["params"]}, images(1))
         assert np.abs(logits - np.asarray(floats)).max() > 1e-4  # it does round
 
+    def test_without_such_a_run_there_are_no_trained_ranges(self):
+        model, variables = network()
+        deployed = model.fuse(jax.device_get(variables))
+        with pytest.raises(ValueError, match="--calibrator=trained"):
+            quantize(model.clone(deploy=True), deployed, images(), Settings(calibrator="trained"))
+
     def test_layers_that_stay_in_float(self):
         qat, model, variables, _ = prepared(float_layers=("stem", "head"))
         names = set(flatten_dict(variables["batch_stats"][RANGES], sep="/"))
@@ -279,6 +288,18 @@ def test_int8_is_as_accurate_as_float(tmp_path, block):
     run = load_run(path)
     assert RANGES not in run.variables["batch_stats"]
     assert float(run.ranges["head"]["high"]) > 0
+
+    # What is converted is what was trained.
+    source = from_run(path)
+    fused = source.model.fuse(source.variables)
+    quantized = source.trained.quantized(fused, source.normalize(source.images), Settings())
+    assert quantized.settings.calibrator == "trained"
+    assert 0 < quantized.errors["trained"] < 0.2
+    labels = load(source.reading).evaluation.labels
+    found = (quantized(source.normalize(source.images)).argmax(-1) == labels).mean()
+    assert found == pytest.approx(outcome.accuracy_int8, abs=0.003)
+    with pytest.raises(ValueError, match="--float-layers=head, but the run"):
+        source.trained.quantized(fused, source.images, Settings(float_layers=("head",)))
 
     # It resumes bitwise, ranges included.
     before = final_state(path, workdir_config(path))

@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from repvgg_jax.layers import BatchNorm
 from repvgg_jax.model import RepVGG
+from repvgg_jax.quantization import passes
 from repvgg_jax.quantization.fake import fake_quantize, range_scale, weight_scale
 from repvgg_jax.quantization.grid import Grid
 from repvgg_jax.quantization.network import (
@@ -32,8 +33,8 @@ from repvgg_jax.quantization.network import (
     plan,
     with_layers,
 )
-from repvgg_jax.quantization.quantize import Quantized, weight_grids
-from repvgg_jax.quantization.settings import TARGETS, Settings
+from repvgg_jax.quantization.quantize import MEASURED, Quantized, batches, layer_noise, weight_grids
+from repvgg_jax.quantization.settings import TARGETS, TRAINED, Settings
 
 RANGES = "quantization"
 """Name of the ranges in `batch_stats`."""
@@ -94,11 +95,14 @@ class Simulation:
             changed[name] = {"kernel": fake_quantize(kernel, weight_scale(kernel))}
         return with_layers(params, changed)
 
-    def quantized(self, variables: Mapping[str, Any]) -> Quantized:
+    def quantized(
+        self, variables: Mapping[str, Any], images: np.ndarray | None = None
+    ) -> Quantized:
         """What is exported: the grids of these ranges.
 
         Args:
           variables: as for `apply`.
+          images: normalized, on which noise and errors are measured; None for not at all.
         """
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), variables["params"])
         ranges = jax.device_get(variables["batch_stats"][RANGES])
@@ -106,7 +110,7 @@ class Simulation:
         for name in self.plan.tensors:
             low, high = (float(layer_of(ranges, name)[end]) for end in ("low", "high"))
             activations[name] = Grid.of_range(min(low, 0.0), max(high, 0.0), TARGETS[self.target])
-        return Quantized(
+        found = Quantized(
             self.model,
             params,
             self.plan,
@@ -114,12 +118,20 @@ class Simulation:
             weight_grids(params, self.plan, activations),
             Settings(
                 target=self.target,
-                calibrator="max",
+                calibrator=TRAINED,
                 float_layers=self.float_layers,
                 equalize=False,
                 bias_correction=False,
             ),
         )
+        if images is None:
+            return found
+        shown = np.asarray(images[:MEASURED], np.float32)
+        parts = [passes.plain(self.model, params, part) for part in batches(shown)]
+        floats = np.concatenate([np.asarray(part) for part in parts])
+        error = np.sqrt(((found(shown) - floats) ** 2).mean() / (floats**2).mean())
+        noise = layer_noise(found, shown)
+        return dataclasses.replace(found, noise=noise, errors={TRAINED: float(error)})
 
 
 @dataclasses.dataclass(frozen=True)
