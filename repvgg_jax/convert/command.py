@@ -81,7 +81,10 @@ TARGET = flags.DEFINE_string(
     "target", "vnni", "With --quantize: what it is for: vnni (x86), tensorrt, arm."
 )
 CALIBRATOR = flags.DEFINE_string(
-    "calibrator", "mse", "With --quantize: max, percentile, entropy or mse."
+    "calibrator",
+    "mse",
+    "With --quantize: max, percentile, entropy or mse; trained, the default for a run of "
+    "quantization-aware training, for the ranges that it has found.",
 )
 PERCENTILE = flags.DEFINE_float("percentile", 99.99, "Of --calibrator percentile.")
 FLOAT_LAYERS = flags.DEFINE_list(
@@ -219,6 +222,7 @@ def _int8(workdir: str | None) -> Any:
             bias_correction=BIAS_CORRECTION.value,
         ),
         tuple(name for name in INT8_FORMATS if name in asked) or ("onnx",),
+        calibrator_given=CALIBRATOR.present > 0,
     )
 
 

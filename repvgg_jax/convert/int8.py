@@ -21,6 +21,7 @@ from repvgg_jax.export import INT8_FORMATS, Artifact, Network, export_int8
 from repvgg_jax.export.format import Run, size
 from repvgg_jax.export.int8 import float_layers, simulated
 from repvgg_jax.quantization import Quantized, Settings, quantize
+from repvgg_jax.quantization.settings import TRAINED
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.text import plural
 
@@ -42,11 +43,14 @@ class Int8:
       calibrate: which images.
       settings: how the network is quantized.
       formats: what to write, names of `INT8_FORMATS`.
+      calibrator_given: whether the calibrator is a user's choice; else the ranges of
+        quantization-aware training come first.
     """
 
     calibrate: Calibrate
     settings: Settings = Settings()  # noqa: RUF009 (frozen)
     formats: tuple[str, ...] = ("onnx",)
+    calibrator_given: bool = False
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.formats if name not in INT8_FORMATS]:
@@ -104,12 +108,14 @@ class Conversion:
         self.calibration = calibration_images(source, asked.calibrate)
         self.evaluation = evaluation_examples(source)
         start = time.perf_counter()
-        self.quantized: Quantized = quantize(
-            source.model.clone(deploy=True),
-            fused,
-            source.normalize(self.calibration.images),
-            asked.settings,
-        )
+        images = np.asarray(source.normalize(self.calibration.images))
+        wanted = asked.settings.calibrator == TRAINED or not asked.calibrator_given
+        self.quantized: Quantized
+        if source.trained is not None and wanted:
+            self.quantized = source.trained.quantized(fused, images, asked.settings)
+        else:
+            model = source.model.clone(deploy=True)
+            self.quantized = quantize(model, fused, images, asked.settings)
         self.seconds = time.perf_counter() - start
         for line in self.quantized.warnings:
             logger.warning("%s", line)
@@ -268,6 +274,8 @@ class Conversion:
 
 
 def _calibrator(settings: Settings) -> str:
+    if settings.calibrator == TRAINED:
+        return "ranges as trained"
     if settings.calibrator == "percentile":
         return f"calibrator percentile {settings.percentile:g}"
     return f"calibrator {settings.calibrator}"

@@ -13,10 +13,15 @@ from repvgg_jax.export.description import Description, read_description
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.proof import Proof
+from repvgg_jax.quantization import Quantized
+from repvgg_jax.quantization import Settings as QuantizationSettings
+from repvgg_jax.quantization.network import checked
+from repvgg_jax.quantization.qat import Simulation, with_ranges
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.text import first_few
 from repvgg_jax.train.experiment import network_title
 from repvgg_jax.train.restore import (
+    RunWeights,
     Step,
     data_images,
     data_settings,
@@ -41,6 +46,51 @@ _HUB_SIZES = {"D2se": 320}
 
 
 @dataclasses.dataclass(frozen=True)
+class Trained:
+    """The integers that quantization-aware training simulated.
+
+    Attributes:
+      simulation: of the deploy form.
+      ranges: of activations.
+    """
+
+    simulation: Simulation
+    ranges: Any
+
+    @classmethod
+    def of(cls, run: RunWeights) -> "Trained | None":
+        """Those of a run; None if it was trained in float."""
+        if run.ranges is None:
+            return None
+        settings = run.settings.quantize
+        model = checked(run.model.clone(deploy=True))
+        return cls(Simulation(model, settings.target, settings.float_layers), run.ranges)
+
+    def quantized(
+        self, fused: Any, images: np.ndarray, settings: QuantizationSettings
+    ) -> Quantized:
+        """The network in int8.
+
+        Args:
+          fused: deploy-form variables.
+          images: normalized, to measure noise on.
+          settings: of which the target counts.
+
+        Raises:
+          ValueError: other layers in float than those of the training.
+        """
+        own = self.simulation.float_layers
+        if settings.float_layers and settings.float_layers != own:
+            raise ValueError(
+                f"--float-layers={','.join(settings.float_layers)}, but the run was trained with "
+                f"{first_few(own) or 'none'} in float; leave it out, or calibrate anew with "
+                "--calibrator mse"
+            )
+        simulation = dataclasses.replace(self.simulation, target=settings.target)
+        return simulation.quantized(with_ranges(fused, self.ranges), images)
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """A network to convert, and real images to prove the result on.
 
@@ -59,6 +109,7 @@ class Source:
       with_preprocessing: what graphs do that are there already, in the same case.
       reading: how data sets become its images; those of the run, if it is one.
       evaluation: the data set that `images` are from, which has labels; None for photographs.
+      trained: its integers and their ranges, of a run of quantization-aware training.
       is_run: whether it is a run, whose training images are those of `reading`.
     """
 
@@ -77,6 +128,7 @@ class Source:
     reading: DataSettings | None = None
     evaluation: DataSettings | None = None
     is_run: bool = False
+    trained: Trained | None = None
 
     @property
     def per_pixel(self) -> bool:
@@ -161,6 +213,7 @@ def from_run(path: pathlib.Path, *, step: Step = "newest", data: str | None = No
         reading=run.settings.data,
         evaluation=run.settings.data if data is None else data_settings(data, run.settings.data),
         is_run=True,
+        trained=Trained.of(run),
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from repvgg_jax.model import RepVGG
 from repvgg_jax.quantization import passes
-from repvgg_jax.quantization.calibrators import BINS, Histogram, choose_range
+from repvgg_jax.quantization.calibrators import BINS, CALIBRATORS, Histogram, choose_range
 from repvgg_jax.quantization.grid import Grid
 from repvgg_jax.quantization.network import (
     Plan,
@@ -21,7 +21,7 @@ from repvgg_jax.quantization.network import (
     plan,
     with_layers,
 )
-from repvgg_jax.quantization.settings import Settings
+from repvgg_jax.quantization.settings import TRAINED, Settings
 from repvgg_jax.reparam import equalize
 from repvgg_jax.text import named_leaves, plural
 
@@ -132,6 +132,11 @@ def quantize(
         not vary, activations that are not finite or all zero.
     """
     settings = settings or Settings()
+    if settings.calibrator == TRAINED:
+        raise ValueError(
+            f"--calibrator={TRAINED} is for a run of quantization-aware training, which has "
+            f"ranges; available here: {', '.join(CALIBRATORS)}"
+        )
     model = checked(model)
     if settings.equalize is None:
         settings = dataclasses.replace(settings, equalize=is_relu(model.activation))

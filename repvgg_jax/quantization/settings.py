@@ -45,13 +45,18 @@ TARGETS: Mapping[str, Target] = types.MappingProxyType(
 """By name: uint8 for x86 processors, int8 around zero for TensorRT, int8 for ARM and LiteRT."""
 
 
+TRAINED = "trained"
+"""The calibrator of ranges that quantization-aware training has found."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How a network is quantized after training.
 
     Attributes:
       target: one of `TARGETS`.
-      calibrator: how ranges follow from activations, one of `CALIBRATORS`.
+      calibrator: how ranges follow from activations, one of `CALIBRATORS`; `TRAINED` for those of
+        quantization-aware training, which `quantize` does not know.
       percentile: of the calibrator `percentile`: how many percent of the values are at most the
         largest number, and at least the smallest one.
       float_layers: layers that stay in float, by name, e.g. `("stem", "head")`.
@@ -71,7 +76,7 @@ class Settings:
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
-        for field, known in (("target", TARGETS), ("calibrator", CALIBRATORS)):
+        for field, known in (("target", TARGETS), ("calibrator", (*CALIBRATORS, TRAINED))):
             value = getattr(self, field)
             if value not in known:
                 raise ValueError(

@@ -23,7 +23,7 @@ from repvgg_jax.text import differences, plural
 from repvgg_jax.train import findings, memory
 from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.classes import for_network, note_other_images
-from repvgg_jax.train.experiment import Experiment, Model
+from repvgg_jax.train.experiment import Evaluated, Experiment
 from repvgg_jax.train.hooks import StopRequest
 from repvgg_jax.train.other_labels import RealLabels, with_class_map
 from repvgg_jax.train.restore import (
@@ -66,11 +66,11 @@ class Evaluator:
         self._experiment = experiment
         self.picture: Callable[[Any], None] | None = None
         self.images: dict[str, np.ndarray] = {}
-        self._steps: dict[tuple[Model, bool], jax.stages.Compiled] = {}
+        self._steps: dict[tuple[Evaluated, bool], jax.stages.Compiled] = {}
 
     def __call__(
         self,
-        model: Model,
+        model: Evaluated,
         variables: Any,
         stop: StopRequest | None = None,
         *,
@@ -80,7 +80,7 @@ class Evaluator:
         """The metrics of a network, as the task's `means`.
 
         Args:
-          model: in either form.
+          model: in either form, or the simulation of integers.
           variables: in the same form.
           stop: polled before every batch.
           per_image: also set `images`.
@@ -101,7 +101,7 @@ class Evaluator:
 
     def _evaluate(
         self,
-        model: Model,
+        model: Evaluated,
         variables: Any,
         stop: StopRequest | None,
         per_image: bool,
@@ -144,7 +144,7 @@ class Evaluator:
         return progress(f"evaluating {form}", total)
 
     def _compiled(
-        self, model: Model, variables: Any, batch: Any, per_image: bool
+        self, model: Evaluated, variables: Any, batch: Any, per_image: bool
     ) -> jax.stages.Compiled:
         key = (model, per_image)
         if key not in self._steps:

@@ -16,13 +16,20 @@ from repvgg_jax.data.dataset import Dataset, TrainSizes, load
 from repvgg_jax.data.identity import class_counts
 from repvgg_jax.model import RematPolicy, RepVGG, create_model, keep_convolutions
 from repvgg_jax.normalize import Normalize
+from repvgg_jax.quantization.qat import Qat, Simulation, with_ranges
 from repvgg_jax.segmentation.inference import PROTOCOLS
 from repvgg_jax.segmentation.network import Segmenter, create_segmenter
 from repvgg_jax.segmentation.task import Segmentation
 from repvgg_jax.train.freezing import Frozen
 from repvgg_jax.train.optimizer import make_optimizer, schedule
 from repvgg_jax.train.settings import Settings
-from repvgg_jax.train.state import TrainState, data_mesh, initial_state, state_sharding
+from repvgg_jax.train.state import (
+    TrainState,
+    data_mesh,
+    initial_state,
+    state_from,
+    state_sharding,
+)
 from repvgg_jax.train.step import Classification, Task, TrainStep
 from repvgg_jax.variants import Variant
 
@@ -36,6 +43,7 @@ REMAT_POLICIES: Mapping[str, bool | RematPolicy] = {
 
 
 Model = RepVGG | Segmenter
+Evaluated = Model | Simulation
 
 
 def build_model(settings: Settings, num_classes: int) -> Model:
@@ -218,7 +226,32 @@ class Experiment:
             group_size=self.settings.bn.group_size or 1,
             unrolled=self.mesh.devices.flat[0].platform == "cpu",
             frozen=self.frozen,
+            qat=self.qat,
         )
+
+    @property
+    def qat(self) -> Qat | None:
+        """The forward pass of quantization-aware training, if that is what is done."""
+        quantize = self.settings.quantize
+        if not quantize.qat:
+            return None
+        return Qat(
+            observed_steps=max(1, round(quantize.observe * self.total_steps)),
+            decay=quantize.range_decay,
+            running=quantize.statistics == "running",
+            target=quantize.target,
+            float_layers=quantize.float_layers,
+        )
+
+    def evaluated(self, variables: Any) -> tuple[Evaluated, Any]:
+        """The network whose accuracy counts while training, and its variables.
+
+        Args:
+          variables: of the training form.
+        """
+        if self.qat is None:
+            return self.model, variables
+        return self.qat.simulation(self.model), self.model.fuse(variables)
 
     def lower_step(self, size: tuple[int, int] | None = None) -> jax.stages.Lowered:
         """The train step for the devices of the mesh, ready to be compiled.
@@ -286,13 +319,12 @@ class Experiment:
         return NamedSharding(self.mesh, PartitionSpec("data"))
 
     def _init(self, key: jax.Array) -> TrainState:
-        return initial_state(
-            self.model,
-            self.optimizer,
-            key,
-            self.dataset.image_shape,
-            average=self.settings.ema.decay > 0,
-        )
+        average, shape = self.settings.ema.decay > 0, self.dataset.image_shape
+        state = initial_state(self.model, self.optimizer, key, shape, average=average)
+        if self.qat is None:
+            return state
+        variables = with_ranges(state.variables, self.qat.unobserved(self.model))
+        return state_from(variables, self.optimizer, average=average)
 
     @property
     def size_at(self) -> TrainSizes:

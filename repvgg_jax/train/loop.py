@@ -42,12 +42,14 @@ class Outcome:
       accuracy: the task's headline, accuracy or mIoU, of the training form on the validation
         images, a fraction; None if stopped.
       accuracy_fused: of the fused form; None if stopped, or if the network has none.
+      accuracy_int8: of the fused form in int8, simulated, after quantization-aware training.
       stopped_by: the signal that stopped the run before its end, or None.
     """
 
     step: int
     accuracy: float | None = None
     accuracy_fused: float | None = None
+    accuracy_int8: float | None = None
     stopped_by: signal.Signals | None = None
 
 
@@ -330,7 +332,7 @@ def _evaluate(
     stop: StopRequest,
 ) -> float | None:
     """The headline; None if a stop was requested, the evaluation is then left to the next run."""
-    means = evaluator(experiment.model, state.result, stop)
+    means = evaluator(*experiment.evaluated(state.result), stop)
     if means is None:
         return None
     writer.write({"step": int(state.step), **metrics_row("eval", means)})
@@ -361,6 +363,11 @@ def _finish(
             return Outcome(step, stopped_by=stop.signal)
         final |= metrics_row("final", fused, "_fused")
         results.append(fused)
+    if experiment.qat is not None:
+        quantized = evaluator(*experiment.evaluated(state.result), stop)
+        if quantized is None:
+            return Outcome(step, stopped_by=stop.signal)
+        final |= metrics_row("final", quantized, "_int8")
     writer.write({"step": step, **final})
     by_class = ByClass.of(experiment.dataset.classes, results[-1])
     writer.draw(by_class, picture=evaluator.picture)
@@ -369,6 +376,9 @@ def _finish(
     images = counted(trained, len(experiment.dataset.evaluation))
     fused_text = "" if accuracy_fused is None else f", {accuracy_fused:.2%} fused"
     logger.info(f"validation {word}: {accuracy:.2%} as trained{fused_text} ({images})")
+    accuracy_int8 = final.get(f"final/{headline}_int8")
+    if accuracy_int8 is not None:
+        logger.info(f"in int8, simulated: {accuracy_int8:.2%}")
     logger.info(
         "%s: %.2f%%; lowest by class: %s",
         beside_word,
@@ -390,4 +400,4 @@ def _finish(
     logger.info("report: %s", workdir.report)
     if experiment.obstacle is None:
         logger.info("next: python convert.py --workdir %s --output deploy", workdir.path)
-    return Outcome(step, accuracy, accuracy_fused)
+    return Outcome(step, accuracy, accuracy_fused, accuracy_int8)

@@ -34,7 +34,7 @@ def make_optimizer(
       steps_per_epoch: whole batches in the training images.
       total_steps: step at which the run ends.
       offset: steps by which the schedule is ahead.
-      blocks: of the network, for those whose norms decay beside the built-in ones.
+      blocks: of the network, some norms of which may decay; empty for the built-in ones.
     """
     rate = schedule(
         settings,
@@ -47,7 +47,7 @@ def make_optimizer(
     def mask(params: Any) -> Any:
         if settings.equivalent_l2:
             return decay_mask(params, equivalent_l2=True)
-        return decay_mask(params, blocks=(*BUILT_IN, *blocks))
+        return decay_mask(params, blocks=tuple(blocks) or BUILT_IN)
 
     clipping = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     heads = []

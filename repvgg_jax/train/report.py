@@ -97,15 +97,18 @@ def _forms(rows: Sequence[Row]) -> list[str]:
     names = [
         name.removeprefix("final/")
         for name in final
-        if name.startswith("final/") and not name.endswith("_fused")
+        if name.startswith("final/") and not name.endswith(("_fused", "_int8"))
     ]
+    forms = {"three branches": "", "fused": "_fused", "integers, simulated": "_int8"}
+    if f"final/{names[0]}_int8" not in final:
+        forms.popitem()
     body = [
-        (name, _number(final[f"final/{name}"]), _number(final.get(f"final/{name}_fused")))
+        (name, *(_number(final.get(f"final/{name}{suffix}")) for suffix in forms.values()))
         for name in names
     ]
     return [
         "<h2>The network as trained, and fused</h2>",
-        _table(["validation images", "three branches", "fused"], body),
+        _table(["validation images", *forms], body),
     ]
 
 

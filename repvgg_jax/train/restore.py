@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from repvgg_jax.data.dataset import load
+from repvgg_jax.data.dataset import EvalTransform, load
 from repvgg_jax.data.identity import SplitIdentity
 from repvgg_jax.data.masks import is_cityscapes, is_pairs
 from repvgg_jax.data.records import MANIFEST
@@ -21,6 +21,7 @@ from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.export.description import read_description
 from repvgg_jax.model import RepVGG
 from repvgg_jax.normalize import Normalize
+from repvgg_jax.quantization.qat import measure_norms, split_ranges, with_ranges
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.segmentation.resnet import ResNetVariant
 from repvgg_jax.segmentation.weights import Started, load_resnet, start_from_classifier
@@ -60,6 +61,7 @@ class RunWeights:
       metadata: class names, image shapes and normalization.
       accuracy: validation accuracy of the checkpoint; None if it was not evaluated.
       best: step and accuracy of the best evaluated checkpoint, if any was.
+      ranges: of activations, by quantization-aware training; None if it was not.
     """
 
     path: pathlib.Path
@@ -70,6 +72,7 @@ class RunWeights:
     metadata: RunMetadata
     accuracy: float | None = None
     best: tuple[int, float] | None = None
+    ranges: Any = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -130,6 +133,7 @@ def load_run(workdir: Workdir | str | pathlib.Path, *, step: Step = "newest") ->
         accuracy = checkpoints.accuracy(found)
         of_best = None if best is None else checkpoints.accuracy(best)
     _check_head(workdir, variables, metadata)
+    variables, ranges = split_ranges(variables)
     return RunWeights(
         workdir.path,
         settings,
@@ -139,6 +143,7 @@ def load_run(workdir: Workdir | str | pathlib.Path, *, step: Step = "newest") ->
         metadata,
         accuracy,
         None if best is None or of_best is None else (best, of_best),
+        ranges,
     )
 
 
@@ -298,22 +303,35 @@ def starting_state(experiment: Experiment) -> TrainState:
     Raises:
       ValueError: nothing readable there, or another network.
     """
-    state, source = experiment.initial_state(), experiment.settings.init_from
+    source = experiment.settings.init_from
+    if experiment.settings.quantize.qat and not source:
+        raise ValueError(
+            "config.quantize.qat=True trains a network further through its integers; name one "
+            "with --init_from, a run directory or a weights file"
+        )
+    state = experiment.initial_state()
     if not source:
         return state
     loaded = load_source(source, experiment.settings)
-    fresh = jax.device_get(state.variables)
+    fresh, ranges = split_ranges(jax.device_get(state.variables))
     merged: Merged | Started
     if isinstance(experiment.model, Segmenter) and not loaded.is_segmenter:
         merged, note = start_from_classifier(loaded.weights, fresh), ""
     else:
         weights, note = fit_head(loaded.weights, loaded.classes, experiment.dataset.classes)
         weights = _fit_channels(weights, experiment)
-        merged = merge_weights(weights, fresh)
+        variant = experiment.model.variant
+        own = variant if isinstance(variant, Variant) else None
+        merged = merge_weights(weights, fresh, variant=own)
     logger.info("%s%s (%s)", merged, f"; {note}" if note else "", source)
     if loaded.weights.unused:
         logger.info("left out of %s: %s", source, first_few(loaded.weights.unused))
-    begun = state_from(merged.variables, experiment.optimizer, average=bool(state.ema))
+    variables = merged.variables
+    if ranges is not None:
+        if loaded.weights.deploy:
+            variables = _with_measured_norms(experiment, variables)
+        variables = with_ranges(variables, ranges)
+    begun = state_from(variables, experiment.optimizer, average=bool(state.ema))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.device_put(begun, shardings)
 
@@ -347,7 +365,19 @@ def starting_weights(experiment: Experiment, loaded: "Loaded") -> Merged:
             f"{experiment.settings.init_from} is a classifier, which has no class per pixel; "
             "train it as a segmenter first, with --init_from"
         )
-    return merge_weights(loaded.weights, jax.device_get(experiment.initial_state().variables))
+    fresh, _ = split_ranges(jax.device_get(experiment.initial_state().variables))
+    return merge_weights(loaded.weights, fresh)
+
+
+def _with_measured_norms(experiment: Experiment, variables: dict[str, Any]) -> dict[str, Any]:
+    """Unfused variables with the statistics of training images, for the same function."""
+    dataset = experiment.dataset
+    count = min(len(dataset.train), experiment.settings.eval.batch_size)
+    transform = EvalTransform(dataset.train, dataset.eval_crop, dataset.eval_shape)
+    elements = [transform(number)[0] for number in range(count)]
+    images = np.stack([element["image"] for element in elements if element["mask"]])
+    logger.info("batch normalization inserted: statistics of %d training images", len(images))
+    return measure_norms(experiment.model, variables, experiment.normalize(images))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from repvgg_jax.data.settings import AugmentSettings, DataSettings
+from repvgg_jax.quantization.settings import TARGETS
 from repvgg_jax.segmentation.inference import PROTOCOLS
 from repvgg_jax.segmentation.resnet import RESNETS, ResNetVariant
 from repvgg_jax.settings import Section, as_json, setting
@@ -211,6 +212,28 @@ class OptimizerSettings(Section, path="config.optimizer"):
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizeSettings(Section, path="config.quantize"):
+    """Quantization-aware training, from weights that `init_from` names; docs/quantization.md."""
+
+    qat: bool = setting(False, "train through the integers of the deploy form")
+    observe: float = setting(
+        0.5, "share of the steps after which ranges of activations stay", above=0, most=1
+    )
+    range_decay: float = setting(
+        0.99, "share of the old ranges that a step keeps", least=0, below=1
+    )
+    statistics: str = setting(
+        "frozen",
+        "running statistics of batch normalization: frozen, or running, which follow the images",
+        choices=("frozen", "running"),
+    )
+    target: str = setting("vnni", "hardware whose integers are simulated", choices=tuple(TARGETS))
+    float_layers: tuple[str, ...] = setting(
+        (), 'layers that stay in float, by name or pattern, e.g. ("stem", "head")'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class EmaSettings(Section, path="config.ema"):
     """The exponential moving average that is evaluated and converted."""
 
@@ -269,6 +292,7 @@ class Settings(Section, path="config"):
     augment: AugmentSettings = AugmentSettings()  # noqa: RUF009
     train: TrainSettings = TrainSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
     ema: EmaSettings = EmaSettings()
     eval: EvalSettings = EvalSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -300,6 +324,11 @@ class Settings(Section, path="config"):
             raise ValueError(
                 "config.train.class_weights and config.data.sampling are both balanced, which "
                 "favors rare classes twice; give one of them"
+            )
+        if self.quantize.qat and self.task == "segmentation":
+            raise ValueError(
+                'config.quantize.qat is for config.task="classification"; quantize a segmenter '
+                "after its training"
             )
         if self.task == "segmentation":
             self._check_segmentation()

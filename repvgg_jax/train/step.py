@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from repvgg_jax.data.augment import Augmentation, Mixing
 from repvgg_jax.normalize import Normalize
+from repvgg_jax.quantization.qat import Qat, Simulation
 from repvgg_jax.reparam import equivalent_l2
 from repvgg_jax.train.freezing import Frozen
 from repvgg_jax.train.state import TrainState
@@ -219,6 +220,7 @@ class TrainStep:
       unrolled: unroll the loop over microbatches. Loops are slow on CPUs; elsewhere they save
         memory.
       frozen: what stays as it is.
+      qat: the forward pass of quantization-aware training, or None for the ordinary one.
     """
 
     model: nn.Module
@@ -226,7 +228,7 @@ class TrainStep:
     optimizer: optax.GradientTransformation
     augment: Augmentation
     mixing: Mixing | None
-    seed: int
+    seed: int | jax.Array
     equivalent_l2: float = 0.0
     ema_decay: float = 0.0
     microbatches: int = 1
@@ -234,6 +236,7 @@ class TrainStep:
     microbatch_sharding: jax.sharding.Sharding | None = None
     unrolled: bool = False
     frozen: Frozen = Frozen()  # noqa: RUF009 (frozen)
+    qat: Qat | None = None
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         """Takes one step on `batch`: uint8 images (n, height, width, channels) and their labels.
@@ -291,6 +294,11 @@ class TrainStep:
 
             def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
                 params = self.frozen.keep(params, jax.lax.stop_gradient(params))
+                if self.qat is not None:
+                    variables = {"params": params, "batch_stats": state.batch_stats}
+                    logits, batch_stats = self.qat(self.model, variables, images, state.step)
+                    loss, metrics = self.task.loss(logits, {}, targets)
+                    return loss, (batch_stats, metrics)
                 with self.frozen.computing():
                     logits, updated = self.model.apply(
                         {"params": params, "batch_stats": state.batch_stats},
@@ -355,14 +363,14 @@ class EvalStep:
     """`eval_step(variables, batch) -> sums`, a pure function.
 
     Attributes:
-      model: the network, in the form of the variables.
+      model: the network, in the form of the variables, or the simulation of its integers.
       task: which sums.
       normalize: pixels to the network's input.
       replicated: sharding of what is of single images; None leaves it to the compiler.
       per_image: whether the result has the task's numbers of every image.
     """
 
-    model: nn.Module
+    model: nn.Module | Simulation
     task: Task
     normalize: Normalize
     replicated: jax.sharding.Sharding | None = None

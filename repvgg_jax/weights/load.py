@@ -203,7 +203,9 @@ class Merged:
         return f"starting from {self.source}{branches}{fresh}"
 
 
-def merge_weights(loaded: Weights, fresh: Mapping[str, Any]) -> Merged:
+def merge_weights(
+    loaded: Weights, fresh: Mapping[str, Any], *, variant: Variant | None = None
+) -> Merged:
     """Replaces freshly initialized variables of the training form by loaded weights.
 
     The classifier and those of auxiliary heads stay fresh if the number of classes differs or
@@ -212,6 +214,8 @@ def merge_weights(loaded: Weights, fresh: Mapping[str, Any]) -> Merged:
     Args:
       loaded: from `load_weights` or `load_pretrained`; the deploy form is unfused.
       fresh: `create_model(…).init(…)` of the same variant and epsilon.
+      variant: that `fresh` is of, if it is none of the official ones: it knows the blocks that a
+        deploy form is unfused to.
 
     Raises:
       ValueError: `fresh` is in deploy form or another network; the message lists differences.
@@ -233,7 +237,7 @@ def merge_weights(loaded: Weights, fresh: Mapping[str, Any]) -> Merged:
     if loaded.deploy:
         deployed = unflatten_dict({**merged, **{p: v for p, v in kept.items() if p[1] == "head"}})
         like = jax.tree.map(np.asarray, fresh)
-        known = ALL.get(loaded.variant)
+        known = variant or ALL.get(loaded.variant)
         blocks = known.blocks if known else ()
         traceless = any(block.traceless for block in blocks)
         merged = flatten_dict(
