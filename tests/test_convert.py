@@ -806,6 +806,14 @@ class TestCommand:
             (["--from=x", "--output=y", "--std=1,two"], "--std=1,two"),
             (["--from=x", "--output=y", "--with-preprocessing"], "graphs only"),
             (["--from=x", "--output=y", "--classes=one"], "--classes=one"),
+            (["--from=x", "--output=y", "--calibrate=/i"], "--calibrate is for --quantize int8"),
+            (["--workdir=x", "--output=y", "--noequalize"], "--equalize is for --quantize int8"),
+            (["--from=x", "--output=y", "--quantize=int8"], "give --calibrate"),
+            (
+                ["--workdir=x", "--output=y", "--quantize=int8", "--target=arn"],
+                "did you mean 'arm'",
+            ),
+            (["--workdir=x", "--output=y", "--quantize=int8", "--calibrate=run:0"], "SOURCE:N"),
         ],
     )
     def test_what_is_missing_is_named(self, arguments, message):

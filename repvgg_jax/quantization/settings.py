@@ -95,7 +95,7 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Every setting, for `proof.json`."""
-        found = dataclasses.asdict(self)
+        found = dataclasses.asdict(self) | {"float_layers": list(self.float_layers)}
         if self.calibrator != "percentile":
             del found["percentile"]
         return {**found, "weights": "int8, symmetric, per output channel", "bits": 8}
