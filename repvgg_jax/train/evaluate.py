@@ -135,7 +135,7 @@ class Evaluator:
         return task.means(parts)
 
     def _progress(
-        self, model: Model, total: int, *, alone: bool
+        self, model: Evaluated, total: int, *, alone: bool
     ) -> contextlib.AbstractContextManager[Advance]:
         """Progress of an evaluation without training, which has a live line of its own."""
         if not alone or jax.process_index() > 0:
