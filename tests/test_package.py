@@ -228,7 +228,7 @@ def test_recipes_are_in_the_wheel(wheel):
     """All of them, and nothing else of the checkout."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if "/configs/" in name]
-    recipes = {f"repvgg_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    recipes = {f"repvgg_jax/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.py")}
     assert set(names) == recipes
 
 

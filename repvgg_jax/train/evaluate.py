@@ -135,12 +135,12 @@ class Evaluator:
         return task.means(parts)
 
     def _progress(
-        self, model: Model, total: int, *, alone: bool
+        self, model: Evaluated, total: int, *, alone: bool
     ) -> contextlib.AbstractContextManager[Advance]:
         """Progress of an evaluation without training, which has a live line of its own."""
         if not alone or jax.process_index() > 0:
             return contextlib.nullcontext(silent)
-        form = "fused" if model.deploy else "as trained"
+        form = "as trained" if not getattr(model, "deploy", True) else "fused"
         return progress(f"evaluating {form}", total)
 
     def _compiled(
