@@ -39,7 +39,8 @@ PYTHON_ELSEWHERE = [
     "deploy.md", "fine_tuning.md", "getting_started.md", "own_images.md", "own_masks.md",
     "runtimes.md",
 ]  # fmt: skip
-FOREIGN_FLAGS = {"fp16", "gpu-bind", "ntasks-per-node", "signal"}  # of trtexec and SLURM
+# Of trtexec, SLURM and absl.
+FOREIGN_FLAGS = {"fp16", "gpu-bind", "help", "ntasks-per-node", "signal"}
 
 
 def scripts(page: str) -> list[str]:

@@ -194,11 +194,15 @@ def find_recipe(text: str) -> pathlib.Path | None:
 
 
 def recipes() -> dict[str, pathlib.Path]:
-    """Files of the recipes by name: those in the installed package, or in its checkout."""
+    """Files of the recipes by name, e.g. `b1` or `ablation/acb`.
+
+    They are in the installed package, or in its checkout.
+    """
     package = pathlib.Path(_PACKAGE)
     folders = (package / "configs", package.parent / "configs")
     folder = next((each for each in folders if each.is_dir()), folders[0])
-    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
+    found = sorted(folder.rglob("*.py"), key=lambda path: (len(path.parts), path))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
 
 
 def is_run(source: str | pathlib.Path) -> bool:

@@ -140,7 +140,7 @@ class Evaluator:
         """Progress of an evaluation without training, which has a live line of its own."""
         if not alone or jax.process_index() > 0:
             return contextlib.nullcontext(silent)
-        form = "fused" if model.deploy else "as trained"
+        form = "as trained" if not getattr(model, "deploy", True) else "fused"
         return progress(f"evaluating {form}", total)
 
     def _compiled(
