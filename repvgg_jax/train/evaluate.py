@@ -135,12 +135,13 @@ class Evaluator:
         return task.means(parts)
 
     def _progress(
-        self, model: Model, total: int, *, alone: bool
+        self, model: Evaluated, total: int, *, alone: bool
     ) -> contextlib.AbstractContextManager[Advance]:
         """Progress of an evaluation without training, which has a live line of its own."""
         if not alone or jax.process_index() > 0:
             return contextlib.nullcontext(silent)
-        form = "fused" if model.deploy else "as trained"
+        # A simulation of integers has one form.
+        form = "fused" if getattr(model, "deploy", False) else "as trained"
         return progress(f"evaluating {form}", total)
 
     def _compiled(
