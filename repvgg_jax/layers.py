@@ -171,17 +171,19 @@ class SqueezeExciteGate(nn.Module):
       reduction: the squeezed width is `channels // reduction`.
       dtype: of the result.
       param_dtype: of the parameters.
+      squeezed: another squeezed width, or None.
     """
 
     reduction: int
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    squeezed: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Gates `x` (images, height, width, channels)."""
         channels = x.shape[-1]
-        squeezed = channels // self.reduction
+        squeezed = channels // self.reduction if self.squeezed is None else self.squeezed
         if squeezed == 0:
             raise ValueError(
                 f"{'/'.join(self.path)}: squeeze-and-excite with reduction {self.reduction} "

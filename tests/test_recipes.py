@@ -6,6 +6,7 @@ import pathlib
 import jax
 import pytest
 
+from repvgg_jax import FAMILY as NETWORKS
 from repvgg_jax import VARIANTS
 from repvgg_jax.train.config import paper_120
 from repvgg_jax.train.experiment import build_model
@@ -15,7 +16,12 @@ from repvgg_jax.train.validate import check_batches
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "configs"
 ALL = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
-FILES = [n for n in ALL if not n.startswith(("digits", "cityscapes_"))]
+FAMILY = {
+    "mobileone": [f"s{size}" for size in range(5)],
+    "qarepvgg": [n.removeprefix("qarepvgg_") for n in NETWORKS if n.startswith("qarepvgg_")],
+    "repopt": [n.removeprefix("repopt_") for n in NETWORKS if n.startswith("repopt_")],
+}
+FILES = [n for n in ALL if not n.startswith(("digits", "cityscapes_")) and n not in FAMILY]
 CITYSCAPES = [n for n in ALL if n.startswith("cityscapes_")]
 
 
@@ -46,6 +52,28 @@ def test_a_recipe(name):
         jax.ShapeDtypeStruct((2, size, size, 3), "float32"),
     )[0]
     assert logits.shape == (2, 1000)
+
+
+@pytest.mark.parametrize(
+    ("family", "size"), [(family, size) for family, sizes in FAMILY.items() for size in sizes]
+)
+def test_networks_of_the_family(family, size):
+    """The argument of a recipe is the size of its network; every network has one."""
+    module = importlib.import_module(f"configs.{family}")
+    settings = Settings.from_config(module.get_config(size))
+    assert settings.model.variant.name == f"{family}_{size}"
+    assert f"configs/{family}.py:" in (FOLDER / f"{family}.py").read_text()
+    for devices in (1, 4, 8):
+        check_batches(settings, devices=devices)
+    optimizer, train = settings.optimizer, settings.train
+    search = size.endswith("_search")
+    epochs = {"mobileone": 300, "qarepvgg": 120, "repopt": 240 if search else 120}[family]
+    decay = {"mobileone": 1e-4, "qarepvgg": 4e-5, "repopt": 4e-5}[family]
+    assert (train.epochs, optimizer.weight_decay, optimizer.learning_rate) == (epochs, decay, 0.1)
+    assert train.batch_size == (1024 if family == "qarepvgg" else 256)
+    assert train.label_smoothing == (0.0 if family == "qarepvgg" else 0.1)
+    assert optimizer.clip_norm == (5.0 if search else 0.0)
+    assert settings.ema.decay == (0.9995 if family == "mobileone" else 0.0)
 
 
 @pytest.mark.parametrize("name", CITYSCAPES)

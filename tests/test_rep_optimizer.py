@@ -157,6 +157,8 @@ def test_kernels_start_as_those_of_the_branches():
     params = quick_jit(network.init)(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))["params"]
     got = reparam.rep_init(SEARCH, scales(), params, jax.random.key(2))
     assert got["head"] is params["head"]
+    backward = reparam.rep_init(SEARCH, scales(), dict(reversed(params.items())), jax.random.key(2))
+    chex.assert_trees_all_equal(backward, got)
     own = scales()["stage1_block0"]
     before, after = (np.asarray(p["stage1_block0"]["conv"]["kernel"]) for p in (params, got))
     three, one, zero = (np.asarray(own[s]["scale"]) for s in (*SCALES, "scale_identity"))

@@ -177,7 +177,9 @@ def rep_init(
     """
     _check_spec(spec)
     pairs = list(_pairs(params, scales, spec, target))
-    keys = dict(zip([path for path, *_ in pairs], jax.random.split(key, len(pairs)), strict=True))
+    # In the order of names: that of a mapping is another one behind `jax.jit`.
+    order = sorted((path for path, *_ in pairs), key=path_name)
+    keys = dict(zip(order, jax.random.split(key, len(pairs)), strict=True))
     found = {path: _initial(spec, own, kernel, keys[path]) for path, kernel, own in pairs}
     conv = _kernel_name(target)
 

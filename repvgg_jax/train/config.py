@@ -111,6 +111,68 @@ def plus_300(variant: str) -> ConfigDict:
     return config
 
 
+def mobileone_300(size: str) -> ConfigDict:
+    """MobileOne, section 4: 300 epochs, cosine from 0.1, label smoothing, averaged weights.
+
+    A batch of 256, weight decay 1e-4, smoothing 0.1, EMA 0.9995; S2 to S4 with AutoAugment. What
+    differs: the authors let the decay fall to 1e-5, and S2 to S4 grow their images and policies
+    during training; `config.data.sizes` does the former.
+    """
+    config = paper_120(f"mobileone_{size}")
+    config.train.epochs = 300
+    config.train.label_smoothing = 0.1
+    config.ema.decay = 0.9995
+    if size not in ("s0", "s1"):
+        config.augment.policy = "autoaugment"
+    return config
+
+
+def qarepvgg_120(size: str) -> ConfigDict:
+    """QARepVGG, the authors' log of B0: RepVGG's 120 epochs, a batch of 1024, weight decay 4e-5.
+
+    The learning rate is 0.1 per 256 images. Eight GPUs with 128 images each.
+    """
+    config = paper_120(f"qarepvgg_{size}")
+    config.train.batch_size = 1024
+    config.bn.group_size = 128
+    config.optimizer.weight_decay = 4e-5
+    return config
+
+
+def repopt_120(size: str) -> ConfigDict:
+    """RepOpt-VGG, by the authors' repository: 120 epochs, 5 of warm-up, weight decay 4e-5.
+
+    Label smoothing 0.1, and the policy `raug15`. `config.optimizer.scales` has no default: it
+    names a run of `repopt_search_240`, or the authors' file for this network.
+    """
+    config = paper_120(f"repopt_{size}")
+    config.train.label_smoothing = 0.1
+    config.optimizer.warmup_epochs = 5.0
+    config.optimizer.weight_decay = 4e-5
+    config.augment.policy = "raug15"
+    return config
+
+
+def repopt_search_240(size: str) -> ConfigDict:
+    """The search for the scales of RepOpt-VGG: 240 epochs of CIFAR-100, as the authors'.
+
+    The branched network, whose scales train. Gradients are clipped at 5, which is refused where
+    the scales are used. Crops differ from the authors', who shift images by up to 4 pixels.
+    """
+    config = repopt_120(f"{size}_search")
+    config.data.source = "tfds:cifar100"
+    config.data.eval_split = "test"
+    config.data.num_classes = 100
+    config.data.train_size = 32
+    config.data.eval_crop = 1.0
+    config.data.crop_scale = (0.25, 1.0)
+    config.data.mean, config.data.std = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
+    config.augment.policy = "none"
+    config.train.epochs = 240
+    config.optimizer.clip_norm = 5.0
+    return config
+
+
 def cityscapes(variant: str, *, fast: bool = False) -> ConfigDict:
     """Table 8: PSPNet on Cityscapes, 40 epochs of 713x713 crops (section 4.3).
 

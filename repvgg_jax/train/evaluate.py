@@ -140,7 +140,8 @@ class Evaluator:
         """Progress of an evaluation without training, which has a live line of its own."""
         if not alone or jax.process_index() > 0:
             return contextlib.nullcontext(silent)
-        form = "as trained" if not getattr(model, "deploy", True) else "fused"
+        # A simulation of integers has one form.
+        form = "fused" if getattr(model, "deploy", False) else "as trained"
         return progress(f"evaluating {form}", total)
 
     def _compiled(

@@ -1,6 +1,7 @@
 """An experiment: the settings as resolved objects on this machine."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,13 @@ from repvgg_jax.data.identity import class_counts
 from repvgg_jax.model import RematPolicy, RepVGG, create_model, keep_convolutions
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.quantization.qat import Qat, Simulation, with_ranges
+from repvgg_jax.reparam import rep_init, repopt_search
 from repvgg_jax.segmentation.inference import PROTOCOLS
 from repvgg_jax.segmentation.network import Segmenter, create_segmenter
 from repvgg_jax.segmentation.task import Segmentation
 from repvgg_jax.train.freezing import Frozen
 from repvgg_jax.train.optimizer import make_optimizer, schedule
+from repvgg_jax.train.scales import Scales, read_scales
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import (
     TrainState,
@@ -32,6 +35,8 @@ from repvgg_jax.train.state import (
 )
 from repvgg_jax.train.step import Classification, Task, TrainStep
 from repvgg_jax.variants import Variant
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -127,6 +132,7 @@ class Experiment:
       frozen: what stays as it is.
       steps_per_epoch: whole batches in the training images.
       total_steps: step at which the run ends.
+      scales: of the RepOptimizer, or None.
     """
 
     settings: Settings
@@ -141,6 +147,7 @@ class Experiment:
     frozen: Frozen
     steps_per_epoch: int
     total_steps: int
+    scales: Scales | None = None
 
     @classmethod
     def from_config(
@@ -150,6 +157,7 @@ class Experiment:
         dataset: Dataset | None = None,
         devices: Sequence[jax.Device] | None = None,
         training: bool = True,
+        scales: Scales | None = None,
     ) -> "Experiment":
         """Loads the data and builds everything else.
 
@@ -158,6 +166,7 @@ class Experiment:
           dataset: replaces the one that `config.data.source` names.
           devices: default: all devices of all processes.
           training: False for evaluation alone, which needs no training images.
+          scales: replace those that `config.optimizer.scales` names.
 
         Raises:
           ValueError: the first setting that cannot work, and what would.
@@ -187,6 +196,13 @@ class Experiment:
         task = build_task(settings, dataset, training=training)
         model = build_model(settings, len(dataset.classes))
         frozen = Frozen.of(model, settings.train.freeze, settings.bn.freeze_statistics)
+        if settings.optimizer.scales and scales is None and training:
+            scales = read_scales(settings.optimizer.scales)
+        if scales is None and training and getattr(model.variant, "block", None) == "repopt":
+            logger.warning(
+                "%s trains as a plain network: config.optimizer.scales names no scales",
+                model.variant.name,
+            )
         return cls(
             settings=settings,
             dataset=dataset,
@@ -199,6 +215,7 @@ class Experiment:
                 total_steps=total_steps,
                 offset=offset,
                 blocks=model.variant.blocks if isinstance(model, RepVGG) else (),
+                scales=scales,
             ),
             normalize=normalize,
             augment=make_augmentation(settings.augment, normalize),
@@ -207,6 +224,7 @@ class Experiment:
             frozen=frozen,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
+            scales=scales,
         )
 
     @property
@@ -320,7 +338,13 @@ class Experiment:
 
     def _init(self, key: jax.Array) -> TrainState:
         average, shape = self.settings.ema.decay > 0, self.dataset.image_shape
-        state = initial_state(self.model, self.optimizer, key, shape, average=average)
+
+        def start(params: Any) -> Any:
+            if self.scales is None:
+                return params
+            return rep_init(repopt_search(), self.scales, params, jax.random.fold_in(key, 1))
+
+        state = initial_state(self.model, self.optimizer, key, shape, average=average, start=start)
         if self.qat is None:
             return state
         variables = with_ranges(state.variables, self.qat.unobserved(self.model))

@@ -15,7 +15,7 @@ from repvgg_jax.cluster import consensus, watchdog
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.identity import DataIdentity
-from repvgg_jax.train import memory, resume
+from repvgg_jax.train import memory, resume, scales
 from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.classes import for_resuming
@@ -108,7 +108,8 @@ def train(
             dataset = load(settings.data)
         else:
             settings, dataset = begun.resumed(settings, extend=extend, other_data=other_data)
-        experiment = Experiment.from_config(settings, dataset=dataset)
+        kept = None if begun is None else scales.of_run(workdir)
+        experiment = Experiment.from_config(settings, dataset=dataset, scales=kept)
         check_compiler_options(settings, experiment.mesh)
         if begun is None:
             check_start(settings)  # before anything is written
@@ -117,6 +118,8 @@ def train(
             stack.enter_context(workdir.claimed(settings, replacing=replacing))
             if begun is None or begun.metadata is None or other_data:
                 workdir.write_metadata(_metadata(experiment))
+            if experiment.scales is not None and kept is None:
+                scales.keep(experiment.scales, workdir)
         consensus.barrier("claimed")
         source = f"recipe={recipe} " if recipe else ""
         logger.info("%s%s workdir=%s", source, experiment.describe(), workdir.path)
@@ -169,7 +172,8 @@ class _Begun:
         length = settings.train.epochs, settings.train.batch_size
         if length != (self.settings.train.epochs, self.settings.train.batch_size):
             old, new = (
-                Experiment.from_config(s, dataset=dataset) for s in (self.settings, settings)
+                Experiment.from_config(s, dataset=dataset, scales=scales.of_run(Workdir(self.path)))
+                for s in (self.settings, settings)
             )
             logger.info(
                 "extended: epoch %g to %d, with the learning rates of a run that had this length "

@@ -6,7 +6,8 @@ from typing import Any
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from repvgg_jax.reparam import BUILT_IN, BlockSpec, decay_mask
+from repvgg_jax.reparam import BUILT_IN, BlockSpec, decay_mask, rep_optimizer, repopt_search
+from repvgg_jax.train.scales import Scales
 from repvgg_jax.train.settings import OptimizerSettings
 from repvgg_jax.weights.tree import in_head
 
@@ -21,12 +22,13 @@ def make_optimizer(
     total_steps: int,
     offset: int = 0,
     blocks: Sequence[BlockSpec] = (),
+    scales: Scales | None = None,
 ) -> optax.GradientTransformation:
     """The gradient transformation that `config.optimizer` describes.
 
     Clipping comes first, on the gradient of the loss alone. SGD is PyTorch's: decay is added
     to the gradient, then momentum, then the learning rate. AdamW decouples decay from the
-    gradient.
+    gradient. Scales multiply gradients before all that, and directions of AdamW before decay.
 
     Args:
       settings: of the optimizer.
@@ -35,6 +37,7 @@ def make_optimizer(
       total_steps: step at which the run ends.
       offset: steps by which the schedule is ahead.
       blocks: of the network, some norms of which may decay; empty for the built-in ones.
+      scales: of a RepOptimizer, or None.
     """
     rate = schedule(
         settings,
@@ -53,18 +56,17 @@ def make_optimizer(
     heads = []
     if settings.head_factor != 1:  # so that states of runs without it keep their structure
         heads = [optax.masked(optax.scale(settings.head_factor), _is_head)]
-    if settings.name == "adamw":
-        adamw = optax.adamw(
-            rate,
-            b1=settings.b1,
-            b2=settings.b2,
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            mask=mask,
-        )
-        return optax.chain(*clipping, adamw, *heads)
+    moments = {"b1": settings.b1, "b2": settings.b2, "eps": settings.epsilon}
     decay = optax.add_decayed_weights(settings.weight_decay, mask=mask)
+    if settings.name == "adamw" and scales is not None:
+        adam = rep_optimizer(repopt_search(), scales, optax.scale_by_adam(**moments), rule="adamw")
+        return optax.chain(adam, decay, optax.scale_by_learning_rate(rate), *heads)
+    if settings.name == "adamw":
+        adamw = optax.adamw(rate, **moments, weight_decay=settings.weight_decay, mask=mask)
+        return optax.chain(*clipping, adamw, *heads)
     sgd = optax.sgd(rate, momentum=settings.momentum, nesterov=settings.nesterov)
+    if scales is not None:
+        return optax.chain(rep_optimizer(repopt_search(), scales, optax.chain(decay, sgd)), *heads)
     return optax.chain(*clipping, decay, sgd, *heads)
 
 

@@ -209,6 +209,19 @@ class OptimizerSettings(Section, path="config.optimizer"):
         least=0,
     )
     clip_norm: float = setting(0.0, "largest norm of the gradient; 0: any", least=0)
+    scales: str = setting(
+        "",
+        "RepOptimizer for repopt_b1 and others: where its scales are from, a run of a network such "
+        "as repopt_b1_search, or the authors' file; empty: the gradients as they are",
+    )
+
+    def check(self) -> None:
+        """Checks that nothing would make a RepOptimizer train another way than its branches."""
+        if self.scales and self.clip_norm:
+            raise ValueError(
+                f"config.optimizer.clip_norm={self.clip_norm}: clipped gradients of one kernel are "
+                "not those of its branches; with config.optimizer.scales leave it at 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,6 +342,13 @@ class Settings(Section, path="config"):
             raise ValueError(
                 'config.quantize.qat is for config.task="classification"; quantize a segmenter '
                 "after its training"
+            )
+        variant = self.model.variant
+        plain = isinstance(variant, Variant) and variant.block == "repopt"
+        if self.optimizer.scales and not (plain and self.task == "classification"):
+            raise ValueError(
+                f"config.optimizer.scales is for classifiers such as repopt_b1, and {variant.name} "
+                "is none that a RepOptimizer trains; leave it empty"
             )
         if self.task == "segmentation":
             self._check_segmentation()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,7 @@ def initial_state(
     image_shape: tuple[int, int, int],
     *,
     average: bool = False,
+    start: Callable[[Any], Any] = lambda params: params,
 ) -> TrainState:
     """The state before the first step; pure, so `jax.jit` and `jax.eval_shape` take it.
 
@@ -65,8 +66,10 @@ def initial_state(
       key: PRNG key of the initial weights.
       image_shape: (height, width, channels) of one image.
       average: whether to keep moving averages.
+      start: what becomes of the parameters as they are initialized.
     """
     variables = model.init(key, jnp.zeros((1, *image_shape)))
+    variables = {**variables, "params": start(variables["params"])}
     return state_from(variables, optimizer, average=average)
 
 

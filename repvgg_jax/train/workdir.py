@@ -25,6 +25,7 @@ FILES = """\
 config.json        the configuration
 metadata.json      classes, image shapes and normalization: what using the weights takes; what
                    tells the run's data from others
+scales.safetensors of a RepOptimizer: the scales that the run trains with
 checkpoints/       one directory per checkpoint, named by its step
 unsound/           checkpoints that were found corrupt, if any
 metrics.jsonl      one JSON object per row
