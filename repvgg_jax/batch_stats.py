@@ -43,7 +43,7 @@ def image_groups(
             f"batch normalization groups of {size} images do not divide "
             f"a batch of {images}; the batch must be a multiple of the group"
         )
-    if size * height * width == 1:
+    if size * height * width < 2:
         raise ValueError(
             "batch normalization in training needs more than one value per channel, "
             f"got feature maps of shape {shape}; use larger images or a larger batch"

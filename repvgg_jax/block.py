@@ -20,7 +20,7 @@ Everything is NHWC, kernels are HWIO.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +140,11 @@ class ReparamBlock(nn.Module):
             if value is not None or option != "bn_group_size":
                 value = positive_integer(self.name or type(self).__name__, option, value)
             object.__setattr__(self, option, value)
+        if not isinstance(self.spec, BlockSpec):
+            raise ValueError(f"spec={self.spec!r} must be a BlockSpec, e.g. reparam.REPVGG")
+        if not isinstance(self.se, SqueezeExcite | None):
+            raise ValueError(f"se={self.se!r} must be a SqueezeExcite, or None")
+        check_options(self.train_form, self.lowering, self.activation, self.epsilon, self.momentum)
         super().__post_init__()
 
     @nn.compact
@@ -391,6 +396,8 @@ class ReparamBlock(nn.Module):
                 f"{self._where}: feature maps have shape {x.shape}; expected 4 axes (images, "
                 "height, width, channels), in batches of one image if need be"
             )
+        if not x.shape[-1]:
+            raise ValueError(f"{self._where}: feature maps of shape {x.shape} have no channels")
         if self.identity and (x.shape[-1] != self.features or self.stride != 1):
             raise ValueError(
                 f"{self._where}: an identity branch needs equal channels and stride 1, "
@@ -412,6 +419,23 @@ class ReparamBlock(nn.Module):
                 "of the deploy form; build it with deploy=True, or make them trainable with "
                 "unfuse_params"
             )
+
+
+def check_options(
+    train_form: str, lowering: str, activation: Any, epsilon: float, momentum: float
+) -> None:
+    """Raises ValueError for options of a block, or of a network of blocks, that cannot be."""
+    if train_form not in get_args(TrainForm):
+        raise ValueError(
+            f"train_form={train_form!r} must be one of {', '.join(map(repr, get_args(TrainForm)))}"
+        )
+    cpu_conv.check(lowering)
+    if activation is not None and not callable(activation):
+        raise ValueError(f"activation={activation!r} must be a function, e.g. nn.silu, or None")
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon={epsilon} must be a finite number, 0 or more")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum={momentum} must be from 0 to 1, e.g. 0.9")
 
 
 class RepVGGBlock(ReparamBlock):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from repvgg_jax.reparam import Conv, leaves, macs
+from repvgg_jax.text import positive_integer
 from repvgg_jax.variants import Variant, get_variant
 
 
@@ -53,10 +54,12 @@ def cost(
       output_stride: as in `create_model`.
 
     Raises:
-      ValueError: unknown variant, or an output stride it cannot have.
+      ValueError: unknown variant, an output stride it cannot have, or no size.
     """
     variant = get_variant(variant)
     size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    height, width = (positive_integer("cost", "image_size", side) for side in size)
+    size = height, width
     params_train = params_deploy = params_auxiliary = 0
     macs_train = macs_deploy = winograd = 0
     for layer in variant.layers(output_stride):

@@ -7,18 +7,19 @@ value's share) and 1e-5; running variances are unbiased.
 """
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from repvgg_jax import cpu_conv
 from repvgg_jax.batch_stats import AxisName
-from repvgg_jax.block import Activation, ReparamBlock, RepVGGBlock, TrainForm
+from repvgg_jax.block import Activation, ReparamBlock, RepVGGBlock, TrainForm, check_options
 from repvgg_jax.cpu_conv import Lowering
 from repvgg_jax.layers import conv_bn_relu, torch_bias_init, torch_kernel_init
 from repvgg_jax.reparam import EPSILON, REPVGG, fuse_params, input_channels
+from repvgg_jax.text import positive_integer
 from repvgg_jax.variants import Layer, Variant, get_variant
 
 RematPolicy = Callable[..., Any]  # as in `jax.checkpoint_policies`
@@ -79,17 +80,18 @@ def create_model(
         `jax.shard_map` or `jax.pmap`; under `jax.jit` a sharded batch is one batch anyway.
 
     Raises:
-      ValueError: unknown variant, train form or lowering, or an output stride it cannot have.
+      ValueError: unknown variant, an output stride it cannot have, or an option that cannot be.
     """
     variant = get_variant(name)
     variant.layers(output_stride, dilations)  # raises where the stride cannot be had
-    if num_classes < 0:
-        raise ValueError(f"num_classes={num_classes} must be 0 (pooled features) or more")
-    if train_form not in get_args(TrainForm):
-        raise ValueError(
-            f"train_form={train_form!r} must be one of {', '.join(map(repr, get_args(TrainForm)))}"
-        )
-    cpu_conv.check(lowering)
+    is_integer = isinstance(num_classes, (int, np.integer)) and not isinstance(num_classes, bool)
+    if not is_integer or num_classes < 0:
+        raise ValueError(f"num_classes={num_classes!r} must be 0 (pooled features) or more classes")
+    if bn_group_size is not None:
+        bn_group_size = positive_integer("create_model", "bn_group_size", bn_group_size)
+    if not (isinstance(remat, bool) or callable(remat)):
+        raise ValueError(f"remat={remat!r} must be True, False or a policy, e.g. keep_convolutions")
+    check_options(train_form, lowering, activation, epsilon, momentum)
     return RepVGG(
         variant=variant,
         num_classes=num_classes,

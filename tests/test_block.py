@@ -128,6 +128,39 @@ def test_numbers_that_cannot_be_are_refused_at_construction(option, value):
         rv.RepVGGBlock(**{"features": 8, option: value})
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("train_form", "covarience"),
+        ("lowering", "fast"),
+        ("activation", "relu"),
+        ("momentum", 1.5),
+        ("epsilon", -1e-5),
+        ("epsilon", float("nan")),
+        ("se", 4),
+        ("spec", "REPVGG"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_at_construction(option, value):
+    """A misspelled train form would otherwise train another one in silence."""
+    with pytest.raises(ValueError, match=f"{option}={value!r} must be"):
+        rv.RepVGGBlock(8, **{option: value})
+    if option not in ("se", "spec"):
+        with pytest.raises(ValueError, match=f"{option}={value!r} must be"):
+            rv.create_model("A0", **{option: value})
+
+
+@pytest.mark.parametrize("deploy", [False, True])
+def test_feature_maps_of_nothing(deploy):
+    block = rv.RepVGGBlock(8, deploy=deploy)
+    with pytest.raises(ValueError, match=r"\(1, 8, 8, 0\) have no channels"):
+        jax.eval_shape(block.init, jax.random.key(0), jnp.zeros((1, 8, 8, 0)))
+    if not deploy:
+        empty = jnp.zeros((2, 0, 8, 8))
+        with pytest.raises(ValueError, match="more than one value per channel"):
+            jax.eval_shape(lambda: block.init(jax.random.key(0), empty, train=True))
+
+
 @pytest.mark.parametrize("value", [0, -1, 0.5])
 def test_variants_and_gates_refuse_them_too(value):
     with pytest.raises(ValueError, match=f"reduction={value!r} must be a positive integer"):

@@ -82,3 +82,9 @@ def test_rectangles():
         cost("A0", image_size=s).macs_deploy for s in (33, (33, 70), (70, 33), 70)
     )
     assert small < odd == turned < large
+
+
+@pytest.mark.parametrize("size", [0, -1, 22.5, (8, 0)])
+def test_images_of_no_size(size):
+    with pytest.raises(ValueError, match="image_size="):
+        cost("A0", image_size=size)

@@ -253,9 +253,19 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"stem: .*training form.*deploy=True"):
             create_model(TINY, num_classes=5).apply(fuse_params(variables), self.images)
 
-    def test_negative_classes(self):
-        with pytest.raises(ValueError, match="num_classes=-1"):
-            create_model(TINY, num_classes=-1)
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("num_classes", -1),
+            ("num_classes", 1.5),
+            ("num_classes", True),
+            ("bn_group_size", 0),
+            ("remat", "convolutions"),
+        ],
+    )
+    def test_numbers_that_cannot_be(self, option, value):
+        with pytest.raises(ValueError, match=f"{option}={value!r}"):
+            create_model(TINY, **{option: value})
 
     def test_squeezing_to_nothing(self):
         variant = Variant("thin", (1,), (8,), 8, se={"reduction": 16})

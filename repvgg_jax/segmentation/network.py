@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repvgg_jax import cpu_conv
-from repvgg_jax.block import Activation, TrainForm
+from repvgg_jax.block import Activation, TrainForm, check_options
 from repvgg_jax.cpu_conv import Lowering
 from repvgg_jax.layers import conv_bn_relu, torch_bias_init, torch_kernel_init
 from repvgg_jax.meshes import on_auto_axes
@@ -99,7 +98,7 @@ def create_segmenter(
         raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
     if len(variant.depths) < 2:
         raise ValueError(f"{variant.name} has one stage; the auxiliary head needs one before it")
-    cpu_conv.check(lowering)
+    check_options(train_form, lowering, activation, epsilon, momentum)
     segmenter = Segmenter(
         variant=variant,
         num_classes=num_classes,
