@@ -5,7 +5,8 @@ one's median.
 Ours runs in JAX and, where `repvgg_jax.export` and the runtime are installed, exported to
 ONNX and run by onnxruntime and OpenVINO. "deploy plain" leaves every convolution to XLA
 (`lowering="plain"`). In "deploy constant" and under `torch.compile` with freezing the weights are
-constants of the program. On a GPU everything is bfloat16, on a CPU float32.
+constants of the program; "deploy measured" is "deploy constant" with `lowering="measured"`. On a
+GPU everything is bfloat16, on a CPU float32.
 
     python benchmarks/infer.py --models A0 B1 B1g4 --batch 1 8 32 --write
     python benchmarks/infer.py --runners deploy "torch compile" "timm compile" --batch 256
@@ -23,7 +24,8 @@ import numpy as np
 import torch_peer
 
 RUNNERS = (
-    "deploy", "deploy constant", "deploy plain", "train form", "onnxruntime", "openvino",
+    "deploy", "deploy constant", "deploy measured", "deploy plain", "train form",
+    "onnxruntime", "openvino",
     "torch", "torch channels_last", "torch compile", "torch compile freezing",
     "torch train form", "timm channels_last", "timm compile",
 )  # fmt: skip
@@ -70,10 +72,10 @@ def runner(kind: str, name: str, images: np.ndarray) -> Callable[[], Any]:
     model = rv.create_model(name, dtype=dtype)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     if kind != "train form":
-        lowering = "plain" if kind == "deploy plain" else "auto"
+        lowering = {"deploy plain": "plain", "deploy measured": "measured"}.get(kind, "auto")
         model, variables = model.clone(deploy=True, lowering=lowering), rv.fuse_params(variables)
     x = jax.device_put(images.astype(dtype))
-    if kind == "deploy constant":
+    if kind in ("deploy constant", "deploy measured"):
         predict = jax.jit(lambda images: model.apply(variables, images))
         return lambda: jax.block_until_ready(predict(x))
     apply = jax.jit(model.apply)

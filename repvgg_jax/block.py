@@ -104,7 +104,8 @@ class ReparamBlock(nn.Module):
         the same function by the block's fast training pass (`repvgg_jax.covariance`), or "auto",
         which `best_train_form` says.
       lowering: how convolutions are computed: "auto", on CPUs in the way that was measured to be
-        fastest (`repvgg_jax.cpu_conv`), or "plain", the same way everywhere.
+        fastest (`repvgg_jax.cpu_conv`); "measured", in deploy form in the way that is fastest on
+        this CPU, timed once per machine; or "plain", the same way everywhere.
       dtype: of the convolutions; parameters, statistics and norms stay float32.
       param_dtype: of the parameters; running statistics are in at least float32.
       activation: of the block's output, `nn.relu` by default; None for none. A module, e.g.
@@ -330,6 +331,8 @@ class ReparamBlock(nn.Module):
     def _lowered(self) -> Callable[..., jax.Array] | None:
         if self.lowering == "plain":
             return None
+        if self.deploy and self.lowering == "measured":
+            return cpu_conv.measured_conv_general_dilated
         if self.deploy:
             return cpu_conv.conv_general_dilated
         return cpu_conv.training_conv_general_dilated

@@ -16,6 +16,9 @@ measured on 2 cores at batch 32 (`benchmarks/train_step.py`), all differentiated
     stride 1, one group      Winograd, whose derivative is Winograd's too
     stride 2, one group      a matrix product with the patches, at 14x14 pixels and more
 
+The tables are of two processors. With `lowering="measured"` the deploy form's choice is timed on
+this machine (`repvgg_jax.cpu_measured`).
+
 GPUs and TPUs get the plain convolution, and so do artifacts. `jax.lax.platform_dependent`
 chooses when a program is lowered, so programs for several platforms stay right.
 """
@@ -27,9 +30,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from repvgg_jax import cpu_measured
 from repvgg_jax.meshes import on_auto_axes
 
-Lowering = Literal["auto", "plain"]
+Lowering = Literal["auto", "measured", "plain"]
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
@@ -67,6 +71,13 @@ def conv_general_dilated(
       **settings: the original's, among them `rhs_dilation` and `feature_group_count`.
     """
     return _replaced(_for_inference, x, kernel, window_strides, padding, settings)
+
+
+def measured_conv_general_dilated(
+    x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
+) -> jax.Array:
+    """`conv_general_dilated` in the way that is fastest on this CPU, which is timed once."""
+    return _replaced(_by_time, x, kernel, window_strides, padding, settings)
 
 
 def training_conv_general_dilated(
@@ -123,6 +134,31 @@ def _for_inference(
         small = stride == 2 and sides <= set(_PATCHES_SIDES)
         return (lambda x, kernel: patches(x, kernel, stride)) if small else None
     return _by_group(lambda x, k: _convolution(x, k, stride), groups)
+
+
+def _by_time(
+    shape: tuple[int, ...], kernel: tuple[int, ...], stride: int, groups: int
+) -> Convolution | None:
+    """The fastest of what is possible, where the table has a choice or could have one."""
+    usual = _for_inference(shape, kernel, stride, groups)
+    few = kernel[0] == 1 or kernel[2] < _CHANNELS or groups > _GROUPS
+    if few or 0 in shape or jax.default_backend() != "cpu":
+        return usual
+    candidates: dict[str, Convolution] = {"plain": lambda x, k: _convolution(x, k, stride, groups)}
+    ways = {"patches": lambda x, k: patches(x, k, stride)}
+    if stride == 1:
+        ways["winograd"] = winograd
+    if groups > 1:
+        ways["convolution"] = lambda x, k: _convolution(x, k, stride)
+    for name, way in ways.items():
+        candidates[name] = way if groups == 1 else _by_group(way, groups)
+    if usual is not None:
+        candidates["usual"] = usual
+    key = f"{'x'.join(map(str, shape))} to {kernel[3]}, stride {stride}, {groups} groups"
+    name = cpu_measured.fastest(
+        key, candidates, "plain" if usual is None else "usual", (shape, kernel)
+    )
+    return None if name == "plain" else candidates[name]
 
 
 def _for_training(
@@ -233,10 +269,15 @@ def _by_group(convolution: Convolution, groups: int) -> Convolution:
     return split
 
 
-def _convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def _convolution(x: jax.Array, kernel: jax.Array, stride: int, groups: int = 1) -> jax.Array:
     pad = (1, 1)
     return lax.conv_general_dilated(
-        x, kernel, (stride, stride), (pad, pad), dimension_numbers=_NHWC
+        x,
+        kernel,
+        (stride, stride),
+        (pad, pad),
+        dimension_numbers=_NHWC,
+        feature_group_count=groups,
     )
 
 

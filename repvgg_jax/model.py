@@ -66,7 +66,9 @@ def create_model(
         three (`docs/covariance.md`), in reverse mode only; "auto" is what is best on JAX's
         default backend (`repvgg_jax.block.best_train_form`). Variables are the same.
       lowering: "auto" computes float32 convolutions on CPUs in ways they are good at
-        (`repvgg_jax.cpu_conv`); "plain" leaves them as they are on every platform.
+        (`repvgg_jax.cpu_conv`); "measured" times the possible ways on this CPU, once per shape
+        and machine, in deploy form (`repvgg_jax.cpu_measured`); "plain" leaves convolutions as
+        they are on every platform.
       remat: recompute every block's activations in the backward pass instead of keeping them; or
         which of them to keep, a policy of JAX's, e.g. `keep_convolutions`.
       dtype: of the convolutions, float32 or bfloat16. Parameters, statistics, batch

@@ -1,11 +1,17 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax import create_model
+from repvgg_jax import Variant, cpu_measured, create_model
 from repvgg_jax.block import RepVGGBlock
-from repvgg_jax.cpu_conv import conv_general_dilated, training_conv_general_dilated
+from repvgg_jax.cpu_conv import (
+    conv_general_dilated,
+    measured_conv_general_dilated,
+    training_conv_general_dilated,
+)
 from tests.helpers.jit import quick_jit
 from tests.helpers.trees import random_images
 
@@ -201,3 +207,102 @@ def test_training_needs_images():
         jax.eval_shape(
             lambda v: block.apply(v, empty, train=True, mutable=["batch_stats"]), variables
         )
+
+
+# Timed on this machine.
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """Measured choices, with times of one's own instead of the machine's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu_measured, "_memory", {})
+    asked = []
+
+    def times(candidates, shapes):
+        asked.append(shapes)
+        return {name: took[name] for name in candidates}
+
+    took = dict.fromkeys(("plain", "patches", "winograd", "convolution", "usual"), 1.0)
+    monkeypatch.setattr(cpu_measured, "times", times)
+    return took, asked, tmp_path / "repvgg_jax" / "convolutions.json"
+
+
+def primitives(shape, kernel, groups=1, stride=1):
+    """Names in the program of a measured convolution, traced anew."""
+    x, k = jnp.zeros(shape), jnp.zeros(kernel)
+    return str(
+        jax.make_jaxpr(lambda x: convolve(measured_conv_general_dilated, x, k, stride, groups))(x)
+    )
+
+
+@pytest.mark.parametrize(
+    ("fastest", "inside"),
+    [
+        ("plain", None),
+        ("patches", "concatenate"),
+        ("winograd", "transpose"),
+        ("usual", "transpose"),
+    ],
+)
+def test_the_fastest_is_taken_and_remembered(timed, fastest, inside):
+    took, asked, path = timed
+    took[fastest] = 0.5
+    shapes = (1, 14, 14, 32), (3, 3, 32, 40)
+    for _ in range(2):
+        program = primitives(*shapes)
+        assert ("platform_index" in program) == (inside is not None)
+        if inside:
+            assert inside in program
+    assert asked == [shapes]
+    (table,) = json.loads(path.read_text()).values()
+    assert list(table.values()) == [fastest]
+
+
+def test_what_is_as_fast_changes_nothing(timed):
+    """Up to one in twenty is noise; Winograd is what the table says here."""
+    took, _, path = timed
+    took["plain"] = 0.96
+    assert "transpose" in primitives((1, 14, 14, 32), (3, 3, 32, 32))
+    path.write_text('{"half of a')  # damaged: measured again
+    took["plain"] = 0.9
+    assert "platform_index" not in primitives((1, 14, 14, 32), (3, 3, 32, 32))
+
+
+def test_other_machines_and_shapes_are_measured_apart(timed, monkeypatch):
+    _, asked, _ = timed
+    primitives((1, 14, 14, 32), (3, 3, 32, 32))
+    primitives((8, 14, 14, 32), (3, 3, 32, 32))
+    primitives((8, 14, 14, 64), (3, 3, 32, 32), groups=2)
+    assert len(asked) == 3
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")
+    primitives((1, 14, 14, 32), (3, 3, 32, 32))
+    assert len(asked) == 4
+    primitives((1, 14, 14, 4), (3, 3, 4, 32))  # too few channels: no choice
+    primitives((0, 14, 14, 32), (3, 3, 32, 32))
+    assert len(asked) == 4
+
+
+def test_timing_inside_a_trace(monkeypatch, tmp_path):
+    """A network is measured while it is traced, and computes the same; the disk may be full."""
+    monkeypatch.setattr(cpu_measured, "_memory", {})
+    place = tmp_path / "file"
+    place.write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+    x, kernel = operands(32, 32, 1, 8, 8)
+    measured = jax.jit(lambda x, k: convolve(measured_conv_general_dilated, x, k, 1, 1))
+    plain = convolve(jax.lax.conv_general_dilated, x, kernel, 1, 1)
+    np.testing.assert_allclose(measured(x, kernel), plain, atol=1e-5)
+    (table,) = cpu_measured._memory.values()
+    assert list(table) == ["2x8x8x32 to 32, stride 1, 1 groups"]
+
+
+def test_a_network_takes_the_measured_lowering(timed):
+    _, asked, _ = timed
+    model = create_model(Variant("small", (2,), (32,), 32), deploy=True, lowering="measured")
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    asked.clear()
+    jax.eval_shape(model.apply, variables, jnp.zeros((4, 64, 64, 3)))
+    assert asked == [((4, 32, 32, 32), (3, 3, 32, 32)), ((4, 16, 16, 32), (3, 3, 32, 32))]
+    with pytest.raises(ValueError, match="'measured'"):
+        create_model("A0", lowering="fastest")
