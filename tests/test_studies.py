@@ -99,8 +99,8 @@ class TestResidual:
 
     def test_a_run_ends_without_a_deploy_form(self, tmp_path, caplog):
         caplog.set_level("INFO", "repvgg_jax")
-        variant = dataclasses.replace(network("r", "relu_in_branches"), depths=(1,), channels=(8,))
-        variant = dataclasses.replace(variant, strides=(1,))
+        sizes = {"depths": (1,), "channels": (8,), "strides": (1,)}
+        variant = dataclasses.replace(network("r", "relu_in_branches"), **sizes)
         config = small_config(variant, train__epochs=1, optimizer__warmup_epochs=0.0)
         outcome = train(config, tmp_path / "run")
         assert outcome.accuracy is not None

@@ -120,7 +120,7 @@ def draw_intervals(
     axes.grid(axis="x", color=LINES)
     for spine in axes.spines.values():
         spine.set_color(LINES)
-    if len(groups) > 1 or marks:
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(labelcolor=TEXT, framealpha=0, fontsize="small", loc="best")
     with replacing(path) as temporary:
         figure.savefig(temporary, bbox_inches="tight", transparent=True)
