@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from repvgg_jax.data.batches import eval_batches, train_batches
-from repvgg_jax.data.dataset import BadImages, TrainSizes, load
+from repvgg_jax.data.dataset import BadImages, load
 from repvgg_jax.data.images import CenterCrop
 from repvgg_jax.data.sampling import draws
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import ArraySource
+from repvgg_jax.data.transforms import TrainSizes
 from tests.helpers.pictures import damaged, encoded, images, in_memory, photo, write_tree
 from tests.helpers.sharding import OVER_BATCH
 

@@ -65,7 +65,7 @@ LIBRARY = textwrap.dedent(
 PHOTOGRAPHS = textwrap.dedent(
     """
     import json, pathlib, types
-    from repvgg_jax.train.restore import validation_images
+    from repvgg_jax.train.proof_images import validation_images
     from repvgg_jax.train.settings import Settings
 
     config = json.loads(pathlib.Path("runs/digits/config.json").read_text())

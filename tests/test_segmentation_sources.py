@@ -17,7 +17,7 @@ from repvgg_jax.data.prepare.shards import Encoding
 from repvgg_jax.data.records import Manifest
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.segmentation.labels import CITYSCAPES, IGNORE
-from repvgg_jax.train.restore import data_images
+from repvgg_jax.train.proof_images import data_images
 from tests.helpers.in_process import InProcess
 from tests.helpers.pictures import encoded, photo
 from tests.helpers.scenes_tfds import CLASSES, Cityscapes, Named, Unnamed

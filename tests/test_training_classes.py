@@ -27,7 +27,8 @@ from repvgg_jax.train.classes import fit_head
 from repvgg_jax.train.evaluate import evaluate_only
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.loop import train
-from repvgg_jax.train.restore import load_run, load_source, starting_state, validation_images
+from repvgg_jax.train.proof_images import validation_images
+from repvgg_jax.train.restore import load_run, load_source, starting_state
 from repvgg_jax.train.workdir import Workdir
 from tests.helpers.runs import small_config, small_settings
 

@@ -17,7 +17,8 @@ from repvgg_jax.data.dataset import load
 from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.train import loop, resume
 from repvgg_jax.train.experiment import Experiment
-from repvgg_jax.train.restore import load_run, starting_state, validation_images
+from repvgg_jax.train.proof_images import validation_images
+from repvgg_jax.train.restore import load_run, starting_state
 from repvgg_jax.train.workdir import Workdir
 from tests.helpers.runs import SMALL, final_state, small_config, small_settings
 from tests.helpers.trees import random_variables

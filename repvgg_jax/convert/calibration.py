@@ -11,7 +11,7 @@ from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.records import MANIFEST
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.text import first_few, one_line, plural
-from repvgg_jax.train.restore import data_settings
+from repvgg_jax.train.proof_images import data_settings
 
 CALIBRATION_IMAGES = 256
 """Without a number in `--calibrate`; more change ranges little."""

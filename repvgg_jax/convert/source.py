@@ -20,15 +20,13 @@ from repvgg_jax.quantization.qat import Simulation, with_ranges
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.text import first_few
 from repvgg_jax.train.experiment import network_title
-from repvgg_jax.train.restore import (
-    RunWeights,
-    Step,
+from repvgg_jax.train.proof_images import (
     data_images,
     data_settings,
-    load_run,
     photographs,
     validation_images,
 )
+from repvgg_jax.train.restore import RunWeights, Step, load_run
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights import Weights, is_pretrained, load_file_or_pretrained
 from repvgg_jax.weights.detect import UnknownVariantError

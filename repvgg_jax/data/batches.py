@@ -21,8 +21,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from repvgg_jax.data.dataset import Dataset, EvalTransform, TrainSizes, TrainTransform
+from repvgg_jax.data.dataset import Dataset
 from repvgg_jax.data.sampling import draws
+from repvgg_jax.data.transforms import EvalTransform, TrainSizes, TrainTransform
 
 Batch = Mapping[str, Any]
 

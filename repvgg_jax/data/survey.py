@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import ExifTags
 
-from repvgg_jax.data.dataset import FAILURES, Dataset
+from repvgg_jax.data.dataset import Dataset
 from repvgg_jax.data.decoding import Decoder, open_image
 from repvgg_jax.data.sources import Source
+from repvgg_jax.data.transforms import FAILURES
 from repvgg_jax.progress import progress
 from repvgg_jax.segmentation.labels import IGNORE
 from repvgg_jax.text import first_few, one_line, plural

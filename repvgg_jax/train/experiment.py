@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from repvgg_jax.data.augment import Augmentation, Mixing, make_augmentation, make_mixing
-from repvgg_jax.data.dataset import Dataset, TrainSizes, load
+from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.identity import class_counts
+from repvgg_jax.data.transforms import TrainSizes
 from repvgg_jax.model import RematPolicy, RepVGG, create_model, keep_convolutions
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.quantization.qat import Qat, Simulation, with_ranges

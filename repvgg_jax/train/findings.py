@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from repvgg_jax.data.dataset import Dataset, EvalTransform
+from repvgg_jax.data.dataset import Dataset
+from repvgg_jax.data.transforms import EvalTransform
 from repvgg_jax.files import replacing, write_text
 from repvgg_jax.text import one_line, versions
 from repvgg_jax.train.by_class import ByClass
