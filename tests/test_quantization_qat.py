@@ -30,7 +30,7 @@ from tests.helpers.jit import quick_jit
 from tests.helpers.runs import SMALL, final_state, small_config, small_experiment
 from tests.helpers.trees import random_images, random_variables
 
-BLOCKS = ("repvgg", "qarepvgg", "mobileone", "no_branches")
+BLOCKS = ("repvgg", "qarepvgg", "mobileone", "repopt")
 
 
 @functools.cache
