@@ -33,7 +33,8 @@ RUN_HERE = [
 ]  # fmt: skip
 READ_HERE = ["launch.md", "scaling.md"]
 PYTHON_HERE = [
-    "covariance.md", "family.md", "own_block.md", "reparameterization.md", "segmentation.md",
+    "covariance.md", "family.md", "own_block.md", "quantization.md", "reparameterization.md",
+    "segmentation.md",
 ]  # fmt: skip
 PYTHON_ELSEWHERE = [
     "deploy.md", "fine_tuning.md", "getting_started.md", "own_images.md", "own_masks.md",
