@@ -112,7 +112,10 @@ def run(
 
     def parse(arguments: Sequence[str]) -> Sequence[str]:
         if command_help.is_asked(arguments):
-            print(command_help.text(sys.modules[main.__module__]))
+            try:
+                print(command_help.text(sys.modules[main.__module__]), flush=True)
+            except BrokenPipeError:  # of a pager that was left
+                os._exit(0)
             sys.exit(0)
         return _parse(arguments, defaults, positional=positional)
 

@@ -32,12 +32,12 @@ def text(module: types.ModuleType) -> str:
     """The help of a command.
 
     Args:
-      module: of its `main`: a docstring with examples; `COMMAND`, how the examples call it;
-        `GROUPS`, names of its flags by title; and `ARGUMENTS`, what it takes beside flags, if
-        anything.
+      module: of its `main`: a docstring with examples, and what it may define: `COMMAND`, how the
+        examples call it, by default `python -m MODULE`; `GROUPS`, names of its flags by title; and
+        `ARGUMENTS`, what it takes beside flags.
     """
     width = max(60, min(100, shutil.get_terminal_size((100, 24)).columns))
-    command = module.COMMAND
+    command = command_of(module)
     program = pathlib.Path(sys.argv[0]).name
     # Installed commands have names of their own; their examples call them so.
     shown = program if program.startswith("repvgg-") else command
@@ -45,7 +45,7 @@ def text(module: types.ModuleType) -> str:
     arguments = getattr(module, "ARGUMENTS", "")
     lines = [about, "", f"usage: {shown} [--flag=value …]{f' {arguments}' if arguments else ''}"]
     lines += ["", "Examples:", textwrap.indent(examples, "  ")]
-    for title, names in {**module.GROUPS, COMMON: _COMMON}.items():
+    for title, names in {**groups_of(module), COMMON: _COMMON}.items():
         lines += ["", f"{title}:"]
         for name in names:
             lines += _flag(flags.FLAGS[name], width)
@@ -53,6 +53,22 @@ def text(module: types.ModuleType) -> str:
     lines += ["", "Exit status:"]
     lines += [f"  {status:<4}{meaning}" for status, meaning in STATUSES.items()]
     return "\n".join(lines)
+
+
+def command_of(module: types.ModuleType) -> str:
+    """How a command is called in a checkout."""
+    name = module.__spec__.name if module.__spec__ is not None else module.__name__
+    return getattr(module, "COMMAND", f"python -m {name.removesuffix('.__main__')}")
+
+
+def groups_of(module: types.ModuleType) -> dict[str, Sequence[str]]:
+    """Names of all flags of a command by title; those in no group come last."""
+    groups = dict(getattr(module, "GROUPS", {}))
+    grouped = {name for names in groups.values() for name in names}
+    own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)]
+    if others := [name for name in own if name not in grouped | set(_COMMON)]:
+        groups["Others" if groups else "Flags"] = others
+    return groups
 
 
 def _flag(flag: flags.Flag, width: int) -> Iterator[str]:

@@ -41,7 +41,6 @@ RUNTIME = flags.DEFINE_string(
 )
 STEP = flags.DEFINE_string("step", None, "Of a run: the checkpoint, a number, best or newest.")
 
-COMMAND = "python -m repvgg_jax.predict"
 ARGUMENTS = "IMAGE|DIRECTORY|PATTERN…"
 GROUPS = {
     "The network": ("model", "step", "runtime"),

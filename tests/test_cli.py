@@ -166,11 +166,13 @@ for name in sys.argv[1:]:
     own = flags.FLAGS.get_key_flags_for_module(module)
     if not own:
         continue  # it defines them when it is run
-    listed = [flag for group in module.GROUPS.values() for flag in group]
+    assert "Others" not in command_help.groups_of(module), (name, command_help.groups_of(module))
+    listed = [flag for group in command_help.groups_of(module).values() for flag in group]
     assert sorted(listed) == sorted(flag.name for flag in own), (name, listed)
     text = command_help.text(module)
-    assert f"usage: {module.COMMAND}" in text
-    assert text.count(module.COMMAND) >= 2, name  # an example
+    command = command_help.command_of(module)
+    assert f"usage: {command} " in text
+    assert text.count(command) >= 2, name  # an example
     for flag in own:
         flags.FLAGS.__delattr__(flag.name)
 """

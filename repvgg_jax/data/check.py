@@ -24,7 +24,6 @@ WHITE = flags.DEFINE_float("white", None, "As config.data.white.", lower_bound=0
 THREADS = flags.DEFINE_integer("threads", 0, "Number of threads; 0: one per core.", lower_bound=0)
 
 
-COMMAND = "python -m repvgg_jax.data.check"
 GROUPS = {
     "The data": (
         "source", "directory", "train_split", "eval_split", "mask", "num_classes", "allow_empty",

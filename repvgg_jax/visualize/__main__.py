@@ -20,7 +20,6 @@ MODEL = flags.DEFINE_string(
 OUTPUT = flags.DEFINE_string("output", "kernels.png", "The picture to write: .png, .svg or .pdf.")
 STEP = flags.DEFINE_string("step", None, "Of a run: the checkpoint, a number, best or newest.")
 
-COMMAND = "python -m repvgg_jax.visualize"
 GROUPS = {"The network": ("model", "step"), "The picture": ("output",)}
 
 SUFFIXES = (".png", ".svg", ".pdf")

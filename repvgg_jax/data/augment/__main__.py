@@ -22,7 +22,6 @@ from repvgg_jax.data.images import resize
 from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.normalize import Normalize
 
-COMMAND = "python -m repvgg_jax.data.augment"
 GROUPS = {"The picture": ("output", "seed")}
 
 SIZE = 128

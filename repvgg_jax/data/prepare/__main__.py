@@ -43,7 +43,6 @@ VERIFY = flags.DEFINE_string(
 )
 
 
-COMMAND = "python -m repvgg_jax.data.prepare"
 GROUPS = {
     "What to read": (
         "source",
