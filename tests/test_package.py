@@ -108,7 +108,7 @@ def wheel(tmp_path_factory) -> pathlib.Path:
     for name in ("LICENSE", "MANIFEST.in", "pyproject.toml"):
         shutil.copy(ROOT / name, source)
     ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("repvgg_jax", "configs", "benchmarks"):
+    for name in ("repvgg_jax", "configs", "benchmarks", "examples", ".github", "docker"):
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     _pip("wheel", *options, "--wheel-dir", str(place), str(source))
@@ -251,7 +251,8 @@ def test_the_source_archive(wheel):
         "benchmarks/fuse.py",
     }
     assert wanted <= names
-    assert "repvgg_jax/train/gpus.toml" in names
+    assert {"repvgg_jax/train/gpus.toml", "docker/cuda.Dockerfile"} <= names
+    assert {".github/workflows/tests.yml", "examples/detector.py"} <= names
     assert (source / "benchmarks" / "results").is_dir()
     assert not [name for name in names if "results/" in name]
 
