@@ -121,6 +121,13 @@ def test_two_processes_evaluate(alone, tmp_path):
         assert "normalization" not in first
     assert "as trained" in run.out(0)
     assert "as trained" not in run.out(1)
+    # Both know every image; one writes.
+    assert "written to" not in run.out(1)
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    losses = [row["loss"] for row in found["worst"]]
+    assert len(losses) == found["total"] == 100
+    assert np.mean(losses) == pytest.approx(found["fused"]["loss"], rel=1e-6)
+    assert losses == sorted(losses, reverse=True)
 
 
 @pytest.mark.slow
