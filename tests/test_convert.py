@@ -255,6 +255,16 @@ class TestOutput:
         left = {entry.name for entry in tmp_path.iterdir()}
         assert left == {"out", ".out.0123abce", ".other.0123abcd"}
 
+    @pytest.mark.parametrize("there", [True, False])
+    def test_a_link_is_followed(self, tmp_path, there):
+        if there:
+            (tmp_path / "disk").mkdir()
+        (tmp_path / "out").symlink_to("disk")
+        with Output(tmp_path / "out").writing() as directory:
+            (directory / "x").touch()
+        assert (tmp_path / "out").is_symlink()
+        assert [entry.name for entry in (tmp_path / "disk").iterdir()] == ["x"]
+
     def test_killed_between_two_renames(self, deploy, tmp_path):
         """Where a file system cannot exchange them. The next conversion begins with the old one."""
         shutil.copytree(deploy, tmp_path / ".out.0123abcd.old")

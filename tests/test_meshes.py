@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import repvgg_jax as rv
 from repvgg_jax import reparam
+from repvgg_jax.segmentation import inference
 from tests.helpers.jit import quick_jit
 from tests.helpers.trees import random_images, randomize
 
@@ -215,3 +216,19 @@ def test_a_segmenter_on_explicit_axes(set_mesh):
 
     with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
         jax.jit(step).trace(*placed(mesh, variables, images))
+
+
+@pytest.mark.parametrize("how", ["shard_map", "explicit"])
+def test_windows_of_a_segmenter(how):
+    """The sum over windows is sharded, and varies over the devices, as the images do."""
+    mesh = mesh_of(AxisType.Explicit)
+    images = jax.ShapeDtypeStruct(
+        (8, 9, 11, 3), jnp.float32, sharding=NamedSharding(mesh, OVER_BATCH)
+    )
+
+    def scores(images):
+        return inference.scores(lambda x: x, images, 3, inference.Protocol(window=6, flip=True))
+
+    if how == "shard_map":
+        scores = jax.shard_map(scores, mesh=mesh, in_specs=OVER_BATCH, out_specs=OVER_BATCH)
+    assert jax.jit(scores).trace(images).lower().out_info.shape == (8, 9, 11, 3)

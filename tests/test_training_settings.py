@@ -300,6 +300,10 @@ class TestBatchSizes:
         ({"train__epochs": -3}, "config.train.epochs=-3 must be 1 or more"),
         ({"train__accumulate": 0}, "config.train.accumulate=0 must be 1 or more"),
         ({"bn__freeze_statistics": (1,)}, r"freeze_statistics=\(1,\) .*names"),
+        (
+            {"bn__freeze_statistics": ("all",), "quantize__qat": True},
+            r"freeze_statistics is not for .*quantize\.statistics",
+        ),
         ({"model__remat_policy": "convolutions"}, r"remat_policy=.* only with .*remat=True"),
         (
             {"train__class_weights": "balanced", "data__sampling": "balanced"},

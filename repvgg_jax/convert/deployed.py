@@ -381,6 +381,8 @@ class Output:
     path: pathlib.Path
 
     def __post_init__(self) -> None:
+        if self.path.is_symlink():  # what it names is replaced, and not the link
+            object.__setattr__(self, "path", self.path.resolve())
         path = self.path
         if not path.exists() or is_deployment(path):
             return

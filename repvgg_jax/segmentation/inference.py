@@ -139,7 +139,9 @@ def _windows(
         return jax.lax.dynamic_update_slice(total, old + found, start), None
 
     dtype = jnp.promote_types(images.dtype, jnp.float32)
-    zero = jnp.zeros((*padded.shape[:3], num_classes), dtype)
+    # Made of the images, so that it is sharded and varies over the axes of a mesh as they do.
+    zero = jnp.zeros_like(padded[..., :1], dtype)
+    zero = jnp.broadcast_to(zero, (*padded.shape[:3], num_classes))
     total, _ = jax.lax.scan(add, zero, jnp.asarray(corners))
     times = np.outer(
         _cover(rows, window, padded.shape[1]), _cover(columns, window, padded.shape[2])

@@ -338,6 +338,11 @@ class Settings(Section, path="config"):
                 "config.train.class_weights and config.data.sampling are both balanced, which "
                 "favors rare classes twice; give one of them"
             )
+        if self.quantize.qat and self.bn.freeze_statistics:
+            raise ValueError(
+                "config.bn.freeze_statistics is not for config.quantize.qat, where "
+                "config.quantize.statistics says what becomes of them; leave it off"
+            )
         if self.quantize.qat and self.task == "segmentation":
             raise ValueError(
                 'config.quantize.qat is for config.task="classification"; quantize a segmenter '
