@@ -209,6 +209,11 @@ def _backward_on(settings: BlockSettings, residuals: Any, cotangents: Any) -> tu
         dseen += per_image(dz, folded.skip) * dz
     dx = _spread(settings, dy3, kernel, dseen, x)
 
+    if settings.on_gpu:
+        # Into the parameters' order before the optimizer reads it. Otherwise XLA attaches the
+        # transposition to the update, which then is not done in place: both the parameters and
+        # their momentum are copied. Of a vector there is only one order.
+        dkernel = lax.optimization_barrier(dkernel.reshape(-1)).reshape(dkernel.shape)
     dkernel = dkernel.astype(params["conv3x3"]["kernel"].dtype)
     (dkernel1x1,) = to_kernel(dpointwise)
     return dx, {**dnorms, "conv3x3": {"kernel": dkernel}, "conv1x1": {"kernel": dkernel1x1}}
