@@ -21,6 +21,7 @@ from repvgg_jax.covariance.ops import (
     diagonal,
     flat,
     in_groups,
+    less_apply,
     matmul,
     mean_and_covariance,
     on_diagonal,
@@ -201,8 +202,7 @@ def _backward_on(settings: BlockSettings, residuals: Any, cotangents: Any) -> tu
     if settings.identity:
         dcovariance += on_diagonal(settings, dmoments.var)
     slope = rounded(dcovariance * (2 / count), x.dtype)
-    level = dmoments.mean / count
-    level -= apply(shift.x + moments.mean, slope, on_gpu=settings.on_gpu)
+    level = less_apply(settings, dmoments.mean / count, shift.x + moments.mean, slope)
     dseen = conv1x1_of_two(settings, dz, folded.kernel.swapaxes(-1, -2), seen, slope)
     dseen += per_image(seen, level)
     if folded.skip is not None:
