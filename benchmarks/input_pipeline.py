@@ -5,7 +5,8 @@ files from memory. A turn is one pass over them: a random resized crop of every 
 pixels, uint8, without the flip; `decode` rows decode whole images and do nothing else. tf.data
 runs `sample_distorted_bounding_box`, `decode_and_crop_jpeg` and a bilinear resize that is not
 antialiased; ours is. Images are crops of two real photographs, enlarged, 500x375 pixels at
-quality 90; `short side N` are the same as `prepare --short_side=N --quality=90` writes them.
+quality 90; `short side N` are the same as `prepare --short_side=N --quality=90` writes them, `raw`
+with `--store=raw`.
 `batches` rows are this package's whole way, from records on disk through Grain's threads to arrays
 on the CPU's device, of a data set as long as ImageNet. PyTurboJPEG (below 2) decodes where it and
 its library are installed.
@@ -36,8 +37,10 @@ CONTENDERS = {
     "ours, originals": ("ours", "originals"),
     "ours, short side 256": ("ours", "256"),
     "ours, short side 224": ("ours", "224"),
+    "ours, short side 256, raw": ("ours", "256 raw"),
     "batches, originals": ("batches", "originals"),
     "batches, short side 256": ("batches", "256"),
+    "batches, short side 256, raw": ("batches", "256 raw"),
     "decode, simplejpeg": ("simplejpeg", "originals"),
     "decode, PyTurboJPEG": ("turbojpeg", "originals"),
     "decode, OpenCV": ("opencv", "originals"),
@@ -62,21 +65,26 @@ def make_files(count: int) -> dict[str, list[bytes]]:
     prepared = {
         str(side): [Encoding(side, 90).apply(file) for file in originals] for side in (256, 224)
     }
+    prepared["256 raw"] = [Encoding(256, store="raw").apply(file) for file in originals]
     return {"originals": originals} | prepared
 
 
 def make_records(files: list[bytes], place: pathlib.Path) -> None:
     """Stores the files as `prepare` does."""
+    from repvgg_jax.data.decoding import is_raw
     from repvgg_jax.data.prepare import inputs
     from repvgg_jax.data.prepare.prepare import Settings, prepare
+    from repvgg_jax.data.prepare.shards import Encoding
 
     tree = place.with_name(f"{place.name}-files")
     for number, file in enumerate(files):
         for split in ("train", "val")[: 2 if number == 0 else 1]:
-            path = tree / split / "photograph" / f"{number:06}.jpg"
+            suffix = "ppm" if is_raw(file) else "jpg"
+            path = tree / split / "photograph" / f"{number:06}.{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file)
-    prepare(inputs.find(tree), place, Settings())
+    encoding = Encoding(store="raw" if is_raw(files[0]) else "jpeg")
+    prepare(inputs.find(tree), place, Settings(encoding))
 
 
 def what_lacks(kind: str) -> str | None:

@@ -163,7 +163,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         kinds = [f"{count} {kind}" for kind, count in sorted(row["collectives"].items())]
         values = (
             f"{row['parameters'] / 1e6:.2f}",
-            f"{row['flops'] / 1e9:,.0f}",
+            f"{row['flops'] / 1e9:,.0f}" if row["flops"] else "not counted",
             f"{row['accessed'] / 1e9:.1f}",
             f"{row['peak'] / 2**20:,.0f}",
             f"{row['peak'] / row['hbm']:.1%}",

@@ -2,7 +2,8 @@
 
 The table of `repvgg_jax.cpu_conv` was measured on two processors; others may differ. With
 `lowering="measured"` every shape of a deployed network's convolutions is timed once, when it is
-first traced, and the answers are kept on disk per machine.
+first traced, and the answers are kept on disk per machine. A machine that is busy gives wrong
+answers; remove the file, `~/.cache/repvgg_jax/convolutions.json`, to have them again.
 """
 
 import functools
@@ -23,9 +24,9 @@ from repvgg_jax.files import write_text
 
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
-_GAIN = 0.95  # of the time of the usual choice; what is closer to it is noise
-_ROUNDS = 7
-_SECONDS = 0.5  # for all rounds of one shape
+_GAIN = 0.9  # of the time of the usual choice; what is closer to it is noise
+_ROUNDS = 15
+_SECONDS = 1.0  # for all rounds of one shape
 _lock = threading.Lock()
 _log = logging.getLogger(__name__)
 

@@ -260,12 +260,12 @@ def test_the_fastest_is_taken_and_remembered(timed, fastest, inside):
 
 
 def test_what_is_as_fast_changes_nothing(timed):
-    """Up to one in twenty is noise; Winograd is what the table says here."""
+    """Up to a tenth is noise; Winograd is what the table says here."""
     took, _, path = timed
-    took["plain"] = 0.96
+    took["plain"] = 0.91
     assert "transpose" in primitives((1, 14, 14, 32), (3, 3, 32, 32))
     path.write_text('{"half of a')  # damaged: measured again
-    took["plain"] = 0.9
+    took["plain"] = 0.89
     assert "platform_index" not in primitives((1, 14, 14, 32), (3, 3, 32, 32))
 
 

@@ -1,5 +1,6 @@
 """Preparing stores what it was given, also after it failed in between."""
 
+import hashlib
 import io
 import json
 import logging
@@ -156,6 +157,33 @@ class TestPreparing:
             expected = pixels(encoded(expected, quality=90))
             assert np.abs(pixels(content).astype(int) - expected).mean() < 0.5
             assert min(pixels(content).shape[:2]) == 40
+
+    def test_raw_pixels_are_those_of_the_images(self, tmp_path, messages):
+        """With the estimate of the room they take, and with damage found."""
+        tree = write_tree(tmp_path / "in", FILES)
+        small = Encoding(short_side=24, store="raw")
+        prepare(tree, tmp_path / "out", encoding=small)
+        for name, (content, _) in stored(tmp_path / "out").items():
+            found = Decoder()(content)
+            np.testing.assert_array_equal(found, Decoder()(small.apply(FILES[name])))
+            np.testing.assert_array_equal(found, np.asarray(Image.open(io.BytesIO(content))))
+            assert min(found.shape[:2]) <= 24
+            assert found.shape[2] == 3
+            with pytest.raises(ValueError, match="truncated"):
+                Decoder()(content[:-1])
+        preparing.verify(tmp_path / "out", processes=1)
+        estimated = preparing.estimate_imagenet(Encoding(256, store="raw"), 2048)
+        # 256x341 pixels of three bytes, and little else.
+        assert 1 < estimated / (1_331_167 * 256 * 341 * 3) < 1.1
+
+    def test_shards_from_before_there_was_raw_are_kept(self, tmp_path):
+        tree = write_tree(tmp_path / "in", FILES)
+        job = preparing._jobs(inputs.find(tree), "train", tmp_path, preparing.Settings())[0]
+        names = [[item.name, item.label, item.size] for item in job.items]
+        decoder = {"max_pixels": 178_956_970, "background": (255, 255, 255), "white": 0.0}
+        before = {"short_side": 0, "quality": 95, "decoder": decoder}
+        text = json.dumps([records.VERSION, before, names])
+        assert job.fingerprint == hashlib.sha256(text.encode()).hexdigest()
 
     def test_images_never_grow(self, tmp_path):
         encoding = Encoding(short_side=400)

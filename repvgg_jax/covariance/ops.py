@@ -202,6 +202,17 @@ def apply(x: jax.Array, matrices: jax.Array, *, on_gpu: bool = False) -> jax.Arr
     return flat(matmul(x, matrices))
 
 
+def less_apply(
+    settings: BlockSettings, base: jax.Array, x: jax.Array, matrices: jax.Array
+) -> jax.Array:
+    """`base` less every group's x'M, (G, out)."""
+    if not settings.on_gpu:
+        return base - apply(x, matrices)
+    # Within the sum, or it would be a kernel of its own.
+    share = in_groups(settings, base / matrices.shape[2])[..., None, :]
+    return flat((share - in_groups(settings, x)[..., None] * matrices).sum(axis=-2))
+
+
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """Matrix products in full precision; the default on accelerators is below float32."""
     return jnp.matmul(x, y, precision="highest")

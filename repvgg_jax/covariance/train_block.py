@@ -21,6 +21,7 @@ from repvgg_jax.covariance.ops import (
     diagonal,
     flat,
     in_groups,
+    less_apply,
     matmul,
     mean_and_covariance,
     on_diagonal,
@@ -201,14 +202,18 @@ def _backward_on(settings: BlockSettings, residuals: Any, cotangents: Any) -> tu
     if settings.identity:
         dcovariance += on_diagonal(settings, dmoments.var)
     slope = rounded(dcovariance * (2 / count), x.dtype)
-    level = dmoments.mean / count
-    level -= apply(shift.x + moments.mean, slope, on_gpu=settings.on_gpu)
+    level = less_apply(settings, dmoments.mean / count, shift.x + moments.mean, slope)
     dseen = conv1x1_of_two(settings, dz, folded.kernel.swapaxes(-1, -2), seen, slope)
     dseen += per_image(seen, level)
     if folded.skip is not None:
         dseen += per_image(dz, folded.skip) * dz
     dx = _spread(settings, dy3, kernel, dseen, x)
 
+    if settings.on_gpu:
+        # Into the parameters' order before the optimizer reads it. Otherwise XLA attaches the
+        # transposition to the update, which then is not done in place: both the parameters and
+        # their momentum are copied. Of a vector there is only one order.
+        dkernel = lax.optimization_barrier(dkernel.reshape(-1)).reshape(dkernel.shape)
     dkernel = dkernel.astype(params["conv3x3"]["kernel"].dtype)
     (dkernel1x1,) = to_kernel(dpointwise)
     return dx, {**dnorms, "conv3x3": {"kernel": dkernel}, "conv1x1": {"kernel": dkernel1x1}}

@@ -6,9 +6,9 @@ before memory for them is taken.
 
 This is also the only place that chooses a decoder: JPEG files go to simplejpeg, the fastest of
 those that `benchmarks/input_pipeline.py` compares, and the only fast one that reports damaged
-data. Everything else goes to Pillow: CMYK JPEGs, which other decoders do not convert, PNG and all
-other formats, and whatever simplejpeg rejects, because it also rejects harmless oddities. An image
-is undecodable if Pillow rejects it.
+data. What `raw` writes is pixels already. Everything else goes to Pillow: CMYK JPEGs, which other
+decoders do not convert, PNG and all other formats, and whatever simplejpeg rejects, because it also
+rejects harmless oddities. An image is undecodable if Pillow rejects it.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import dataclasses
 import io
 import math
 import os
+import re
 import struct
 
 import numpy as np
@@ -31,6 +32,9 @@ MAX_PIXELS = 178_956_970
 """Height times width of the largest image, by default: where Pillow refuses, too."""
 
 MAX_BYTES = 1 << 30  # of a file; one that never ends must not fill the memory
+
+_RAW = b"P6\n"
+_RAW_HEADER = re.compile(rb"P6\n(\d{1,9}) (\d{1,9})\n255\n")
 
 _WHITE_IS_ZERO = 262, 0  # TIFF tag PhotometricInterpretation, and its value
 
@@ -132,12 +136,15 @@ class Decoder:
             instead of interpolating them as Pillow does. Brightness is the same.
 
         Returns:
-          RGB, uint8 (height, width, 3).
+          RGB, uint8 (height, width, 3); of a file of `raw` a view of its bytes.
 
         Raises:
           UndecodableError: damaged, not an image, of more than `max_pixels`, or of values whose
             range is unknown.
         """
+        if encoded.startswith(_RAW) and (stored := _stored(encoded)) is not None:
+            _check_pixels(stored.shape[0], stored.shape[1], self.max_pixels)
+            return stored
         header = _jpeg_header(encoded)
         if header is not None and header[2] not in ("CMYK", "YCCK"):
             _check_pixels(header[0], header[1], self.max_pixels)
@@ -211,6 +218,28 @@ class Decoder:
         if (transparent := image.info.get("transparency")) is not None:
             gray[values == transparent] = self.background
         return gray
+
+
+def raw(pixels: np.ndarray) -> bytes:
+    """RGB pixels, uint8 (height, width, 3), as a file that takes no decoding: a PPM."""
+    height, width, _ = pixels.shape
+    return b"%s%d %d\n255\n%s" % (_RAW, width, height, pixels.tobytes())
+
+
+def is_raw(encoded: bytes) -> bool:
+    """Whether it is a whole file of `raw`."""
+    return _stored(encoded) is not None
+
+
+def _stored(encoded: bytes) -> np.ndarray | None:
+    """The pixels of what `raw` returned; None for any other PPM."""
+    header = _RAW_HEADER.match(encoded)
+    if header is None:
+        return None
+    width, height = map(int, header.groups())
+    if len(encoded) != header.end() + height * width * 3 or not height * width:
+        return None  # Pillow says what is wrong
+    return np.frombuffer(encoded, np.uint8, offset=header.end()).reshape(height, width, 3)
 
 
 decode = Decoder()

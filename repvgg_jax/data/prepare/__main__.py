@@ -31,6 +31,9 @@ SHORT_SIDE = flags.DEFINE_integer(
 QUALITY = flags.DEFINE_integer(
     "quality", 95, "JPEG quality of images that are encoded again.", lower_bound=1, upper_bound=100
 )
+STORE = flags.DEFINE_enum(
+    "store", "jpeg", ["jpeg", "raw"], "raw: pixels, several times the room, no decoding."
+)
 SHARD_IMAGES = flags.DEFINE_integer("shard_images", 2048, "Images per shard.", lower_bound=1)
 PROCESSES = flags.DEFINE_integer("processes", 0, "Number of workers; 0: one per core.")
 MAX_BAD = flags.DEFINE_integer("max_bad", 0, "Undecodable images that may be left out.")
@@ -89,7 +92,7 @@ def main(_: Sequence[str]) -> int:
     if BACKGROUND.value is not None:
         given["background"] = parse_background(BACKGROUND.value)
     data = DataSettings(**{name: value for name, value in given.items() if value is not None})
-    encoding = shards.Encoding(SHORT_SIDE.value, QUALITY.value, decoder_of(data))
+    encoding = shards.Encoding(SHORT_SIDE.value, QUALITY.value, decoder_of(data), STORE.value)
     try:
         found = inputs.find(
             pathlib.Path(SOURCE.value),

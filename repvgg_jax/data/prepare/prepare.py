@@ -96,7 +96,7 @@ def prepare(inputs: Inputs, output: pathlib.Path, settings: Settings) -> records
     changed, bad = manifest.details["changed_to_rgb_jpeg"], manifest.details["bad"]
     if changed:
         logger.info(
-            "%s converted to RGB JPEG: %s",
+            "%s converted to RGB: %s",
             text.plural(len(changed), "image"),
             text.first_few(changed),
         )
@@ -333,8 +333,10 @@ def estimate_bytes(jobs: Sequence[Job]) -> float:
         return 0.0
     sample = random.Random(0).sample(items, min(_SAMPLE, len(items)))
     encoding = jobs[0].encoding
-    ratio = _ratio(encoding, _readable(sample)) if encoding.short_side else 1.0
-    content = sum(item.size * ratio + item.mask_size for item in items)
+    content = float(sum(item.size for item in items))
+    if encoding.changes_size:
+        content = _stored_bytes(encoding, _readable(sample), content, len(items))
+    content += sum(item.mask_size for item in items)
     return _total(content, len(items), len(jobs))
 
 
@@ -346,9 +348,11 @@ def _readable(items: Iterable[Item]) -> Iterator[bytes]:
 
 def estimate_imagenet(encoding: Encoding, shard_images: int) -> float:
     """Bytes that all of ImageNet will take, estimated without it from two photographs."""
-    ratio = _ratio(encoding, _photographs()) if encoding.short_side else 1.0
     shards = sum(-(-images // shard_images) for images in IMAGENET.values())
-    return _total(_IMAGENET_BYTES * ratio, sum(IMAGENET.values()), shards)
+    content, images = _IMAGENET_BYTES, sum(IMAGENET.values())
+    if encoding.changes_size:
+        content = _stored_bytes(encoding, _photographs(), content, images)
+    return _total(content, images, shards)
 
 
 def free_bytes(directory: pathlib.Path) -> int:
@@ -367,15 +371,23 @@ def _total(content: float, images: int, shards: int) -> float:
     return content * _MARGIN + _RECORD_OVERHEAD * images + SHARD_OVERHEAD * shards
 
 
-def _ratio(encoding: Encoding, contents: Iterable[bytes]) -> float:
-    before = after = 1
-    for content in contents:
+def _stored_bytes(
+    encoding: Encoding, sample: Iterable[bytes], content: float, images: int
+) -> float:
+    """Bytes of all images as they are stored, judged by a sample.
+
+    JPEGs shrink in proportion to the files; pixels take the same room whatever the file took.
+    """
+    before = after = count = 1
+    for file in sample:
         try:
-            stored = encoding.apply(content)
+            stored = encoding.apply(file)
         except UndecodableError:
             continue
-        before, after = before + len(content), after + len(stored)
-    return after / before
+        before, after, count = before + len(file), after + len(stored), count + 1
+    if encoding.store == "raw":
+        return images * after / max(count - 1, 1)
+    return content * after / before
 
 
 def _photographs() -> list[bytes]:

@@ -15,7 +15,15 @@ from PIL import Image
 
 from repvgg_jax import files
 from repvgg_jax.data import records
-from repvgg_jax.data.decoding import MAX_BYTES, Decoder, UndecodableError, decode, is_plain_jpeg
+from repvgg_jax.data.decoding import (
+    MAX_BYTES,
+    Decoder,
+    UndecodableError,
+    decode,
+    is_plain_jpeg,
+    is_raw,
+    raw,
+)
 from repvgg_jax.data.images import resize
 from repvgg_jax.data.masks import PairDecoder
 from repvgg_jax.data.prepare.inputs import Item
@@ -32,14 +40,21 @@ class Encoding:
       short_side: larger images are shrunk to it, in pixels; 0 keeps their size.
       quality: of JPEGs that are encoded again.
       decoder: of the files.
+      store: "jpeg", or "raw" for pixels, which take several times the room and no time to decode.
     """
 
     short_side: int = 0
     quality: int = JPEG_QUALITY
     decoder: Decoder = decode
+    store: str = "jpeg"
+
+    @property
+    def changes_size(self) -> bool:
+        """Whether usual images are stored in other sizes than they have, in pixels or in bytes."""
+        return self.short_side > 0 or self.store == "raw"
 
     def apply(self, content: bytes) -> bytes:
-        """The bytes to store: `content` itself if it is a JPEG that needs no shrinking.
+        """The bytes to store: `content` itself if it is a JPEG that needs no shrinking, or pixels.
 
         CMYK JPEGs, PNGs and others become RGB JPEGs. EXIF, which may turn an image, stays in JPEGs
         that are kept, and is applied in others.
@@ -49,15 +64,15 @@ class Encoding:
         """
         pixels = self.decoder(content)
         smaller = self._smaller(pixels)
-        if smaller is None and is_plain_jpeg(content):
+        if self.store == "jpeg" and smaller is None and is_plain_jpeg(content):
             return content
-        return self._jpeg(pixels if smaller is None else resize(pixels, *smaller))
+        return self._file(pixels if smaller is None else resize(pixels, *smaller))
 
     def apply_pair(self, pair: Mapping[str, Any], decoder: PairDecoder) -> tuple[bytes, bytes]:
         """The bytes to store of an image and of its mask, a PNG of labels.
 
-        The image's are its file, whatever the format, unless it is shrunk; then labels are those of
-        the nearest pixels.
+        The image's are its file, whatever the format, unless it is shrunk or stored as pixels.
+        Labels of a shrunk image are those of the nearest pixels.
 
         Args:
           pair: the two files, as `PairDecoder` takes them.
@@ -69,8 +84,10 @@ class Encoding:
         decoded = decoder(pair)
         content, label = pair["encoded"], decoded["label"]
         smaller = self._smaller(label)
-        if smaller is not None:
-            content = self._jpeg(resize(decoded["image"], *smaller))
+        if smaller is None and self.store == "raw":
+            content = raw(decoded["image"])
+        elif smaller is not None:
+            content = self._file(resize(decoded["image"], *smaller))
             label = cv2.resize(label, smaller[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
         return content, _encoded(label, "PNG")
 
@@ -82,7 +99,9 @@ class Encoding:
         height, width = (round(length * self.short_side / short) for length in pixels.shape[:2])
         return height, width
 
-    def _jpeg(self, pixels: np.ndarray) -> bytes:
+    def _file(self, pixels: np.ndarray) -> bytes:
+        if self.store == "raw":
+            return raw(pixels)
         return _encoded(pixels, "JPEG", quality=self.quality)
 
 
@@ -115,7 +134,10 @@ class Job:
         if self.pairs is not None:
             masks = [[item.mask_name, item.mask_size] for item in self.items]
             content += [masks, dataclasses.asdict(self.pairs)]
-        text = json.dumps([records.VERSION, dataclasses.asdict(self.encoding), content])
+        encoding = dataclasses.asdict(self.encoding)
+        if encoding["store"] == "jpeg":  # as before there was a choice
+            del encoding["store"]
+        text = json.dumps([records.VERSION, encoding, content])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -237,7 +259,8 @@ def check(
         if not 0 <= record["label"] < classes:
             return f"{path.name}: {record['name']} has label {record['label']} of {classes}"
         try:
-            simplejpeg.decode_jpeg_header(record["encoded"])
+            if not is_raw(record["encoded"]):
+                simplejpeg.decode_jpeg_header(record["encoded"])
             Decoder(max_pixels=MAX_BYTES)(record["encoded"])
         except ValueError as error:
             return f"{path.name}: {record['name']} cannot be decoded: {error}"
