@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 
 from repvgg_jax.files import write_text
-from repvgg_jax.studies.report import Sample, difference, draw_intervals, is_clear, table
+from repvgg_jax.studies.report import Sample, difference, draw_intervals, is_clear, signed, table
 from repvgg_jax.studies.rows import ROWS, Row, recipe
 from repvgg_jax.studies.runs import Results, digest
 from repvgg_jax.text import first_few
@@ -119,4 +119,4 @@ def _change(name: str, samples: Mapping[str, Sample]) -> str:
     if name == reference or reference not in samples:
         return "–"
     found, error = difference(samples[name], samples[reference])
-    return f"{found:+.2f} ± {error:.2f}" if error == error else f"{found:+.2f}"
+    return f"{signed(found)} ± {error:.2f}" if error == error else signed(found)
