@@ -99,6 +99,7 @@ def sentences(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def draw_layers(path: pathlib.Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Ranges of weights and activations and the noise of every layer, medians of seeds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(8, 7.5))
     figure.patch.set_alpha(0)
@@ -111,6 +112,9 @@ def draw_layers(path: pathlib.Path, runs: Mapping[str, Sequence[Mapping[str, Any
             depth = [number / (len(values) - 1) for number in range(len(values))]
             axes.plot(depth, values, "o-", color=color, markersize=3, label=name)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(label, color=TEXT, fontsize="small")
         axes.tick_params(colors=TEXT)
         axes.grid(color=LINES)
