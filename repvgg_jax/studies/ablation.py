@@ -19,7 +19,7 @@ OUTPUT = flags.DEFINE_string(
 ROWS = flags.DEFINE_list("rows", None, "Names of rows; default: all.")
 SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds per row: 0, 1, ….", lower_bound=1)
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("repvgg_jax.studies.ablation")  # also as __main__
 
 
 def main(_: Sequence[str]) -> int:

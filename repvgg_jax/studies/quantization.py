@@ -20,7 +20,7 @@ OUTPUT = flags.DEFINE_string(
 NETWORKS = flags.DEFINE_list("networks", None, "Names of networks; default: all.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds per network: 0, 1, ….", lower_bound=1)
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("repvgg_jax.studies.quantization")  # also as __main__
 
 
 def main(_: Sequence[str]) -> int:

@@ -59,6 +59,11 @@ def is_clear(sample: Sample, reference: Sample) -> bool:
     return not math.isnan(error) and abs(found) > 2 * error
 
 
+def signed(change: float) -> str:
+    """A change with two digits behind the point and its sign; none if it is 0 to these digits."""
+    return f"{change:+.2f}" if round(change, 2) else "0.00"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
