@@ -72,7 +72,7 @@ def get_config():
     config.segmentation.width, config.segmentation.auxiliary_width = 8, 4
     config.data.source, config.data.train_size, config.data.eval_size = "scenes", 33, 64
     config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    config.train.batch_size, config.train.epochs = 16, 4
+    config.train.batch_size, config.train.epochs = 16, 2
     config.eval.batch_size = 16
     config.report.every_steps = 4
     return config
