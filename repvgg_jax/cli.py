@@ -9,7 +9,6 @@ module.
 import importlib
 import logging
 import os
-import pathlib
 import re
 import sys
 import traceback
@@ -19,7 +18,7 @@ from typing import NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
-from repvgg_jax import command_help
+from repvgg_jax import command_help, files
 from repvgg_jax.text import how_to_install
 
 flags.DEFINE_bool("quiet", False, "Print results, warnings and errors only.")
@@ -85,8 +84,8 @@ def _keep_compiled_programs() -> None:
     """
     from repvgg_jax.compiled import keep_programs
 
-    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    keep_programs(base / "repvgg_jax" / "xla")
+    if (directory := files.cache_directory()) is not None:
+        keep_programs(directory / "xla")
 
 
 def run(

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repvgg_jax.files import write_text
+from repvgg_jax.files import cache_directory, read_json, write_text
 
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -138,14 +138,14 @@ _memory: dict[str, dict[str, str]] = {}
 
 
 def _path() -> pathlib.Path:
-    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return base / "repvgg_jax" / "convolutions.json"
+    # Without a directory it is one that can be neither read nor written.
+    return (cache_directory() or pathlib.Path(os.devnull)) / "convolutions.json"
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     """What is on disk; a file that is damaged is as good as none."""
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         return {name: dict(table) for name, table in found.items()} | _memory
     except (OSError, ValueError, AttributeError, TypeError):
         return {name: dict(table) for name, table in _memory.items()}

@@ -167,6 +167,15 @@ def open_regular(path: str | os.PathLike) -> io.BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
+def cache_directory() -> pathlib.Path | None:
+    """Where this package may keep files of this user; None for a user without a home."""
+    try:
+        base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    except RuntimeError:  # as of users of containers that have a number only
+        return None
+    return base / "repvgg_jax"
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file atomically."""
     with replacing(path) as temporary:

@@ -1,4 +1,5 @@
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -264,9 +265,23 @@ def test_what_is_as_fast_changes_nothing(timed):
     took, _, path = timed
     took["plain"] = 0.91
     assert "transpose" in primitives((1, 14, 14, 32), (3, 3, 32, 32))
-    path.write_text('{"half of a')  # damaged: measured again
     took["plain"] = 0.89
-    assert "platform_index" not in primitives((1, 14, 14, 32), (3, 3, 32, 32))
+    for damage in ('{"half of a', "[" * 10**5, "7"):  # measured again
+        path.write_text(damage)
+        assert "platform_index" not in primitives((1, 14, 14, 32), (3, 3, 32, 32))
+
+
+def test_a_user_without_a_home(timed, monkeypatch):
+    _, asked, _ = timed
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(pathlib.Path, "home", homeless)
+    for _ in range(2):
+        primitives((1, 14, 14, 32), (3, 3, 32, 40))
+    assert len(asked) == 1
 
 
 def test_other_machines_and_shapes_are_measured_apart(timed, monkeypatch):

@@ -140,6 +140,24 @@ class TestPreparing:
         with pytest.raises(ValueError, match="no split 'train', but test"):
             load(settings)
 
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("splits", [], "splits"),
+            ("splits", {"train": {"file": "a"}}, "train"),
+            ("splits", {"train": [{"file": 1, "images": 1, "bytes": 1, "sha256": ""}]}, "file=1"),
+            ("splits", {"train": [{"file": "/a", "images": 1, "bytes": 1, "sha256": ""}]}, "outs"),
+            ("classes", "abc", "classes"),
+            ("classes", [1], "classes"),
+            ("version", 9, "version 9"),
+        ],
+    )
+    def test_a_damaged_manifest(self, tmp_path, key, value, message):
+        content = {"version": 1, "classes": ["a"], "splits": {}, "details": {}} | {key: value}
+        (tmp_path / records.MANIFEST).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"manifest\.json cannot be read: .*{message}"):
+            records.Manifest.read(tmp_path)
+
     @pytest.mark.parametrize("splits", [[""], ["a/b"], [".."], ["test", "test"], []])
     def test_names_that_are_no_splits(self, tmp_path, splits):
         with pytest.raises(ValueError, match="--splits="):

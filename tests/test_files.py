@@ -137,3 +137,17 @@ class TestJson:
 )
 def test_names_below_a_directory(name, below):
     assert files.is_below(name) == below
+
+
+def test_the_directory_of_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert files.cache_directory() == tmp_path / "repvgg_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.cache_directory() == tmp_path / ".cache" / "repvgg_jax"
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pathlib.Path, "home", homeless)
+    assert files.cache_directory() is None

@@ -18,6 +18,7 @@ from repvgg_jax import files, text
 from repvgg_jax.data.decoding import Decoder, decode
 from repvgg_jax.data.masks import PairDecoder, PairSource
 from repvgg_jax.data.sources import FOLDER_SPLITS, Splits
+from repvgg_jax.typed import typed
 
 MANIFEST = "manifest.json"
 VERSION, MASKS_VERSION = 1, 2
@@ -90,12 +91,14 @@ class Manifest:
             if content["version"] not in (VERSION, MASKS_VERSION):
                 known = f"{VERSION} and {MASKS_VERSION}"
                 raise ValueError(f"version {content['version']}, this reads {known}")
-            splits = {
-                split: tuple(Shard(**shard) for shard in shards)
-                for split, shards in content["splits"].items()
-            }
+            splits = typed(dict[str, tuple[Shard, ...]], content["splits"], "splits")
+            classes = typed(tuple[str, ...], content["classes"], "classes")
+            details = typed(dict[str, Any], content["details"], "details")
+            names = [shard.file for shards in splits.values() for shard in shards]
+            if outside := [name for name in names if not files.is_below(name)]:
+                raise ValueError(f"shards outside of it: {text.first_few(outside)}")
             masks = content["version"] == MASKS_VERSION
-            return cls(tuple(content["classes"]), splits, content["details"], masks)
+            return cls(classes, splits, details, masks)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}; prepare the data again") from error
 

@@ -8,7 +8,7 @@ import numpy as np
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.identity import SplitIdentity
 from repvgg_jax.data.masks import is_cityscapes, is_pairs
-from repvgg_jax.data.records import MANIFEST
+from repvgg_jax.data.records import MANIFEST, Manifest
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.data.sources import photo_crops
 from repvgg_jax.text import one_line
@@ -96,8 +96,12 @@ def data_settings(data: str, settings: DataSettings) -> DataSettings:
             "masks": is_pairs(path),
         }
         data = f"{next((kind for kind, holds in known.items() if holds), 'folder')}:{data}"
-        below = any((path / split).is_dir() for split in ("val", "validation"))
-        settings = dataclasses.replace(settings, eval_split="validation" if below else ".")
+        names = Manifest.read(path).splits if known["records"] else ()
+        below = known["records"] or any((path / name).is_dir() for name in ("val", "validation"))
+        split = "validation" if below else "."  # of records and folders, or `val`
+        if len(names) == 1:
+            (split,) = names
+        settings = dataclasses.replace(settings, eval_split=split)
     if not (settings.mask and data.startswith("tfds:")):
         settings = dataclasses.replace(settings, mask="", num_classes=0)
     return dataclasses.replace(settings, source=data, holdout=0.0)

@@ -27,6 +27,7 @@ from repvgg_jax.data.decoding import (
 from repvgg_jax.data.images import resize
 from repvgg_jax.data.masks import PairDecoder
 from repvgg_jax.data.prepare.inputs import Item
+from repvgg_jax.typed import typed
 
 DONE = ".done.json"
 JPEG_QUALITY = 95  # of images that are encoded again, by default
@@ -164,11 +165,12 @@ def finished(job: Job) -> Done | None:
     note = job.path.with_name(job.path.name + DONE)
     try:
         content = files.read_json(note)
-        shard = records.Shard(**content["shard"])
+        shard = typed(records.Shard, content["shard"], "shard")
         whole = job.path.stat().st_size == shard.bytes
+        same = content["fingerprint"] == job.fingerprint
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not whole or content["fingerprint"] != job.fingerprint:
+    if not whole or not same:
         return None
     names = (tuple(content.get(key, ())) for key in ("changed", "bad", "animated"))
     return Done(shard, *names)
