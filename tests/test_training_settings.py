@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 
+import jax
 import pytest
 
 from repvgg_jax import Variant
@@ -338,6 +339,15 @@ def test_a_mistake_is_one_line_before_anything_is_computed(overrides, message):
     with pytest.raises(ValueError, match=message) as caught:
         begin()
     assert "\n" not in str(caught.value)
+
+
+def test_options_of_the_compiler_may_be_booleans():
+    """XLA itself takes neither "true" nor "false"."""
+    for value in ("true", "false", "True"):
+        options = TrainSettings(compiler_options=(f"xla_cpu_enable_fast_math={value}",))
+        assert jax.jit(lambda x: x + 1, compiler_options=options.xla_options)(1) == 2
+    tpu = TrainSettings(compiler_options=("xla_tpu_x=true",))
+    assert tpu.xla_options == {"xla_tpu_x": "true"}
 
 
 def test_options_of_another_platforms_compiler_stop_only_training(tmp_path):

@@ -18,6 +18,9 @@ from typing import NamedTuple
 _BITS = {"pred": 8, "token": 0}
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\(([^)]*)\)(.*)")
+# The last result of a call of a GPU library: memory that the call may use, which says nothing about
+# how much of it is used.
+_SCRATCH = re.compile(r", [su]8\[\d+\]\{0\}\)$")
 # Names for what is already there, and the ends of copies that are counted where they start.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"} | {
     "copy-done",
@@ -74,6 +77,8 @@ def count(text: str) -> Traffic:
             in_hbm += moved * ((not elsewhere) + (not arrays[0][1]))
         else:
             names = re.findall(r"%([\w.\-]+)", operands)
+            if operation == "custom-call":
+                shape = _SCRATCH.sub(")", shape)
             used = (shape, *(shapes.get(operand, "") for operand in names))
             if operation == "slice" or name.startswith("wrapped_slice"):
                 used = (shape, shape)  # only the slice of the operand is read

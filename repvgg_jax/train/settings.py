@@ -175,7 +175,13 @@ class TrainSettings(Section, path="config.train"):
     @property
     def xla_options(self) -> dict[str, str]:
         """`compiler_options` as `jax.jit` takes them."""
-        return dict(text.split("=", maxsplit=1) for text in self.compiler_options)
+        options = dict(text.split("=", maxsplit=1) for text in self.compiler_options)
+        # In options of CPUs and GPUs XLA knows no other spelling of booleans; libtpu knows several.
+        spelled = {"true": "True", "false": "False"}
+        return {
+            name: spelled.get(value, value) if name.startswith(("xla_cpu", "xla_gpu")) else value
+            for name, value in options.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
