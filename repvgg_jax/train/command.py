@@ -104,8 +104,8 @@ PROFILE_STEPS = flags.DEFINE_string(
 COMPILE_ONLY = flags.DEFINE_string(
     "compile_only",
     None,
-    "Compile the train step for a TPU topology, e.g. v5e:16x16, print what it takes, and stop. "
-    "Needs neither a TPU nor data.",
+    "Compile the train step for a TPU slice, e.g. v5e:16x16, or for GPUs, e.g. h100x8, print what it "
+    "takes, and stop. Needs neither these devices nor data.",
 )
 COMPILE_TIMEOUT = flags.DEFINE_integer(
     "compile_timeout", 1800, "Seconds after which --compile_only gives up.", lower_bound=1
