@@ -141,7 +141,7 @@ def main(_: Sequence[str]) -> int:
         raise ValueError(f"give --workdir={workdir} or --from={weights}, not both")
     if workdir is not None and (given := [n for n, f in _OF_A_FILE.items() if f.value is not None]):
         raise ValueError(
-            f"--{given[0]} is for checkpoint files, --from; the run in {workdir} says it itself"
+            f"--{given[0]} is for checkpoint files, --from; the run in {workdir} has it"
         )
     if weights is not None and STEP.value is not None:
         raise ValueError(f"--step={STEP.value} is for a run, --workdir; --from={weights} has none")
