@@ -77,7 +77,7 @@ def load_weights(
     allow_headless: bool = False,
     in_channels: int | None = None,
 ) -> Weights:
-    """Loads a RepVGG checkpoint of the authors, timm, mmpretrain or this project.
+    """Loads a checkpoint of RepVGG or its family, by its authors, timm, mmpretrain or this project.
 
     Family, variant and form are detected from keys and shapes, the format of a file
     (safetensors, `.npz` or `.pth`) from its contents. `.pth` files are read without PyTorch
