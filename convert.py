@@ -1,4 +1,4 @@
-"""Fuses a trained RepVGG, proves the fused network equal and writes it for its runtimes."""
+"""Fuses a trained network, proves that both forms are equal, and writes it for runtimes."""
 
 from repvgg_jax.convert import command
 

@@ -1,4 +1,4 @@
-"""Trains a RepVGG, resumes a run that was interrupted, or evaluates one."""
+"""Trains a network, resumes a run that was interrupted, or evaluates one."""
 
 import pathlib
 

@@ -2,8 +2,8 @@
 
     python train.py --config configs/qarepvgg.py:b0 --workdir runs/qarepvgg_b0
 
-Published top-1: 72.2 % (a0), 74.8 % (b0); not measured here. Weights trained so lose little when
-they are quantized: 70.4 % (a0) with 8 bits.
+Published top-1: 72.2 % (a0), 74.8 % (b0), and 70.4 % (a0) after quantization to 8 bits; not
+measured here.
 """
 
 from repvgg_jax.train.config import qarepvgg_120

@@ -1,4 +1,4 @@
-"""RepVGG in JAX: train three branches, deploy one 3x3 convolution, proven equal."""
+"""Structural re-parameterization in JAX and Flax: branches train, one convolution deploys."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -54,7 +54,7 @@ def compile_deployed(
 ) -> CompiledNetwork:
     """Compiles a network in deploy form with its weights as constants: the fastest form on CPUs.
 
-    Compiling takes longer so, see docs/deploy.md; with `cache` it happens once per machine.
+    Compiling then takes longer, see docs/deploy.md; with `cache` it happens once per machine.
 
     Args:
       model: in deploy form; or what `load_deployed` returned, then without `variables`.

@@ -47,7 +47,7 @@ def cost(
     """Counts a variant's parameters and multiplications.
 
     Args:
-      variant: an official name or a `Variant`.
+      variant: a name in `VARIANTS` or `FAMILY`, or a `Variant`.
       image_size: of the images, in pixels: the side of squares, or (height, width).
       in_channels: channels of the images.
       num_classes: classes of the classifier; 0 for none.

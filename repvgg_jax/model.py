@@ -48,11 +48,11 @@ def create_model(
     momentum: float = 0.9,
     axis_name: AxisName | None = None,
 ) -> "RepVGG":
-    """Builds a RepVGG.
+    """Builds a RepVGG, or another network of `FAMILY`.
 
     Args:
-      name: `A0` … `B3g4`, `D2se`, `plus-L2pse`, also spelled `RepVGG-A0` or `repvgg_a0`,
-        or a `Variant` of your own.
+      name: `A0` … `B3g4`, `D2se`, `plus-L2pse`, also spelled `RepVGG-A0` or `repvgg_a0`; a name
+        in `FAMILY`, e.g. `mobileone_s0`; or a `Variant` of your own.
       num_classes: width of the classifier; 0 for none, the model then returns its pooled
         features.
       deploy: the fused form, whose variables come from `fuse_params`.

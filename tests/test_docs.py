@@ -46,7 +46,7 @@ FOREIGN_FLAGS = {"fp16", "gpu-bind", "help", "ntasks-per-node", "signal"}
 
 def scripts(page: str) -> list[str]:
     """Scripts and modules of this repository that a page runs."""
-    return re.findall(r"\bpython,? +(-m \S+|[\w/]+\.py)", text(page))
+    return re.findall(r"\bpython,? +(-m [\w.]+|[\w/]+\.py)", text(page))
 
 
 def test_every_page_with_code_is_tested():

@@ -93,7 +93,6 @@ def test_every_command_is_tested():
         "make test",
         "python train.py --config configs/digits.py",
         "python convert.py --workdir runs/digits --output deploy",
-        "python -m pytest",
         "python convert.py --from a0.safetensors --output a0 --format safetensors,torch-official",
         "python train.py --workdir runs/tuned --init_from runs/digits --config.train.epochs 3",
         "python train.py --eval_only --init_from runs/tuned",

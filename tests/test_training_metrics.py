@@ -68,7 +68,7 @@ def test_the_page_holds_everything_and_needs_nothing(small_run):
     text = (path / "report.html").read_text()
     assert f"{outcome.accuracy:.4f}" in text
     for words in (
-        "three branches",
+        "as trained",
         "fused",
         "finished at step 22",
         "Configuration",

@@ -1,4 +1,4 @@
-"""Fuses a trained RepVGG, proves the fused network equal and writes it for its runtimes.
+"""Fuses a trained network, proves that both forms are equal, and writes it for runtimes.
 
 python convert.py --workdir runs/digits --output deploy
 python convert.py --from RepVGG-A0-train.pth --output deploy --format onnx,safetensors
@@ -141,7 +141,7 @@ def main(_: Sequence[str]) -> int:
         raise ValueError(f"give --workdir={workdir} or --from={weights}, not both")
     if workdir is not None and (given := [n for n, f in _OF_A_FILE.items() if f.value is not None]):
         raise ValueError(
-            f"--{given[0]} is for checkpoint files, --from; the run in {workdir} says it itself"
+            f"--{given[0]} is for checkpoint files, --from; the run in {workdir} has it"
         )
     if weights is not None and STEP.value is not None:
         raise ValueError(f"--step={STEP.value} is for a run, --workdir; --from={weights} has none")

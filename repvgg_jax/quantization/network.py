@@ -86,7 +86,7 @@ def chain(model: RepVGG) -> tuple[str, ...]:
     if not is_relu(model.activation):
         name = getattr(model.activation, "__name__", model.activation)
         raise ValueError(
-            f"equalization is exact for ReLU, not for {name}; leave it out: --noequalize"
+            f"equalization is exact for ReLU, not for {name}; leave it out: --equalize=false"
         )
     return (*(layer.name for layer in model.layers), *((HEAD,) if model.num_classes else ()))
 

@@ -35,7 +35,7 @@ from repvgg_jax.text import first_few
 class BlockSpec:
     """A block that trains as an expression and deploys as one convolution with a bias.
 
-    A block with an `Nonlinearity` inside its expression only trains; fusing it is refused.
+    A block with a `Nonlinearity` inside its expression only trains; fusing it is refused.
 
     Attributes:
       name: what messages call it.

@@ -60,7 +60,7 @@ def fuse_params(
         which has the running statistics beside the parameters. Boxes such as
         `flax.linen.Partitioned` are kept, and so are leading axes of the leaves (an ensemble, a
         scan over layers). `jax.ShapeDtypeStruct` leaves give such leaves.
-      blocks: what to look for; by default every built-in block.
+      blocks: what to look for; by default `BUILT_IN`, the blocks that their children identify.
       expect: how many blocks there must be, in either form; None for at least one.
       exclude: paths that are left alone with everything inside, e.g. `"neck"` or
         `"decoder/*"` (`fnmatch` patterns), for mappings that only look like a block; each must

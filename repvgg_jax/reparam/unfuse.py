@@ -67,7 +67,8 @@ def unfuse_params(
 
     The two functions are equal in evaluation, that is with running statistics, which are those
     of `like`. Training normalizes by the statistics of its batches instead, so the first steps
-    change the function; start with a warm-up.
+    change the function; start with a warm-up, or keep the running statistics
+    (`freeze_statistics` of blocks, `config.bn.freeze_statistics` of recipes).
 
     Args:
       deployed: the variables of a deploy-form network, in any container that `fuse_params`

@@ -62,13 +62,13 @@ def create_segmenter(
         `Variant` of your own.
       num_classes: classes of a pixel.
       fast: dilate only the last four layers of the stage before the last one, and the last
-        stage, which is faster and a little less accurate (paper, Table 8). RepVGG only.
+        stage, which is faster (paper, Table 8). RepVGG only.
       output_stride: pixels of the images per pixel of the last feature map.
       deploy: the fused form, whose variables come from `fuse_params`.
       bins: windows of the pyramid's poolings along each axis; each level has an equal share of
         the backbone's channels.
       width: channels of the 3x3 convolution after the pyramid.
-      auxiliary_width: channels of the auxiliary head's; 0 for no such head.
+      auxiliary_width: channels of the auxiliary head; 0 for no such head.
       dropout: fraction of channels that training drops before each classifier. It needs
         `rngs={"dropout": key}`.
       bn_group_size: images that share batch statistics in training; None for the whole batch.

@@ -34,7 +34,7 @@ class Started:
     source: str
 
     def __str__(self) -> str:
-        branches = "; deploy form split into three branches" if self.unfused else ""
+        branches = "; deploy form split into branches" if self.unfused else ""
         ends = f"{self.taken[0]} … {self.taken[-1]}"
         return (
             f"starting from {self.source}: took {plural(len(self.taken), 'block')} ({ends})"

@@ -1,4 +1,4 @@
-"""Trains a RepVGG, resumes a run that was interrupted, or evaluates one.
+"""Trains a network, resumes a run that was interrupted, or evaluates one.
 
 python train.py --config b1 --workdir runs/b1 --config.data.source=folder:/data/imagenet
 python train.py --config my_recipe.py --workdir runs/mine --config.train.epochs=5
@@ -72,7 +72,7 @@ OTHER_DATA = flags.DEFINE_bool(
     "other_data",
     False,
     "Resume or evaluate with data other than the run's: classes are matched by their names. "
-    "Without it, other classes are refused, and other images to resume with.",
+    "Without it, other classes are refused, and so is resuming with other images.",
 )
 EXTEND = flags.DEFINE_bool(
     "extend",
@@ -104,8 +104,8 @@ PROFILE_STEPS = flags.DEFINE_string(
 COMPILE_ONLY = flags.DEFINE_string(
     "compile_only",
     None,
-    "Compile the train step for a TPU topology, e.g. v5e:16x16, print what it takes, and stop. "
-    "Needs neither a TPU nor data.",
+    "Compile the train step for a TPU slice, e.g. v5e:16x16, or for GPUs, e.g. h100x8, print what "
+    "it takes, and stop. Needs neither these devices nor data.",
 )
 COMPILE_TIMEOUT = flags.DEFINE_integer(
     "compile_timeout", 1800, "Seconds after which --compile_only gives up.", lower_bound=1

@@ -34,7 +34,8 @@ def default_config(variant: str | Variant | ResNetVariant = "A0") -> ConfigDict:
     """A complete, locked configuration; `repvgg_jax.train.settings` documents every setting.
 
     Args:
-      variant: an official name, or a `Variant` of your own.
+      variant: a name in `VARIANTS` or `FAMILY`, `ResNet-50` or `ResNet-101` for a segmenter, or a
+        `Variant` of your own.
 
     Raises:
       ValueError: an unknown name.

@@ -312,8 +312,8 @@ def _evaluated(
     """The evaluation of both forms, with numbers of single images."""
     if experiment.obstacle is not None:
         raise ValueError(
-            f"{source} has no deploy form to evaluate beside: {experiment.obstacle}; the end of "
-            "its training evaluates it as it is"
+            f"{source} has no deploy form to compare with: {experiment.obstacle}; training ends "
+            "with an evaluation of the training form"
         )
     dataset, evaluator = experiment.dataset, Evaluator(experiment)
     deployed, fused_variables = (

@@ -99,7 +99,7 @@ def _forms(rows: Sequence[Row]) -> list[str]:
         for name in final
         if name.startswith("final/") and not name.endswith(("_fused", "_int8"))
     ]
-    forms = {"three branches": "", "fused": "_fused", "integers, simulated": "_int8"}
+    forms = {"as trained": "", "fused": "_fused", "integers, simulated": "_int8"}
     if f"final/{names[0]}_int8" not in final:
         forms.popitem()
     body = [

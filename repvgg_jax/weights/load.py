@@ -77,7 +77,7 @@ def load_weights(
     allow_headless: bool = False,
     in_channels: int | None = None,
 ) -> Weights:
-    """Loads a RepVGG checkpoint of the authors, timm, mmpretrain or this project.
+    """Loads a checkpoint of RepVGG or its family, by its authors, timm, mmpretrain or this project.
 
     Family, variant and form are detected from keys and shapes, the format of a file
     (safetensors, `.npz` or `.pth`) from its contents. `.pth` files are read without PyTorch
@@ -187,8 +187,8 @@ class Merged:
         fresh ones.
       replaced: paths of modules that stayed freshly initialized: the head if the number of
         classes differs, auxiliary heads that the checkpoint lacks.
-      unfused: whether the checkpoint was in deploy form and its blocks were split into three
-        branches; warm up the learning rate in this case (see `unfuse_params`).
+      unfused: whether the checkpoint was in deploy form and its blocks were split into branches;
+        warm up the learning rate in this case (see `unfuse_params`).
       source: a description of the checkpoint.
     """
 
@@ -198,7 +198,7 @@ class Merged:
     source: str
 
     def __str__(self) -> str:
-        branches = "; deploy form split into three branches" if self.unfused else ""
+        branches = "; deploy form split into branches" if self.unfused else ""
         fresh = f"; freshly initialized: {', '.join(self.replaced)}" if self.replaced else ""
         return f"starting from {self.source}{branches}{fresh}"
 
