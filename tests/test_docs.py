@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -129,6 +130,20 @@ def test_scripts_exist():
         module = script.removeprefix("-m ").replace(".", "/")
         paths = [f"{module}/__main__.py", f"{module}.py"] if "-m " in script else [script]
         assert any((ROOT / path).is_file() for path in paths), script
+
+
+@pytest.mark.core
+def test_every_command_is_listed():
+    """Console scripts, and modules that are run, in the table of runs.md."""
+    table = re.findall(r"^\| `python ([^`]+)` \| (?:`(.+)`|the same) \|", text("runs.md"), re.M)
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert {script for _, script in table if script} == set(installed)
+    modules = {
+        f"-m {'.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__main__')}"
+        for path in (ROOT / "repvgg_jax").rglob("*.py")
+        if re.search(r"^    cli\.run\(main", path.read_text(), re.M)
+    } - {"-m repvgg_jax.train.command", "-m repvgg_jax.convert.command"}
+    assert {command for command, _ in table} == {"train.py", "convert.py", *modules}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
