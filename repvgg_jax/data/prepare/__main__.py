@@ -56,7 +56,7 @@ GROUPS = {
         "background",
         "white",
     ),
-    "What to write": ("output", "short_side", "quality", "shard_images", "processes"),
+    "What to write": ("output", "store", "short_side", "quality", "shard_images", "processes"),
     "Instead": ("verify",),
 }
 
