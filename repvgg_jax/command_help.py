@@ -41,7 +41,9 @@ def text(module: types.ModuleType) -> str:
     program = pathlib.Path(sys.argv[0]).name
     # Installed commands have names of their own; their examples call them so.
     shown = program if program.startswith("repvgg-") else command
-    about, _, examples = (module.__doc__ or "").strip().replace(command, shown).partition("\n\n")
+    lines = (module.__doc__ or "").strip().replace(command, shown).splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith(shown)), len(lines))
+    about, examples = ("\n".join(part).strip() for part in (lines[:first], lines[first:]))
     arguments = getattr(module, "ARGUMENTS", "")
     lines = [about, "", f"usage: {shown} [--flag=value …]{f' {arguments}' if arguments else ''}"]
     lines += ["", "Examples:", textwrap.indent(examples, "  ")]
@@ -76,7 +78,7 @@ def _flag(flag: flags.Flag, width: int) -> Iterator[str]:
         yield f"  --[no]{flag.name}" if flag.name not in _COMMON else f"  --{flag.name}"
     else:
         kind = getattr(flag.parser, "syntactic_help", "") and flag.flag_type()
-        given = (flag.default_as_str or "").strip("'\"")
+        given = "" if flag.default is None else (flag.default_as_str or "").strip("'\"")
         default = f"  (default: {given})" if given else ""
         yield f"  --{flag.name}={_TYPES.get(kind or '', 'TEXT')}{default}"
     yield from textwrap.wrap(

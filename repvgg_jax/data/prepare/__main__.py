@@ -1,6 +1,6 @@
 """Prepares ImageNet, a folder tree, Cityscapes or pairs of images and masks for training.
 
-The result is sharded ArrayRecord files:
+The result is sharded ArrayRecord files.
 
 python -m repvgg_jax.data.prepare --source /data/imagenet-tars --output /data/imagenet
 python -m repvgg_jax.data.prepare --verify /data/imagenet
