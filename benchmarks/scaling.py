@@ -116,6 +116,11 @@ def _holds(row: dict[str, Any]) -> bool:
     return row["recipe"] == facts["recipe"] and all(here[p] == there[p] for p in known)
 
 
+def _is_most(row: dict[str, Any], most: dict[tuple[str, str], tuple[str, str, int]]) -> bool:
+    """Whether no larger program of the model that fits was compiled for these devices."""
+    return most.get(_program(row)[:2]) == _program(row)
+
+
 def fits(row: dict[str, Any]) -> bool:
     """Whether a program was compiled and leaves the share of memory that nothing may take."""
     return "error" not in row and row["peak"] <= SHARE * row["hbm"]
@@ -240,9 +245,8 @@ def main() -> None:
             f"no row in {RESULTS.name} was measured with the versions installed here; the page is "
             "as it was"
         )
-    rows = [
-        row for row in rows if row.get("images", IMAGES_PER_CHIP) == IMAGES_PER_CHIP or fits(row)
-    ]
+    most = {_program(row)[:2]: _program(row) for row in rows if fits(row)}  # ordered by images
+    rows = [row for row in rows if _program(row)[2] == IMAGES_PER_CHIP or _is_most(row, most)]
     known = {p: row["versions"][p] for row in rows for p in MATTER if p in row["versions"]}
     facts = ", ".join(f"{name} {version}" for name, version in known.items())
     if args.write:

@@ -166,7 +166,9 @@ def test_others_stay_plain(change):
 
 
 def test_unknown_lowering():
-    with pytest.raises(ValueError, match="lowering='fast' must be one of 'auto', 'plain'"):
+    with pytest.raises(
+        ValueError, match="lowering='fast' must be one of 'auto', 'measured', 'plain'"
+    ):
         create_model("A0", lowering="fast")
 
 
