@@ -50,4 +50,4 @@ alone = (fused.argmax(-1) == labels).mean(axis=1)
 together = (jax.nn.softmax(fused).mean(axis=0).argmax(-1) == labels).mean()
 print("validation accuracy of the members:", ", ".join(f"{share:.1%}" for share in alone))
 print(f"of their mean probabilities: {together:.1%}")
-assert together >= np.mean(alone) > 0.8
+assert together > np.mean(alone) > 0.5

@@ -110,8 +110,10 @@ def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path):
     )
     for module, file in ((repvgg_jax, "repvgg_jax"), (reparam, "reparam")):
         names = pages[tmp_path / "site" / "reference" / file / "index.html"].names
-        hidden = {"__version__"}
-        assert {f"{module.__name__}.{name}" for name in set(module.__all__) - hidden} <= names
+        for name in set(module.__all__) - {"__version__"}:
+            # A function of the same name as its module is there under its full name.
+            places = {f"{module.__name__}.{name}", f"{module.__name__}.{name}.{name}"}
+            assert places & names, f"{module.__name__}.{name} is not in the reference"
 
 
 @pytest.mark.slow
