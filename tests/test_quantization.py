@@ -210,22 +210,33 @@ class TestQuantize:
     @pytest.mark.parametrize(
         ("variant", "activation"),
         [
-            (TINY, nn.relu),
-            (TINY, nn.silu),
-            (Variant("se", (1, 1), (8, 8), 8, se=SqueezeExcite(4), groups=2), nn.relu),
-            (Variant("m", (1, 1), (8, 8), 8, block="mobileone"), nn.relu),
+            pytest.param(TINY, nn.relu, id="plain"),
+            pytest.param(
+                Variant("se", (1, 1), (8, 8), 8, se=SqueezeExcite(4), groups=2), nn.relu, id="gated"
+            ),
+            pytest.param(TINY, nn.silu, id="silu", marks=pytest.mark.slow),
+            pytest.param(
+                Variant("m", (1, 1), (8, 8), 8, block="mobileone"),
+                nn.relu,
+                id="depthwise",
+                marks=pytest.mark.slow,
+            ),
         ],
-        ids=["plain", "silu", "gated", "depthwise"],
     )
     def test_it_stays_near_float(self, variant, activation):
         model, fused = deployed(variant, activation)
-        relu = activation is nn.relu
-        found = quantize(model, fused, images(), Settings(equalize=relu))
+        found = quantize(model, fused, images())
         expected = np.asarray(jax.jit(model.apply)(fused, images()))
         difference = np.sqrt(np.mean((found(images()) - expected) ** 2) / np.mean(expected**2))
         assert 0 < difference < 0.05
-        assert tuple(found.errors)[-1] == "biases corrected"
-        assert found.errors["biases corrected"] == pytest.approx(difference, rel=0.05)
+        # Every step that was tried is told, and what lowers the error is kept.
+        steps = ["rounded", "equalized", "biases corrected"]
+        assert [step.removesuffix(" (not kept)") for step in found.errors] == (
+            steps if activation is nn.relu else [steps[0], steps[2]]
+        )
+        assert min(found.errors.values()) == pytest.approx(difference, rel=0.05)
+        assert found.settings.equalize is ("equalized" in found.errors)
+        assert found.settings.bias_correction is ("biases corrected" in found.errors)
         assert found.noise.keys() == set(found.plan.layers)
         assert found.warnings == ()
 
@@ -243,6 +254,20 @@ class TestQuantize:
         assert "stage2_block0/reparam" in plain.warnings[0]
         assert "--equalize" in plain.warnings[0]
         assert found.warnings == ()
+
+    def test_a_step_that_does_not_help_is_not_kept(self):
+        model, fused = deployed()
+        equal = quantize(model, fused, images(), Settings(equalize=True))
+        again = {"params": equal.params}  # nothing is left to equalize
+        forced = quantize(model, again, images(), Settings(equalize=True, bias_correction=False))
+        free = quantize(model, again, images(), Settings(bias_correction=False))
+        off = quantize(model, again, images(), Settings(equalize=False, bias_correction=False))
+        assert tuple(forced.errors) == ("rounded", "equalized")
+        assert tuple(off.errors) == ("rounded",)
+        kept = forced.errors["equalized"] < forced.errors["rounded"]
+        assert free.settings.equalize is kept
+        same = forced if kept else off
+        np.testing.assert_array_equal(free(images()), same(images()))
 
     def test_bias_correction_restores_the_means(self):
         model, fused = deployed()

@@ -46,11 +46,11 @@ class Quantized:
       plan: what is quantized.
       activations: grids of `plan.tensors`, by name.
       weights: grids of the kernels of `plan.layers`, by name.
-      settings: how it was quantized.
+      settings: how it was quantized; steps that were left to the error are True if kept.
       noise: by layer, what rounding its inputs and weights does to its outputs: mean squared
         change relative to their variance, on calibration images.
       errors: what rounding the network does to its logits, root mean square relative to their own:
-        without and with every step that the settings have, in order.
+        before and after every step that was tried, in order.
     """
 
     model: RepVGG
@@ -101,7 +101,8 @@ class Quantized:
             return ()
         worst = ", ".join(f"{name} {self.noise[name]:.1%}" for name in bad[:5])
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        remedies = [] if self.settings.equalize else ["equalize its channels (--equalize)"]
+        tried = any(step.startswith("equalized") for step in self.errors)
+        remedies = [] if tried else ["equalize its channels (--equalize)"]
         remedies += [
             "train a QARepVGG (docs/family.md) or with quantization-aware training",
             f"leave these layers in float (--float-layers={bad[0].partition('/')[0]})",
@@ -138,27 +139,42 @@ def quantize(
             f"ranges; available here: {', '.join(CALIBRATORS)}"
         )
     model = checked(model)
-    if settings.equalize is None:
-        settings = dataclasses.replace(settings, equalize=is_relu(model.activation))
     planned = plan(model, settings.float_layers)
     images = check_images(images)
     params = _params_of(model, variables)
-    order = chain(model) if settings.equalize else ()
-    shown, errors = images[:MEASURED], {}
+    commutes = settings.equalize or (settings.equalize is None and is_relu(model.activation))
+    order = chain(model) if commutes else ()
+    shown = images[:MEASURED]
     expected = np.concatenate(
         [np.asarray(passes.plain(model, params, part)) for part in batches(shown)]
     )
     found = rounded(model, params, planned, images, settings)
-    errors["rounded"] = _relative(expected, found(shown))
-    if settings.equalize:
+    errors = {"rounded": _relative(expected, found(shown))}
+    best = errors["rounded"]
+
+    def better(other: Quantized, step: str, wanted: bool | None) -> bool:
+        """Whether to go on with the network after this step."""
+        nonlocal best
+        error = _relative(expected, other(shown))
+        kept = error < best if wanted is None else wanted
+        errors[step if kept else f"{step} (not kept)"] = error
+        best = error if kept else best
+        return kept
+
+    equalized = corrected = False
+    if order:
         _, channels = observe(model, params, images, planned)
-        params = equalize(params, order, activations=channels)
-        found = rounded(model, params, planned, images, settings)
-        errors["equalized"] = _relative(expected, found(shown))
-    if settings.bias_correction:
-        found = correct_biases(found, images)
-        errors["biases corrected"] = _relative(expected, found(shown))
-    return dataclasses.replace(found, noise=layer_noise(found, shown), errors=errors)
+        scaled = equalize(params, order, activations=channels)
+        other = rounded(model, scaled, planned, images, settings)
+        if equalized := better(other, "equalized", settings.equalize):
+            found = other
+    if settings.bias_correction is not False:
+        other = correct_biases(found, images)
+        if corrected := better(other, "biases corrected", settings.bias_correction):
+            found = other
+    done = dataclasses.replace(settings, equalize=equalized, bias_correction=corrected)
+    noise = layer_noise(found, shown)
+    return dataclasses.replace(found, settings=done, noise=noise, errors=errors)
 
 
 def check_images(images: Any) -> np.ndarray:

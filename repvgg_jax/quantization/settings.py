@@ -61,8 +61,10 @@ class Settings:
         largest number, and at least the smallest one.
       float_layers: layers that stay in float, by name, e.g. `("stem", "head")`.
       equalize: whether channels are first scaled between layers, see `reparam.equalize`; None if
-        all activations are ReLU, for which it is exact.
-      bias_correction: whether biases make up for the shift of each channel's mean.
+        that lowers the error of the logits on calibration images, and all activations are ReLU, for
+        which it is exact.
+      bias_correction: whether biases make up for the shift of each channel's mean; None if that
+        lowers the error of the logits.
 
     Raises:
       ValueError: an unknown target or calibrator, or a percentage that cannot be one.
@@ -73,7 +75,7 @@ class Settings:
     percentile: float = 99.99
     float_layers: tuple[str, ...] = ()
     equalize: bool | None = None
-    bias_correction: bool = True
+    bias_correction: bool | None = None
 
     def __post_init__(self) -> None:
         for field, known in (("target", TARGETS), ("calibrator", (*CALIBRATORS, TRAINED))):
