@@ -106,6 +106,7 @@ class TestResidual:
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_a_trainer_takes_the_steps_of_train(self, tmp_path):
         overrides = {"train__epochs": 1, "optimizer__warmup_epochs": 0.0, "seed": 3}
         train(small_config(**overrides), tmp_path / "run")
@@ -243,6 +244,7 @@ def test_the_study_of_quantization_end_to_end(monkeypatch):
         config = make(dataclasses.replace(variant, depths=(1, 1), channels=(8, 8), strides=(1, 2)))
         config.train.epochs = 1
         config.optimizer.warmup_epochs = 0.0
+        config.eval.batch_size = 32
         return config
 
     monkeypatch.setattr(integers, "small_recipe", short)

@@ -18,6 +18,7 @@ from repvgg_jax.train.evaluate import Evaluator
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import initial_state, state_from
+from repvgg_jax.train.validate import check_batches
 
 
 class Trainer:
@@ -43,7 +44,11 @@ class Trainer:
           settings: the recipe; its seed does not matter.
           dataset: training and validation images.
           optimizer: instead of the recipe's.
+
+        Raises:
+          ValueError: batches that the devices do not divide.
         """
+        check_batches(settings, devices=jax.device_count(), processes=jax.process_count())
         self.experiment = Experiment.from_config(settings, dataset=dataset)
         if optimizer is not None:
             self.experiment = dataclasses.replace(self.experiment, optimizer=optimizer)
