@@ -543,7 +543,7 @@ class TestLoadDeployed:
     def test_the_page_says_how(self, deploy, monkeypatch):
         monkeypatch.chdir(deploy.parent)
         given = {"images": nets.images()}
-        (block,) = nets.documented("JAX with this package")
+        block, *_ = nets.documented("JAX with this package")
         exec(compile(block, "docs/deploy.md", "exec"), given)
         assert nets.relative(nets.expected("plain"), given["logits"]) <= 1e-5
 
