@@ -809,7 +809,6 @@ class TestCommand:
         [
             ([], "nothing to convert"),
             (["--workdir=x"], "give --output"),
-            (["--from=x", "--output=./x"], "--output=./x would replace"),
             (["--from=x", "--output=y", "--step=best"], "--step=best is for a run"),
             (["--workdir=x", "--output=y", "--mean=1,2"], "--mean is for checkpoint files"),
             (["--workdir=x", "--output=y", "--step=0"], "--step=0"),

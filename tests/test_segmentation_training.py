@@ -56,9 +56,12 @@ def few_scenes(settings: DataSettings, *, training: bool = True) -> Dataset:
     )
 
 
+MODULES = ("loop", "evaluate", "restore", "proof_images", "experiment")  # that load data
+
+
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
-    for module in ("loop", "evaluate", "restore", "experiment"):
+    for module in MODULES:
         monkeypatch.setattr(f"repvgg_jax.train.{module}.load", few_scenes)
 
 
@@ -66,7 +69,7 @@ def _few(monkeypatch):
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("segmentation") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("loop", "evaluate", "restore", "experiment"):
+        for module in MODULES:
             patch.setattr(f"repvgg_jax.train.{module}.load", few_scenes)
         train(tiny_config(), path)
     return path

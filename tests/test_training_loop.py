@@ -48,6 +48,7 @@ def same_end(path: pathlib.Path, other: pathlib.Path) -> None:
 def test_what_a_run_leaves(small_run):
     path, outcome = small_run
     assert {entry.name for entry in path.iterdir()} == {
+        "README.txt",
         "config.json",
         "metadata.json",
         "checkpoints",
