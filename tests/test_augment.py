@@ -129,10 +129,12 @@ class TestKeys:
         images = jax.device_put(PHOTOS, OVER_BATCH)
         np.testing.assert_array_equal(compiled(KEY, images), alone)
 
+    @pytest.mark.slow
     def test_the_rest_of_the_batch_does_not_matter(self, augment, alone):
         others = np.concatenate([PHOTOS[:5], PHOTOS[:6]])
         np.testing.assert_array_equal(jax.jit(augment)(KEY, others)[:5], alone[:5])
 
+    @pytest.mark.slow
     def test_every_image_and_every_step_differs(self, augment):
         same = np.repeat(PHOTOS[:1], 16, 0)
         program = jax.jit(augment)

@@ -122,6 +122,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_measures_without_what_data_need():
     """In float32 on a CPU: right to rounding, and a batch that repeats images changes nothing."""

@@ -13,15 +13,12 @@ from tests.helpers.commands import ROOT, SHORT, check_one_line, run, start, wait
 pytestmark = pytest.mark.system
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "source"),
     [
         (["--init_from=runs/digits", "--workdir=nowhere"], "step 22 of runs/digits"),
-        pytest.param(
-            ["--config.init_from=nothing.pth", "--by_class"],
-            "step 22 of runs/digits",
-            marks=pytest.mark.slow,
-        ),
+        (["--config.init_from=nothing.pth", "--by_class"], "step 22 of runs/digits"),
     ],
 )
 def test_evaluating_what_was_trained(digits_run, arguments, source, tmp_path):
@@ -196,6 +193,7 @@ def test_every_flag_is_in_one_group_of_the_help(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_quiet(digits_run, tmp_path):
     """Results alone: a table, and nothing of what is read and written."""
     arguments = ["--eval_only", "--quiet", "--init_from=runs/digits", f"--output={tmp_path}"]

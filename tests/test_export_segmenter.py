@@ -97,6 +97,7 @@ def test_onnx_of_any_size(kind, dtype, inside, tmp_path):
         assert nets.relative(wanted, found) <= bound, (height, width)
 
 
+@pytest.mark.slow
 def test_stablehlo_of_any_size(tmp_path):
     made = network("repvgg", dynamic_size=True)
     artifact = export("stablehlo", made, tmp_path / "model.stablehlo")

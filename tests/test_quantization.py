@@ -212,7 +212,10 @@ class TestQuantize:
         [
             pytest.param(TINY, nn.relu, id="plain"),
             pytest.param(
-                Variant("se", (1, 1), (8, 8), 8, se=SqueezeExcite(4), groups=2), nn.relu, id="gated"
+                Variant("se", (1, 1), (8, 8), 8, se=SqueezeExcite(4), groups=2),
+                nn.relu,
+                id="gated",
+                marks=pytest.mark.slow,
             ),
             pytest.param(TINY, nn.silu, id="silu", marks=pytest.mark.slow),
             pytest.param(

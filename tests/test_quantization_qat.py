@@ -143,6 +143,7 @@ class TestRanges:
             equal = jax.tree.map(lambda a, b: bool(a == b), found, begun[RANGES])
             assert all(jax.tree.leaves(equal)) == same
 
+    @pytest.mark.slow
     def test_what_is_evaluated_is_what_is_exported(self):
         qat, model, variables, forward = prepared("qarepvgg")
         batch_stats = forward(variables, images(), 0)[1]
@@ -245,6 +246,7 @@ class TestRuns:
         with pytest.raises(ValueError, match="stm"):
             run.initial_state()
 
+    @pytest.mark.slow
     def test_a_step_trains_branches_and_observes(self):
         run = small_experiment(quantize__qat=True, optimizer__warmup_epochs=0.0)
         state = run.initial_state()

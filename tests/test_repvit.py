@@ -87,6 +87,7 @@ def test_parity_with_timm(distillation):
         assert np.abs(np.asarray(deployed.apply(again, ours)) - expected).max() <= 1e-5 * scale
 
 
+@pytest.mark.slow
 def test_training_updates_statistics():
     model = create_repvit(TINY, num_classes=5)
     images = np.random.default_rng(0).standard_normal((4, 32, 32, 3)).astype(np.float32)

@@ -158,6 +158,7 @@ def test_the_loop_says_the_same(folder, tmp_path):
         train(config_of(folder), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_without_any_label_the_loss_is_0(folder, tmp_path, caplog):
     """No NaN in the parameters, and no mIoU, which is no number then."""
     for path in folder.glob("*/masks/*.png"):

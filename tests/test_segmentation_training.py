@@ -147,6 +147,7 @@ def test_microbatches_and_devices_do_not_change_a_step():
     assert float(whole["loss"]) == pytest.approx(float(halves["loss"]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_seed_and_step():
     run = Experiment.from_config(tiny_config(segmentation__dropout=0.5))
     step, state, batch = quick_jit(run.train_step), run.initial_state(), _batch(run)

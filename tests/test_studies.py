@@ -93,6 +93,7 @@ class TestResidual:
         with pytest.raises(ValueError, match="relu inside branch 1 of 2"):
             whole.clone(deploy=True).init(jax.random.key(0), x)
 
+    @pytest.mark.slow
     def test_a_run_ends_without_a_deploy_form(self, tmp_path, caplog):
         caplog.set_level("INFO", "repvgg_jax")
         sizes = {"depths": (1,), "channels": (8,), "strides": (1,)}

@@ -130,6 +130,7 @@ def test_a_finished_run_is_extended(small_run, tmp_path, caplog):
     assert train(config(2), tmp_path / "short") == outcome  # it is that run now
 
 
+@pytest.mark.slow
 def test_another_batch_size_goes_on_where_the_run_was(small_run, tmp_path):
     path = tmp_path / "run"
     shutil.copytree(small_run[0], path)

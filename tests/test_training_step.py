@@ -337,6 +337,7 @@ class TestAccumulation:
             state, batch = whole.initial_state(), batch_of(whole)
             assert_same(quick_jit(whole.train_step)(state, batch), quick_jit(step)(state, batch))
 
+    @pytest.mark.slow
     def test_microbatches_on_eight_devices(self):
         config = small_config(bn__group_size=4, train__accumulate=2)
         with in_float64(Experiment.from_config(config)) as (run,):
