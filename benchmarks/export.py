@@ -9,7 +9,6 @@ memory depends on their values.
 """
 
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -78,7 +77,7 @@ def export_job(job: dict[str, Any]) -> dict[str, float]:
         "M params": sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
         "MB": artifact.size / 1e6,
         "seconds": time.perf_counter() - start,
-        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # KiB on Linux
+        "peak MiB": harness.peak_kib() / 1024,
         "relative": max(
             (proof.relative for proof in artifact.proofs.values()),
             default=0.0 if artifact.identical else np.nan,

@@ -29,6 +29,15 @@ CRASHED = object()
 PAUSE = 0.3  # seconds; idle threads of onnxruntime spin for 0.04
 
 
+def peak_kib() -> int:
+    """The most memory that this process has had resident, on Linux.
+
+    That of `resource` includes the memory of the process that started this one.
+    """
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}

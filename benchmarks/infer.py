@@ -106,7 +106,11 @@ def open_onnx(kind: str, path: pathlib.Path) -> Callable[[np.ndarray], np.ndarra
 
     runtime = next(runtime for runtime in get_format("onnx").runtimes if runtime.name == kind)
     names = types.SimpleNamespace(
-        input_name="images", outputs=("logits",), feature_maps=(), with_preprocessing=False
+        input_name="images",
+        outputs=("logits",),
+        feature_maps=(),
+        with_preprocessing=False,
+        is_segmenter=False,
     )
     return runtime.open(path, names)  # type: ignore[arg-type]
 

@@ -21,7 +21,7 @@ def text(page: str) -> str:
 def commands(page: str) -> list[str]:
     """Lines of its bash blocks."""
     blocks = re.findall(r"^```bash\n(.*?)^```", text(page), re.M | re.S)
-    return "".join(blocks).splitlines()
+    return "".join(blocks).replace("\\\n", " ").splitlines()
 
 
 def python(page: str) -> str:
