@@ -5,7 +5,7 @@ import functools
 import importlib.util
 import time
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -140,7 +140,13 @@ class Target:
             form.write(network, path, self.dtype)
         except ImportError as error:
             raise ValueError(f"format {form.name}: {error}; {form.remedy}") from error
-        proofs, unproven = self._run(network, path)
+        proofs, unproven = run_in_runtimes(
+            form,
+            network,
+            path,
+            functools.partial(self._compare, network),
+            disagrees=f"the {self.dtype} {form.name} artifact disagrees with the JAX model",
+        )
         if form.read is not None:
             _check_identical(form.name, network.variables, form.read(path, network))
         return Artifact(
@@ -157,24 +163,6 @@ class Target:
             seconds=round(time.perf_counter() - start, 3),
         )
 
-    def _run(self, network: Network, path: Path) -> tuple[dict[str, Proof], dict[str, str]]:
-        proofs, unproven = {}, {}
-        for runtime in self.format.runtimes:
-            try:
-                run = runtime.open(path, network)
-            except ImportError as error:
-                unproven[runtime.name] = f"{error}; {self.format.remedy}"
-                continue
-            proof = self._compare(network, run)
-            if not proof.holds:
-                raise ValueError(
-                    f"the {self.dtype} {self.format.name} artifact disagrees with the JAX model "
-                    f"in {runtime.name}: {proof}; it was not written"
-                )
-            proofs[runtime.name] = proof
-            del run  # one runtime's copy of a large network at a time
-        return proofs, unproven
-
     def _compare(self, network: Network, run: Run) -> Proof:
         """The proof of an opened artifact; of several image sizes, the worst."""
         proofs = [
@@ -189,6 +177,41 @@ class Target:
         worst = max(proofs, key=lambda proof: (not proof.holds, proof.relative))
         plain = network.is_ours and not network.feature_maps
         return worst if plain else dataclasses.replace(worst, numbers="output")
+
+
+def run_in_runtimes(
+    form: Format,
+    network: Network,
+    path: Path,
+    prove: Callable[[Run], Proof],
+    *,
+    disagrees: str,
+) -> tuple[dict[str, Proof], dict[str, str]]:
+    """The proofs of an artifact by runtime, and why others have none.
+
+    Args:
+      form: of the artifact.
+      network: what it holds.
+      path: of the artifact.
+      prove: compares what a runtime answers with what is expected.
+      disagrees: how the message begins if a proof does not hold.
+
+    Raises:
+      ValueError: a proof does not hold.
+    """
+    proofs, unproven = {}, {}
+    for runtime in form.runtimes:
+        try:
+            run = runtime.open(path, network)
+        except ImportError as error:
+            unproven[runtime.name] = f"{error}; {form.remedy}"
+            continue
+        proof = prove(run)
+        if not proof.holds:
+            raise ValueError(f"{disagrees} in {runtime.name}: {proof}; it was not written")
+        proofs[runtime.name] = proof
+        del run  # one runtime's copy of a large network at a time
+    return proofs, unproven
 
 
 def parse_targets(texts: Iterable[str]) -> tuple[Target, ...]:

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from repvgg_jax.export import onnx_int8, tensorflow_int8
-from repvgg_jax.export.exporting import FORMATS
-from repvgg_jax.export.format import Artifact, Format, checksums, size
+from repvgg_jax.export.exporting import FORMATS, run_in_runtimes
+from repvgg_jax.export.format import Artifact, Format, Run, checksums, size
 from repvgg_jax.export.network import Network
 from repvgg_jax.proof import Proof, compare
 from repvgg_jax.quantization.quantize import Quantized
@@ -87,22 +87,17 @@ def export_int8(name: str, network: Network, quantized: Quantized, path: Path) -
         form.write(network, quantized, path)
     except ImportError as error:
         raise ValueError(f"format {name} in int8: {error}; {form.format.remedy}") from error
-    proofs: dict[str, Proof] = {}
-    unproven: dict[str, str] = {}
-    for runtime in form.format.runtimes:
-        try:
-            run = runtime.open(path, network)
-        except ImportError as error:
-            unproven[runtime.name] = f"{error}; {form.format.remedy}"
-            continue
-        found = network.comparable(network.answers(run))
-        proof = compare(expected, found, tolerance=TOLERANCE)
-        if not proof.holds:
-            raise ValueError(
-                f"the int8 {name} artifact disagrees with its simulation in {runtime.name}: "
-                f"{proof}; it was not written"
-            )
-        proofs[runtime.name] = proof
+
+    def prove(run: Run) -> Proof:
+        return compare(expected, network.comparable(network.answers(run)), tolerance=TOLERANCE)
+
+    proofs, unproven = run_in_runtimes(
+        form.format,
+        network,
+        path,
+        prove,
+        disagrees=f"the int8 {name} artifact disagrees with its simulation",
+    )
     return Artifact(
         format=name,
         path=path,
