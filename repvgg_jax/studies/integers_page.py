@@ -8,7 +8,7 @@ from typing import Any
 from repvgg_jax.files import replacing, write_text
 from repvgg_jax.studies.integers import METHODS, NETWORKS, recipe
 from repvgg_jax.studies.report import COLORS, LINES, TEXT, Sample, draw_intervals, signed, table
-from repvgg_jax.studies.runs import Results, digest
+from repvgg_jax.studies.runs import Results
 
 COLLAPSE = 2.0
 """Points of accuracy that int8 may cost, as QARepVGG's authors want it."""
@@ -22,13 +22,8 @@ _PANELS = {
 
 def runs_of(results: Results) -> dict[str, list[dict[str, Any]]]:
     """Runs by network, with the settings of today, in the order of seeds."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name in NETWORKS:
-        wanted = digest(recipe(name))
-        runs = [r for r in results if r["name"] == name and r["settings"] == wanted]
-        if runs:
-            found[name] = sorted(runs, key=lambda run: run["seed"])
-    return found
+    found = {name: results.of(name, recipe(name)) for name in NETWORKS}
+    return {name: runs for name, runs in found.items() if runs}
 
 
 def write_page(output: pathlib.Path, results: Results) -> str:

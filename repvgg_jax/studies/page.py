@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from repvgg_jax.files import write_text
 from repvgg_jax.studies.report import Sample, difference, draw_intervals, is_clear, signed, table
 from repvgg_jax.studies.rows import ROWS, Row, recipe
-from repvgg_jax.studies.runs import Results, digest
+from repvgg_jax.studies.runs import Results
 from repvgg_jax.text import first_few
 from repvgg_jax.train.settings import Settings
 
@@ -17,14 +17,9 @@ def samples_of(results: Results) -> dict[str, Sample]:
     """Accuracies in percent of the rows that have any, with the settings of today."""
     found = {}
     for name in ROWS:
-        wanted = digest(Settings.from_config(recipe(name)))
-        values = {
-            run["seed"]: 100 * run["accuracy"]
-            for run in results
-            if run["name"] == name and run["settings"] == wanted
-        }
-        if values:
-            found[name] = Sample(tuple(values[seed] for seed in sorted(values)))
+        runs = results.of(name, Settings.from_config(recipe(name)))
+        if runs:
+            found[name] = Sample(tuple(100 * run["accuracy"] for run in runs))
     return found
 
 

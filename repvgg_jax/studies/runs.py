@@ -135,10 +135,15 @@ class Results:
             except ValueError:
                 continue
 
+    def of(self, name: str, settings: Settings) -> list[dict[str, Any]]:
+        """The runs of that name with these settings, in the order of seeds."""
+        wanted = {"name": name, "settings": digest(settings)}
+        by_seed = {run["seed"]: run for run in self if wanted.items() <= run.items()}
+        return [by_seed[seed] for seed in sorted(by_seed)]
+
     def find(self, name: str, seed: int, settings: Settings) -> dict[str, Any] | None:
         """The run of that name and seed with these settings."""
-        wanted = {"name": name, "seed": seed, "settings": digest(settings)}
-        return next((run for run in self if wanted.items() <= run.items()), None)
+        return next((run for run in self.of(name, settings) if run["seed"] == seed), None)
 
     def add(
         self, name: str, seed: int, settings: Settings, found: Mapping[str, Any], began: float
