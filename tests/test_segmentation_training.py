@@ -17,14 +17,13 @@ from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.scenes import load_digits_scenes
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.export import parse_targets
-from repvgg_jax.train import loop
 from repvgg_jax.train.config import default_config
 from repvgg_jax.train.evaluate import evaluate_only
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.loop import train
 from repvgg_jax.train.settings import Settings
 from tests.helpers.jit import quick_jit
-from tests.helpers.runs import assert_same, final_state, numbers, rows
+from tests.helpers.runs import assert_same, final_state, numbers, rows, stopped_at
 
 TINY = Variant("tiny-scenes", (1, 1), (4, 8), 4, strides=(1, 2), stem_stride=2)
 
@@ -92,16 +91,7 @@ def test_a_run_reports_miou_of_both_forms_and_draws_examples(run):
 
 
 def test_an_interrupted_run_ends_bitwise_the_same(run, tmp_path, monkeypatch):
-    steps = iter(range(100))
-    with monkeypatch.context() as patch:
-        poll = loop.StopRequest.poll
-
-        def stop_at_five(request):
-            if next(steps) == 5:
-                request.signal = loop.signal.SIGTERM
-            return poll(request)
-
-        patch.setattr(loop.StopRequest, "poll", stop_at_five)
+    with stopped_at(monkeypatch, 5):
         stopped = train(tiny_config(), tmp_path)
     assert 0 < stopped.step < 8
     assert train(tiny_config(), tmp_path).step == 8

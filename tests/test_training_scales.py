@@ -12,13 +12,12 @@ import pytest
 
 import repvgg_jax as rv
 from repvgg_jax import reparam
-from repvgg_jax.train import loop
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.loop import train
 from repvgg_jax.train.settings import Settings
 from tests.helpers.jit import quick_jit
-from tests.helpers.runs import assert_same, final_state, numbers, small_config
+from tests.helpers.runs import assert_same, final_state, numbers, small_config, stopped_at
 from tests.helpers.trees import random_variables
 
 SIZES = {"depths": (1, 1), "channels": (4, 8), "stem_channels": 4, "strides": (1, 2)}
@@ -155,16 +154,7 @@ def test_search_then_train_then_resume(tmp_path, monkeypatch):
     used = Experiment.from_config(config).scales
     chex.assert_trees_all_equal(used, jax.tree.map(np.asarray, scales))
 
-    steps = iter(range(100))
-    with monkeypatch.context() as patch:
-        poll = loop.StopRequest.poll
-
-        def stop_at_nine(request):
-            if next(steps) == 9:
-                request.signal = loop.signal.SIGTERM
-            return poll(request)
-
-        patch.setattr(loop.StopRequest, "poll", stop_at_nine)
+    with stopped_at(monkeypatch, 9):
         assert train(config, tmp_path / "parts").step < 22
     whole = final_state(tmp_path / "whole", config)
     shutil.rmtree(found)

@@ -2,14 +2,17 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from repvgg_jax import Variant
@@ -17,6 +20,7 @@ from repvgg_jax.data.augment import RandomAffine
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.config import default_config
 from repvgg_jax.train.experiment import Experiment
+from repvgg_jax.train.hooks import StopRequest
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import TrainState
 
@@ -66,6 +70,21 @@ def final_state(path: pathlib.Path, config: ConfigDict | None = None) -> TrainSt
     experiment = Experiment.from_config(small_config() if config is None else config)
     with Checkpoints(path / "checkpoints") as checkpoints:
         return jax.device_get(checkpoints.restore(experiment.abstract_state()))
+
+
+@contextlib.contextmanager
+def stopped_at(monkeypatch: pytest.MonkeyPatch, poll: int) -> Iterator[None]:
+    """SIGTERM reaches the loop when it looks for signals that many times more, from 0."""
+    polls, look = itertools.count(), StopRequest.poll
+
+    def stop(request: StopRequest) -> Any:
+        if next(polls) == poll:
+            request.signal = signal.SIGTERM
+        return look(request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "poll", stop)
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
