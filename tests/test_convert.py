@@ -23,7 +23,7 @@ from repvgg_jax import create_model, files, fuse_params, load_weights, save_weig
 from repvgg_jax.convert import command
 from repvgg_jax.convert.deployed import Output, load_deployed
 from repvgg_jax.convert.pipeline import convert
-from repvgg_jax.convert.source import Facts, Source, from_run, from_weights
+from repvgg_jax.convert.source import Facts, from_run, from_weights
 from repvgg_jax.export import FORMATS, Normalize, Target, parse_targets
 from repvgg_jax.model import RepVGG
 from repvgg_jax.train.checkpoint import Checkpoints
@@ -39,26 +39,11 @@ OLD = ROOT / "tests" / "data" / "v0.1-0164ae8"  # a run and a deploy directory o
 DEFAULT = parse_targets(["orbax", "safetensors"])
 
 
-def network(kind: str = "plain", **options) -> Source:
-    """A small network to convert, in training form."""
-    values = {
-        "title": f"RepVGG {kind}",
-        "model": nets.model(kind),
-        "variables": nets.variables(kind),
-        "images": nets.images(),
-        "image_source": "17 random images",
-        "normalize": Normalize(nets.MEAN, nets.STD),
-        "labels": () if kind == "features" else nets.LABELS,
-        "details": {"weights": "none"},
-    }
-    return Source(**{**values, **options})
-
-
 @pytest.fixture(scope="module")
 def deploy(tmp_path_factory):
     """A deploy directory of the default formats; tests that change it copy it."""
     path = tmp_path_factory.mktemp("converted") / "deploy"
-    convert(network(), Output(path), targets=DEFAULT)
+    convert(nets.source(), Output(path), targets=DEFAULT)
     return path
 
 
@@ -67,13 +52,13 @@ class TestConvert:
 
     @pytest.mark.parametrize("kind", ["features", "silu"])
     def test_what_was_written_is_the_trained_network(self, kind, tmp_path):
-        done = convert(network(kind), Output(tmp_path / "deploy"), targets=DEFAULT)
+        done = convert(nets.source(kind), Output(tmp_path / "deploy"), targets=DEFAULT)
         assert done.proof is not None
         assert done.proof.holds
         assert done.proof.images == len(nets.images())
         deployed = load_deployed(tmp_path / "deploy")
         chex.assert_trees_all_equal(deployed.variables, fuse_params(nets.variables(kind)))
-        images = network().normalize(nets.images())
+        images = nets.source().normalize(nets.images())
         found = np.asarray(jax.jit(deployed.model.apply)(deployed.variables, images))
         assert nets.relative(nets.expected(kind), found) <= 1e-5
         assert sorted(path.name for path in tmp_path.iterdir()) == ["deploy"]
@@ -99,7 +84,7 @@ class TestConvert:
 
         model = nets.model("plain")
         fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(RepVGG)}
-        counted = network(model=Counted(**fields))
+        counted = nets.source(model=Counted(**fields))
         done = convert(counted, Output(tmp_path / "deploy"), targets=DEFAULT)
         assert sorted(traced) == [False, True]
         assert all(speed > 0 for speed in done.images_per_second)
@@ -113,14 +98,14 @@ class TestConvert:
             return sha256(path)
 
         monkeypatch.setattr(files, "sha256", counted)
-        convert(network(), Output(tmp_path / "deploy"), targets=parse_targets(["safetensors"]))
+        convert(nets.source(), Output(tmp_path / "deploy"), targets=parse_targets(["safetensors"]))
         assert sorted(hashed) == ["metadata.json", "model.safetensors"]
 
     def test_files_are_readable_by_others(self, tmp_path):
         """Also those of safetensors, whose writer makes them private."""
         before = os.umask(0o027)
         try:
-            convert(network(), Output(tmp_path / "deploy"), targets=DEFAULT)
+            convert(nets.source(), Output(tmp_path / "deploy"), targets=DEFAULT)
             own = {"family": "flax", "variant": nets.model("plain").variant}
             save_weights(tmp_path / "w.safetensors", nets.variables("plain"), **own)
         finally:
@@ -165,7 +150,7 @@ class TestConvert:
     def test_preprocessing_is_in_graphs_and_not_in_weights(self, tmp_path):
         output = Output(tmp_path / "deploy")
         targets = parse_targets(["stablehlo", "safetensors"])
-        convert(network(), output, targets=targets, with_preprocessing=True)
+        convert(nets.source(), output, targets=targets, with_preprocessing=True)
         blob = (output.path / "model.stablehlo").read_bytes()
         found = np.asarray(jax.export.deserialize(bytearray(blob)).call(nets.images()))
         wanted = nets.softmax(nets.expected("plain"))
@@ -177,18 +162,18 @@ class TestConvert:
     def test_feature_maps_and_dynamic_sizes_are_of_graphs(self, tmp_path):
         output = Output(tmp_path / "deploy")
         targets = parse_targets(["stablehlo", "safetensors"])
-        convert(network(), output, targets=targets, feature_maps=["stage2"], dynamic_size=True)
+        convert(nets.source(), output, targets=targets, feature_maps=["stage2"], dynamic_size=True)
         call = jax.export.deserialize(bytearray((output.path / "model.stablehlo").read_bytes()))
         assert call.call(np.zeros((2, 40, 17, 3), np.float32))["stage2"].shape == (2, 5, 3, 16)
         assert load_deployed(output.path).model.num_classes == len(nets.LABELS)
         other = Output(tmp_path / "other")
         with pytest.raises(ValueError, match=r"tflite .*stablehlo, onnx"):
-            convert(network(), other, targets=parse_targets(["tflite"]), dynamic_size=True)
+            convert(nets.source(), other, targets=parse_targets(["tflite"]), dynamic_size=True)
         assert not other.path.exists()
 
     def test_a_fused_source_is_written_as_it_is(self, tmp_path):
         fused = fuse_params(nets.variables("plain"))
-        given = network(model=nets.model("plain").clone(deploy=True), variables=fused)
+        given = nets.source(model=nets.model("plain").clone(deploy=True), variables=fused)
         done = convert(given, Output(tmp_path / "deploy"), targets=DEFAULT)
         assert done.proof is None
         assert "proof: none" in done.table()
@@ -200,9 +185,9 @@ class TestConvert:
     def test_a_failed_proof_writes_nothing_and_keeps_what_was_there(self, deploy, tmp_path):
         shutil.copytree(deploy, tmp_path / "deploy")
         with pytest.raises(ValueError, match=r"> 1e-12"):
-            convert(network(), Output(tmp_path / "deploy"), targets=DEFAULT, tolerance=1e-12)
+            convert(nets.source(), Output(tmp_path / "deploy"), targets=DEFAULT, tolerance=1e-12)
         with pytest.raises(ValueError, match=r"nothing was written"):
-            convert(network(), Output(tmp_path / "new"), targets=DEFAULT, tolerance=1e-12)
+            convert(nets.source(), Output(tmp_path / "new"), targets=DEFAULT, tolerance=1e-12)
         assert [path.name for path in tmp_path.iterdir()] == ["deploy"]
         load_deployed(tmp_path / "deploy")
 
@@ -213,18 +198,18 @@ class TestConvert:
 
         broken = Target(dataclasses.replace(FORMATS["stablehlo"], write=write), "float32")
         with pytest.raises(ValueError, match="ink"):
-            convert(network(), Output(tmp_path / "deploy"), targets=[*DEFAULT, broken])
+            convert(nets.source(), Output(tmp_path / "deploy"), targets=[*DEFAULT, broken])
         assert not list(tmp_path.iterdir())
 
     def test_an_activation_that_cannot_be_read_back(self, tmp_path):
-        given = network(model=nets.model("plain").clone(activation=nn.gelu))
+        given = nets.source(model=nets.model("plain").clone(activation=nn.gelu))
         with pytest.raises(ValueError, match="gelu"):
             convert(given, Output(tmp_path / "deploy"), targets=DEFAULT)
         assert not list(tmp_path.iterdir())
 
     def test_a_tolerance_that_nothing_meets(self, tmp_path):
         with pytest.raises(ValueError, match="tolerance=0"):
-            convert(network(), Output(tmp_path / "deploy"), targets=DEFAULT, tolerance=0)
+            convert(nets.source(), Output(tmp_path / "deploy"), targets=DEFAULT, tolerance=0)
 
 
 class TestOutput:
@@ -283,7 +268,7 @@ class TestEarlierConversion:
         path = tmp_path / "deploy"
         shutil.copytree(deploy, path)
         before = load_deployed(path)
-        done = convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
+        done = convert(nets.source(), Output(path), targets=parse_targets(["stablehlo"]))
         assert {"orbax", "model.safetensors", "model.stablehlo"} <= set(os.listdir(path))
         assert "kept: orbax, of the same weights" in done.table()
         after = load_deployed(path)  # which verifies all files that are listed
@@ -292,7 +277,7 @@ class TestEarlierConversion:
         assert listed == ["stablehlo", "orbax", "safetensors"]
         assert "orbax/_METADATA" in after.proof["sha256"]
         # Again: a format that is written anew appears once.
-        convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
+        convert(nets.source(), Output(path), targets=parse_targets(["stablehlo"]))
         assert len(load_deployed(path).proof["artefacts"]) == 3
 
     def test_formats_of_other_weights_go(self, deploy, tmp_path):
@@ -300,21 +285,21 @@ class TestEarlierConversion:
         shutil.copytree(deploy, path)
         variables = jax.tree.map(np.copy, nets.variables("plain"))
         variables["params"]["head"]["bias"][0] += 1e-6
-        given, targets = network(variables=variables), parse_targets(["safetensors"])
+        given, targets = nets.source(variables=variables), parse_targets(["safetensors"])
         done = convert(given, Output(path), targets=targets)
         assert "removed: orbax, of another network" in done.table()
         assert sorted(os.listdir(path)) == ["metadata.json", "model.safetensors", "proof.json"]
         load_deployed(path)
         # The same weights under other names are another network, too.
-        other = network(variables=variables, labels=nets.LABELS[::-1])
+        other = nets.source(variables=variables, labels=nets.LABELS[::-1])
         done = convert(other, Output(path), targets=parse_targets(["orbax"]))
         assert "removed: model.safetensors" in done.table()
 
     def test_preprocessing_matters_for_graphs_only(self, tmp_path):
         output = Output(tmp_path / "deploy")
-        convert(network(), output, targets=parse_targets(["stablehlo", "safetensors"]))
+        convert(nets.source(), output, targets=parse_targets(["stablehlo", "safetensors"]))
         targets = parse_targets(["orbax"])
-        done = convert(network(), output, targets=targets, with_preprocessing=True)
+        done = convert(nets.source(), output, targets=targets, with_preprocessing=True)
         assert "removed: model.stablehlo, with another preprocessing" in done.table()
         assert (output.path / "model.safetensors").exists()
 
@@ -322,7 +307,7 @@ class TestEarlierConversion:
         path = tmp_path / "deploy"
         shutil.copytree(deploy, path)
         (path / "orbax" / "_METADATA").write_text("{}")
-        done = convert(network(), Output(path), targets=parse_targets(["safetensors"]))
+        done = convert(nets.source(), Output(path), targets=parse_targets(["safetensors"]))
         assert "removed: orbax, damaged: orbax/_METADATA" in done.table()
         load_deployed(path)
 
@@ -332,7 +317,7 @@ class TestEarlierConversion:
         metadata = json.loads((path / "metadata.json").read_text())
         del metadata["weights_sha256"], metadata["variant"]["dilation"]  # a later field
         (path / "metadata.json").write_text(json.dumps(metadata))
-        done = convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
+        done = convert(nets.source(), Output(path), targets=parse_targets(["stablehlo"]))
         assert "kept: orbax" in done.table()
 
     @pytest.mark.parametrize("version", ["this", "v0.1-0164ae8"])
@@ -356,7 +341,7 @@ class TestEarlierConversion:
     def test_graphs_that_are_added_preprocess_as_those_that_are_there(self, tmp_path):
         path = tmp_path / "deploy"
         targets = parse_targets(["safetensors", "stablehlo"])
-        convert(network(), Output(path), targets=targets, with_preprocessing=True)
+        convert(nets.source(), Output(path), targets=targets, with_preprocessing=True)
         assert from_weights(str(path), adding=True).with_preprocessing
         assert not from_weights(str(path)).with_preprocessing
 
@@ -370,7 +355,7 @@ class TestEarlierConversion:
         (path / "secret").chmod(0o600)
         (path / "link").symlink_to("nowhere")
         for targets in (parse_targets(["stablehlo"]), DEFAULT):
-            convert(network(), Output(path), targets=targets)
+            convert(nets.source(), Output(path), targets=targets)
             assert (path / "notes" / "deep" / "a.txt").read_text() == "x"
             assert (path / "orbax" / "mine.txt").read_text() == "y"
             assert stat.S_IMODE((path / "secret").stat().st_mode) == 0o600
@@ -382,7 +367,7 @@ class TestEarlierConversion:
         shutil.copytree(deploy, path)
         (path / "model.stablehlo").write_text("mine")
         with pytest.raises(ValueError, match=r"model\.stablehlo was not written by"):
-            convert(network(), Output(path), targets=parse_targets(["stablehlo"]))
+            convert(nets.source(), Output(path), targets=parse_targets(["stablehlo"]))
         assert (path / "model.stablehlo").read_text() == "mine"
         load_deployed(path)
         assert [entry.name for entry in tmp_path.iterdir()] == ["deploy"]
@@ -459,7 +444,7 @@ class TestLoadDeployed:
         (path / "proof.json").write_text(json.dumps(proof))
         with pytest.raises(ValueError, match="outside"):
             load_deployed(path)
-        convert(network(), Output(path), targets=parse_targets(["safetensors"]))
+        convert(nets.source(), Output(path), targets=parse_targets(["safetensors"]))
         assert name not in load_deployed(path).proof["sha256"]
         assert (tmp_path / "other").read_text() == "x"
 
@@ -600,14 +585,14 @@ class TestSource:
     @pytest.mark.parametrize("kind", ["plain", "silu", "features"])
     def test_a_file_of_ours_says_what_it_takes(self, kind, tmp_path):
         """Its architecture, too, if that is of one's own."""
-        done = convert(network(kind), Output(tmp_path / "deploy"), targets=DEFAULT)
+        done = convert(nets.source(kind), Output(tmp_path / "deploy"), targets=DEFAULT)
         alone = tmp_path / "alone.safetensors"
         shutil.copy(done.output / "model.safetensors", alone)
         given, wanted = from_weights(str(alone)), load_deployed(done.output)
         assert given.model.variant == wanted.model.variant
         assert given.model.activation == wanted.model.activation
-        assert given.labels == network(kind).labels
-        assert given.normalize == network(kind).normalize
+        assert given.labels == nets.source(kind).labels
+        assert given.normalize == nets.source(kind).normalize
         assert given.images.shape[1:] == nets.images().shape[1:]
         assert given.notes == ()
         chex.assert_trees_all_equal(given.variables, wanted.variables)

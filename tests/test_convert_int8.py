@@ -12,27 +12,12 @@ from repvgg_jax.convert.calibration import Calibrate, calibration_images, evalua
 from repvgg_jax.convert.deployed import Output, load_deployed
 from repvgg_jax.convert.int8 import Int8
 from repvgg_jax.convert.pipeline import convert
-from repvgg_jax.convert.source import Source, from_run, from_weights, reading_of
-from repvgg_jax.export import Normalize, parse_targets
+from repvgg_jax.convert.source import from_run, from_weights, reading_of
+from repvgg_jax.export import parse_targets
 from repvgg_jax.quantization import Settings
 from tests.helpers import export_networks as nets
 
 WEIGHTS = parse_targets(["safetensors"])
-
-
-def source(kind="plain", **options):
-    """A small network that is no run."""
-    values = {
-        "title": f"RepVGG {kind}",
-        "model": nets.model(kind),
-        "variables": nets.variables(kind),
-        "images": nets.images(),
-        "image_source": "17 random images",
-        "normalize": Normalize(nets.MEAN, nets.STD),
-        "labels": nets.LABELS,
-        "details": {"weights": "none"},
-    }
-    return Source(**{**values, **options})
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +55,7 @@ class TestCalibrate:
             Calibrate.parse(text)
 
     def test_a_directory_in_even_distances(self, folder):
-        found = calibration_images(source(), Calibrate(str(folder), 4))
+        found = calibration_images(nets.source(), Calibrate(str(folder), 4))
         assert found.images.shape == (4, nets.HEIGHT, nets.WIDTH, 3)
         assert found.what == f"4 images of {folder}"
 
@@ -92,7 +77,7 @@ class TestCalibrate:
         other = dataclasses.replace(run, labels=tuple("abcdefghij"))
         assert evaluation_examples(other).labels is None
         assert "classes" in evaluation_examples(other).note
-        assert evaluation_examples(source()).labels is None
+        assert evaluation_examples(nets.source()).labels is None
 
     @pytest.mark.parametrize(
         ("text", "word"),
@@ -116,7 +101,7 @@ class TestCalibrate:
         wanted = Calibrate.parse(text.format(folder=folder, **places))
         reading = reading_of((nets.HEIGHT, nets.WIDTH, 3), None)
         with pytest.raises(ValueError, match=word) as error:
-            calibration_images(source(reading=reading), wanted)
+            calibration_images(nets.source(reading=reading), wanted)
         assert "\n" not in str(error.value)
         assert str(error.value).startswith(f"--calibrate={wanted}")
 
@@ -185,7 +170,7 @@ class TestConvert:
 
     def test_without_labels_there_is_agreement_alone(self, folder, tmp_path):
         done = convert(
-            source(), Output(tmp_path / "d"), targets=WEIGHTS, int8=asked(f"{folder}:12")
+            nets.source(), Output(tmp_path / "d"), targets=WEIGHTS, int8=asked(f"{folder}:12")
         )
         found = json.loads((tmp_path / "d" / "proof.json").read_text())["int8"]
         assert (found["float_accuracy"], found["int8_accuracy"]) == (None, None)
@@ -195,7 +180,7 @@ class TestConvert:
     @pytest.mark.slow
     def test_layers_that_a_runtime_leaves_in_float_are_told(self, folder, tmp_path):
         done = convert(
-            source(),
+            nets.source(),
             Output(tmp_path / "d"),
             targets=WEIGHTS,
             int8=asked(folder, target="tensorrt", bias_correction=False),
@@ -209,11 +194,11 @@ class TestConvert:
         options = {"targets": WEIGHTS}
         output = Output(tmp_path / "d")
         with pytest.raises(ValueError, match="--calibrate=/nowhere"):
-            convert(source(), output, int8=asked("/nowhere"), **options)
+            convert(nets.source(), output, int8=asked("/nowhere"), **options)
         with pytest.raises(ValueError, match="--outputs"):
-            convert(source(), output, int8=asked(folder), feature_maps=("stage1",), **options)
+            convert(nets.source(), output, int8=asked(folder), feature_maps=("stage1",), **options)
         with pytest.raises(ValueError, match="classifiers"):
-            convert(source("features", labels=()), output, int8=asked(folder), **options)
+            convert(nets.source("features"), output, int8=asked(folder), **options)
         with pytest.raises(ValueError, match="float-layers=stage8"):
-            convert(source(), output, int8=asked(folder, float_layers=("stage8",)), **options)
+            convert(nets.source(), output, int8=asked(folder, float_layers=("stage8",)), **options)
         assert not list(tmp_path.iterdir())

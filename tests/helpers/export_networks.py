@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from repvgg_jax import RepVGG, SqueezeExcite, Variant, create_model, fuse_params
+from repvgg_jax.convert.source import Source
 from repvgg_jax.export import FORMATS, Artifact, Network, Normalize, export
 from tests.helpers.trees import random_variables
 
@@ -120,3 +121,18 @@ def documented(section: str) -> list[str]:
     page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
     (text,) = re.findall(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", page, re.M | re.S)
     return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+def source(kind: str = "plain", **options: Any) -> Source:
+    """What `convert` takes for a network of that kind, in training form."""
+    values = {
+        "title": f"RepVGG {kind}",
+        "model": model(kind),
+        "variables": variables(kind),
+        "images": images(),
+        "image_source": "17 random images",
+        "normalize": Normalize(MEAN, STD),
+        "labels": () if kind == "features" else LABELS,
+        "details": {"weights": "none"},
+    }
+    return Source(**{**values, **options})
