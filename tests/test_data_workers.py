@@ -118,7 +118,7 @@ class TestARun:
         metrics = place / "run" / "metrics.jsonl"
         return lambda: metrics.exists() and metrics.read_text().count("\n") >= 5
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_to_all_of_its_processes_saves_and_continues(self, folder, tmp_path, number):
         process = self.start(folder, tmp_path)
         wait_for(self.begun(tmp_path), process)
