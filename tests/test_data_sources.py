@@ -131,13 +131,15 @@ class TestFolders:
 
 
 @pytest.mark.system
-def test_tensorflow_is_never_imported(everywhere, tmp_path):
-    """Not even if it is installed: here as a package that fails when imported."""
-    (tmp_path / "tensorflow").mkdir()
-    alarm = 'raise SystemExit("tensorflow was imported")'
-    (tmp_path / "tensorflow" / "__init__.py").write_text(alarm)
+def test_tensorflow_and_pytorch_are_never_imported(everywhere, tmp_path):
+    """Not even if they are installed: here as packages that fail when imported."""
+    for name in ("tensorflow", "torch"):
+        (tmp_path / name).mkdir()
+        alarm = f'raise SystemExit("{name} was imported")'
+        (tmp_path / name / "__init__.py").write_text(alarm)
     sources = [DataSettings(source="digits"), DataSettings(source="fake"), *everywhere.values()]
     script = f"""
+import repvgg_jax.train.loop
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.settings import DataSettings
 for plain in {[one.plain() for one in sources]!r}:

@@ -5,13 +5,22 @@ with an error, the queue fills, and training waits for it forever; only its file
 """
 
 import pathlib
+import sys
 import time
 import uuid
 from collections.abc import Mapping
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+if _hides_torch := "torch" not in sys.modules:
+    # tensorboardX imports PyTorch where it is installed, for tensors that are not used here. That
+    # takes longer than all other imports of a training run.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+try:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+finally:
+    if _hides_torch:
+        del sys.modules["torch"]
 
 PATIENCE = 10.0  # seconds between two flushes, at least
 
