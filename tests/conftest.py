@@ -12,12 +12,12 @@ from tests.helpers.shared import digits_run, small_run  # noqa: F401, fixtures
 # outside stay, such as --xla_cpu_max_isa=AVX2.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = xla_flags(devices=8)
-# Many tests, and the scripts that they start, run the same small program; compiling it once a
-# session keeps them short.
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+# Many tests, and the scripts that they start, run the same small program; compiling it once per
+# session keeps them short. Workers inherit the directory; .ci/run names one for two sessions.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="repvgg_jax_xla_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 import numpy as np
