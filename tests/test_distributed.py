@@ -78,9 +78,8 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["slurm", "open mpi"])
-def test_two_processes_are_one_run(alone, tmp_path, launcher):
-    with started(tmp_path, 2, devices=4, launcher=launcher, recipe=FLOAT64) as run:
+def test_two_processes_are_one_run(alone, tmp_path):
+    with started(tmp_path, 2, devices=4, launcher="slurm", recipe=FLOAT64) as run:
         assert run.wait() == [0, 0]
     for process in (0, 1):
         first = run.out(process).splitlines()[0]
@@ -113,7 +112,7 @@ def test_two_processes_segment_as_one(tmp_path):
 @pytest.mark.slow
 def test_two_processes_evaluate(alone, tmp_path):
     shutil.copytree(alone, tmp_path / "run")
-    with started(tmp_path, 2, "--eval_only", devices=4, recipe=FLOAT64) as run:
+    with started(tmp_path, 2, "--eval_only", devices=4, launcher="open mpi", recipe=FLOAT64) as run:
         assert run.wait() == [0, 0]
     for process in (0, 1):
         first = run.out(process).splitlines()[0]
@@ -192,8 +191,8 @@ class TestFourProcesses:
         assert not (path / "checkpoints" / "16").exists()
         if lost == 0:
             return  # a restart needs what is on disk, which does not depend on who was killed
-        with started(tmp_path, 4, recipe=FLOAT64) as run:
-            assert run.wait() == [0] * 4
+        with started(tmp_path, 1, devices=8, recipe=FLOAT64) as run:
+            assert run.wait() == [0]
         assert "resuming from step 8 of 16" in run.out(0)
         assert_same_run(alone, path)
 
@@ -215,32 +214,31 @@ class TestFourProcesses:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recovers", [True, False])
-def test_a_save_that_fails_in_one_process_is_retried_by_both(tmp_path, recovers):
-    """No file of the second process may grow: its part of a checkpoint cannot be written."""
+def test_a_save_that_fails_in_one_process_is_retried_by_both(tmp_path):
+    """No file of the second process may grow: its part of a checkpoint cannot be written.
+
+    The first time only for a while, then for good.
+    """
     path = tmp_path / "run"
     with started(tmp_path, 2, "--config.train.epochs=4000", devices=4) as run:
         run.wait_until((path / "checkpoints" / "8").is_dir)
         second = run.processes[1].pid
         _, most = resource.prlimit(second, resource.RLIMIT_FSIZE)
         resource.prlimit(second, resource.RLIMIT_FSIZE, (2000, most))
-        if recovers:
-            run.wait_until(lambda: "trying again" in run.err(0))
-            resource.prlimit(second, resource.RLIMIT_FSIZE, (most, most))
-            failed = int(re.search(r"with step (\d+)|$", run.err(0))[1] or 0)
-            run.wait_until((path / "checkpoints" / str(failed + 8)).is_dir)
-            run.processes[1].send_signal(signal.SIGTERM)
-            assert run.wait() == [0, 0]
-        else:
-            assert run.wait() == [1, 1]
+        run.wait_until(lambda: "trying again" in run.err(0))
+        resource.prlimit(second, resource.RLIMIT_FSIZE, (most, most))
+        failed = int(re.search(r"with step (\d+)|$", run.err(0))[1] or 0)
+        run.wait_until((path / "checkpoints" / str(failed + 8)).is_dir)
+        recovered = run.err(0).count("trying again")
+        resource.prlimit(second, resource.RLIMIT_FSIZE, (2000, most))
+        assert run.wait() == [1, 1]
     retries = [line for line in run.err(0).splitlines() if "trying again" in line]
     # Which write meets the limit first, Orbax's or our own, differs between attempts.
     full = r"trying again[^:]*: process 1: .*(OUT_OF_RANGE|\[Errno 27\])"
     assert all(re.search(full, line) for line in retries)
-    assert len(retries) >= 1 if recovers else len(retries) == 3
-    if not recovers:
-        for process in (0, 1):
-            assert re.search(r"failed 4 times; .*checkpoint is that of", run.err(process))
+    assert len(retries) == recovered + 3
+    for process in (0, 1):
+        assert re.search(r"failed 4 times; .*checkpoint is that of", run.err(process))
 
 
 @pytest.mark.slow

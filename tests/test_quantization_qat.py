@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from configs.digits import DIGITS, get_config
+from configs.digits import get_config
 from repvgg_jax import Variant, create_model
 from repvgg_jax.convert.source import from_run
 from repvgg_jax.data.dataset import load
@@ -266,13 +266,11 @@ def workdir_config(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", ["repvgg", "qarepvgg"])
-def test_int8_is_as_accurate_as_float(tmp_path, block):
+def test_int8_is_as_accurate_as_float(tmp_path):
     """Section 2 of docs/quantization.md, on real digits: within 0.3 points, one image of 360."""
 
     def config(epochs, **quantize):
         found = get_config()
-        found.model.variant = dataclasses.replace(DIGITS, name=block, block=block).as_dict()
         found.train.epochs = epochs
         found.optimizer.warmup_epochs = 0.5
         found.eval.every_epochs = found.checkpoint.every_epochs = epochs

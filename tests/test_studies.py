@@ -236,7 +236,10 @@ class TestIntegers:
 
 @pytest.mark.slow
 def test_the_study_of_quantization_end_to_end(monkeypatch):
-    """Every network on a few images: trained, quantized in all ways, trained through integers."""
+    """On a few images: trained, quantized in all ways, trained through integers.
+
+    RepOpt-VGG is the network that needs a run before its own.
+    """
     small = clutter.load_clutter(training=256, validation=64)
     monkeypatch.setattr(dataset, "load_clutter", lambda: small)
     make = integers.small_recipe
@@ -250,7 +253,7 @@ def test_the_study_of_quantization_end_to_end(monkeypatch):
 
     monkeypatch.setattr(integers, "small_recipe", short)
     study = integers.Study(load(integers.recipe("RepVGG").data))
-    for name in integers.NETWORKS:
+    for name in ("RepVGG", "RepOpt-VGG"):
         found = study.run(name, 0)
         assert set(found["accuracies"]) == {"float", *integers.METHODS}
         assert all(0 <= value <= 1 for value in found["accuracies"].values())
