@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from repvgg_jax.batch_stats import per_image, values_per_channel
+from repvgg_jax.meshes import Convolution, grouped_convolution
 
 Params = Mapping[str, Mapping[str, jax.Array]]
 Statistics = dict[str, tuple[jax.Array, jax.Array]]
@@ -71,9 +72,8 @@ def on_gpus(compute: Callable[..., Any], settings: BlockSettings, *args: Any) ->
 def conv3x3(settings: BlockSettings, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
     """The block's 3x3 convolution; `options` are those of `lax.conv_general_dilated`."""
     pad = (settings.dilation, settings.dilation)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
+    convolve: Convolution = functools.partial(
+        lax.conv_general_dilated,
         window_strides=(settings.stride, settings.stride),
         padding=(pad, pad),
         rhs_dilation=(settings.dilation, settings.dilation),
@@ -81,6 +81,9 @@ def conv3x3(settings: BlockSettings, x: jax.Array, kernel: jax.Array, **options:
         feature_group_count=settings.groups,
         **options,
     )
+    if settings.groups > 1:
+        return grouped_convolution(convolve, x, kernel)
+    return convolve(x, kernel)
 
 
 def conv1x1(
@@ -96,15 +99,15 @@ def conv1x1(
         return lax.dot_general(x, kernels[0, 0], (((3,), (0,)), ((), ())))
     if image_groups == 1:  # a convolution, whose layout in memory the compiler may choose
         kernel = kernels[0].swapaxes(0, 1).reshape(1, 1, kernels.shape[2], -1)
-        return lax.conv_general_dilated(
-            x,
-            kernel,
+        convolve = functools.partial(
+            lax.conv_general_dilated,
             window_strides=(1, 1),
             padding="VALID",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=groups,
             preferred_element_type=dtype,
         )
+        return grouped_convolution(convolve, x, kernel) if groups > 1 else convolve(x, kernel)
     n, h, w, _ = x.shape
     parts = x.reshape(image_groups, -1, h, w, groups, kernels.shape[2])
     out = jnp.einsum("gnhwki,gkio->gnhwko", parts, kernels, preferred_element_type=dtype)
