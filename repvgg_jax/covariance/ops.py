@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from repvgg_jax.batch_stats import per_image, values_per_channel
@@ -156,16 +155,13 @@ def sums(settings: BlockSettings, x: jax.Array) -> jax.Array:
 
 def sums_of_two(settings: BlockSettings, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`sums` of `x` and of `y`, of equal shape; on GPUs in the same kernels."""
-    if not (settings.on_gpu and settings.image_groups == 1):
+    if not settings.on_gpu:
         return sums(settings, x), sums(settings, y)
     x, y = (a.astype(wide_type(a.dtype)) for a in (x, y))
-    zero = np.zeros((), x.dtype)
-
-    def add(a: Any, b: Any) -> Any:
-        return a[0] + b[0], a[1] + b[1]
-
-    x, y = lax.reduce((x, y), (zero, zero), add, (0, 1, 2))
-    return x[None], y[None]
+    # As one sum of complex numbers: XLA attaches it to what computes x. It does not attach a sum of
+    # pairs, for which it takes x to be read twice.
+    both = sums(settings, lax.complex(x, y))
+    return both.real, both.imag
 
 
 def mean_and_covariance(
