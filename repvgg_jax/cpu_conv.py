@@ -19,7 +19,8 @@ measured on 2 cores at batch 32 (`benchmarks/train_step.py`), all differentiated
 The tables are of two processors. With `lowering="measured"` the deploy form's choice is timed on
 this machine (`repvgg_jax.cpu_measured`).
 
-GPUs and TPUs get the plain convolution, and so do artifacts. `jax.lax.platform_dependent`
+GPUs and TPUs get the plain convolution, and so do artifacts; in channel groups, several GPUs get
+it as `repvgg_jax.meshes.grouped_convolution` does it. `jax.lax.platform_dependent`
 chooses when a program is lowered, so programs for several platforms stay right.
 """
 
@@ -31,10 +32,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from repvgg_jax import cpu_measured
-from repvgg_jax.meshes import on_auto_axes
+from repvgg_jax.meshes import Convolution, grouped_convolution, on_auto_axes
 
 Lowering = Literal["auto", "measured", "plain"]
-Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # Where the substitutes were measured: channels of a convolution, most groups of channels that gain
@@ -106,14 +106,18 @@ def _replaced(
         and tuple(settings["rhs_dilation"]) == (1, 1)
         and window_strides[0] == window_strides[1]
     )
-    if not usual:
-        return plain(x, kernel)
-    fast = choose(x.shape, kernel.shape, window_strides[0], settings["feature_group_count"])
-    if fast is None:
-        return plain(x, kernel)
-    return on_auto_axes(
-        lambda x, kernel: lax.platform_dependent(x, kernel, cpu=fast, default=plain), x, kernel
-    )
+    groups, fast = settings["feature_group_count"], None
+    if usual:
+        fast = choose(x.shape, kernel.shape, window_strides[0], groups)
+
+    def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if groups > 1:
+            return grouped_convolution(plain, x, kernel, cpu=fast)
+        if fast is None:
+            return plain(x, kernel)
+        return lax.platform_dependent(x, kernel, cpu=fast, default=plain)
+
+    return compute(x, kernel) if fast is None else on_auto_axes(compute, x, kernel)
 
 
 def _for_inference(

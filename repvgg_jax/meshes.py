@@ -2,7 +2,8 @@
 
 On explicit axes every operation must know how its result is sharded, and many do not: reshapes,
 sums over a sharded batch, convolutions with sharded kernels. Inside `on_auto_axes` the compiler
-decides, as on axes of type Auto.
+decides, as on axes of type Auto. It decides badly about convolutions in channel groups, which
+`grouped_convolution` is for.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+
+Convolution = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def explicit_mesh(tree: Any) -> Any | None:
@@ -44,6 +47,57 @@ def on_auto_axes(function: Callable[..., Any], x: jax.Array, *args: Any) -> Any:
     x_shape, args_shapes = shapes
     out = jax.eval_shape(function, x_shape, *args_shapes)
     return jax.sharding.auto_axes(function, out_sharding=jax.tree.map(sharding, out))(x, *args)
+
+
+def grouped_convolution(
+    convolve: Convolution, x: jax.Array, kernel: jax.Array, cpu: Convolution | None = None
+) -> jax.Array:
+    """`convolve(x, kernel)`, in channel groups, of which every GPU computes its own images.
+
+    XLA's partitioner, unless it is that for TPUs, splits such convolutions along channels only:
+    every device receives the whole batch and computes all of it. Where the images are sharded over
+    one of several axes of a mesh, it sums the kernel's gradient over the others, too. Therefore
+    `jax.shard_map` splits the images: on GPUs, and on meshes of several axes everywhere. It
+    splits them along all axes of type Auto, or along those of type Explicit that they are sharded
+    over. Without a mesh, and if the images cannot be split evenly, this is only a call.
+
+    Args:
+      convolve: the convolution.
+      x: (images, height, width, channels).
+      kernel: (height, width, channels / groups, features).
+      cpu: what CPUs compute instead.
+    """
+
+    def compute(x: jax.Array, kernel: jax.Array, **gpus: Convolution) -> jax.Array:
+        by_platform = gpus if cpu is None else {"cpu": cpu, **gpus}
+        if not by_platform:
+            return convolve(x, kernel)
+        return jax.lax.platform_dependent(x, kernel, **by_platform, default=convolve)
+
+    mesh, axes = _image_axes(x, kernel)
+    devices = _devices(mesh, axes)
+    if devices == 1 or x.shape[0] % devices:
+        return compute(x, kernel)
+    one_axis = devices == mesh.size and len(axes) == 1
+    split = jax.shard_map(
+        convolve if one_axis else compute,
+        mesh=mesh,
+        in_specs=(PartitionSpec(axes), PartitionSpec()),
+        out_specs=PartitionSpec(axes),
+        axis_names=set(axes),
+    )
+    return compute(x, kernel, cuda=split, rocm=split) if one_axis else split(x, kernel)
+
+
+def _image_axes(x: jax.Array, kernel: jax.Array) -> tuple[Any, tuple[str, ...]]:
+    """The mesh around a convolution, and its axes of more than one device to split images over."""
+    sharding = jax.typeof(x).sharding
+    mesh, (images, *rest) = sharding.mesh, sharding.spec
+    if not mesh.explicit_axes:
+        return mesh, tuple(name for name in mesh.auto_axes if mesh.shape[name] > 1)
+    if images is None or any((*rest, *jax.typeof(kernel).sharding.spec)):
+        return mesh, ()  # with sharded kernels, pixels or channels, JAX itself decides
+    return mesh, images if isinstance(images, tuple) else (images,)
 
 
 def varying_alike(tree: Any) -> Any:

@@ -1,6 +1,8 @@
 """All forms of a block on meshes with Auto and Explicit axes, under shard_map and pmap."""
 
 import contextlib
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,13 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import repvgg_jax as rv
-from repvgg_jax import reparam
+from repvgg_jax import meshes, reparam
 from repvgg_jax.segmentation import inference
 from tests.helpers.jit import quick_jit
 from tests.helpers.trees import random_images, randomize
 
 IMAGES = random_images((16, 14, 14, 3))
+IMAGES_OF = re.compile(r"tensor<(\d+)x6x6x8x")  # of feature maps of six by six pixels
 OVER_BATCH, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
 
 
@@ -68,6 +71,71 @@ def test_training_on_a_mesh_is_training(kind, form, group, set_mesh):
         found = quick_jit(training_step(model))(*arguments)
         jax.jit(training_step(model)).trace(*arguments).lower(lowering_platforms=("tpu",))
     close(expected, found)
+
+
+GROUPS = {"groups": 4, "bn_group_size": 2, "train": True}
+
+
+def mesh_of_two_axes(kind):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+
+
+@pytest.mark.parametrize("form", ["branches", "covariance"])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
+def test_channel_groups_where_images_are_on_one_axis_of_two(kind, form):
+    """XLA alone sums the gradient of a kernel over the other axis, too."""
+    with jax.enable_x64(True):
+        wide = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+        block = rv.RepVGGBlock(8, train_form=form, **GROUPS, **wide)
+        images = random_images((16, 6, 6, 8)).astype(np.float64)
+        variables = randomize(jax.eval_shape(block.init, jax.random.key(0), images))
+        variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+        expected = quick_jit(training_step(block))(variables, images)
+        arguments = placed(mesh_of_two_axes(kind), variables, images)
+        close(expected, quick_jit(training_step(block))(*arguments), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("form", ["branches", "covariance", "deploy"])
+def test_gpus_compute_their_own_images_in_channel_groups(form, kind):
+    images = random_images((16, 6, 6, 8))
+    options = {"dtype": jnp.bfloat16, "groups": 4}
+    block = rv.RepVGGBlock(8, **options, deploy=True)
+    if form != "deploy":
+        block = rv.RepVGGBlock(8, **options, train_form=form, train=True)
+    variables = randomize(jax.eval_shape(block.init, jax.random.key(0), images))
+    step = block.apply if form == "deploy" else training_step(block)
+    traced = jax.jit(step).trace(*placed(mesh_of(kind), variables, images))
+    convolved = {}
+    for platform in ("cpu", "cuda"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        operands = re.findall(r"stablehlo.convolution.*: \((.*)\) ->", text)
+        convolved[platform] = [int(size) for each in operands for size in IMAGES_OF.findall(each)]
+    assert set(convolved["cpu"]) == {16}
+    assert len(convolved["cuda"]) >= 1
+    assert set(convolved["cuda"]) == {2}
+
+
+def test_feature_maps_in_channel_groups_are_not_gathered():
+    images = jax.ShapeDtypeStruct((16, 6, 6, 8), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 2, 8), jnp.float32)
+    mesh = mesh_of_two_axes(AxisType.Auto)
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=4,
+    )
+    split = functools.partial(meshes.grouped_convolution, convolve)
+    arguments = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+        for a, spec in ((images, PartitionSpec(("data", "model"))), (kernel, EVERYWHERE))
+    ]
+    texts = [quick_jit(f).lower(*arguments).compile().as_text() for f in (convolve, split)]
+    assert ["all-gather(" in text for text in texts] == [True, False]
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])

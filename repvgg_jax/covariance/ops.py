@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from repvgg_jax.batch_stats import per_image, values_per_channel
+from repvgg_jax.meshes import Convolution, grouped_convolution
 
 Params = Mapping[str, Mapping[str, jax.Array]]
 Statistics = dict[str, tuple[jax.Array, jax.Array]]
@@ -71,9 +71,8 @@ def on_gpus(compute: Callable[..., Any], settings: BlockSettings, *args: Any) ->
 def conv3x3(settings: BlockSettings, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
     """The block's 3x3 convolution; `options` are those of `lax.conv_general_dilated`."""
     pad = (settings.dilation, settings.dilation)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
+    convolve: Convolution = functools.partial(
+        lax.conv_general_dilated,
         window_strides=(settings.stride, settings.stride),
         padding=(pad, pad),
         rhs_dilation=(settings.dilation, settings.dilation),
@@ -81,6 +80,9 @@ def conv3x3(settings: BlockSettings, x: jax.Array, kernel: jax.Array, **options:
         feature_group_count=settings.groups,
         **options,
     )
+    if settings.groups > 1:
+        return grouped_convolution(convolve, x, kernel)
+    return convolve(x, kernel)
 
 
 def conv1x1(
@@ -96,15 +98,15 @@ def conv1x1(
         return lax.dot_general(x, kernels[0, 0], (((3,), (0,)), ((), ())))
     if image_groups == 1:  # a convolution, whose layout in memory the compiler may choose
         kernel = kernels[0].swapaxes(0, 1).reshape(1, 1, kernels.shape[2], -1)
-        return lax.conv_general_dilated(
-            x,
-            kernel,
+        convolve = functools.partial(
+            lax.conv_general_dilated,
             window_strides=(1, 1),
             padding="VALID",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=groups,
             preferred_element_type=dtype,
         )
+        return grouped_convolution(convolve, x, kernel) if groups > 1 else convolve(x, kernel)
     n, h, w, _ = x.shape
     parts = x.reshape(image_groups, -1, h, w, groups, kernels.shape[2])
     out = jnp.einsum("gnhwki,gkio->gnhwko", parts, kernels, preferred_element_type=dtype)
@@ -153,16 +155,13 @@ def sums(settings: BlockSettings, x: jax.Array) -> jax.Array:
 
 def sums_of_two(settings: BlockSettings, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`sums` of `x` and of `y`, of equal shape; on GPUs in the same kernels."""
-    if not (settings.on_gpu and settings.image_groups == 1):
+    if not settings.on_gpu:
         return sums(settings, x), sums(settings, y)
     x, y = (a.astype(wide_type(a.dtype)) for a in (x, y))
-    zero = np.zeros((), x.dtype)
-
-    def add(a: Any, b: Any) -> Any:
-        return a[0] + b[0], a[1] + b[1]
-
-    x, y = lax.reduce((x, y), (zero, zero), add, (0, 1, 2))
-    return x[None], y[None]
+    # As one sum of complex numbers: XLA attaches it to what computes x. It does not attach a sum of
+    # pairs, for which it takes x to be read twice.
+    both = sums(settings, lax.complex(x, y))
+    return both.real, both.imag
 
 
 def mean_and_covariance(

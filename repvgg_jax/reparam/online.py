@@ -4,6 +4,7 @@ Branches without norms of their own add up to one kernel in training, too, so on
 are added, and feature maps exist once.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from repvgg_jax.batch_stats import moments, per_image
 from repvgg_jax.covariance import BlockSettings
+from repvgg_jax.meshes import grouped_convolution
 from repvgg_jax.reparam.algebra import affine
 from repvgg_jax.reparam.linear import Chain, Geometry, Linear, Norm
 
@@ -43,15 +45,16 @@ def online_train(
     )
     kernel = affine(inner, geometry, params, {}).kernel
     reach = [settings.dilation * (side // 2) for side in kernel.shape[:2]]
-    y = jax.lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
-        (settings.stride, settings.stride),
-        [(side, side) for side in reach],
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(settings.stride, settings.stride),
+        padding=[(side, side) for side in reach],
         rhs_dilation=(settings.dilation, settings.dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=settings.groups,
     )
+    kernel = kernel.astype(x.dtype)
+    y = grouped_convolution(convolve, x, kernel) if settings.groups > 1 else convolve(x, kernel)
     wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
     mean, var = moments(wide, settings.image_groups)
     factor = jax.lax.rsqrt(var + settings.epsilon) * own["scale"][None]
