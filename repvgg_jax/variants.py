@@ -255,7 +255,12 @@ class Variant:
                 f"variant {self.name!r} has a function as block, which cannot be saved; add it to "
                 "repvgg_jax.networks.BLOCKS and give its name"
             )
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        # Digests of settings that were saved before these fields existed must not change.
+        kept = _without_defaults(fields, Variant, ("activation", "head"))
+        if kept["se"] is not None:
+            kept["se"] = _without_defaults(kept["se"], SqueezeExcite, ("multiple",))
+        return kept
 
     @property
     def stage_strides(self) -> tuple[int, ...]:
@@ -394,6 +399,12 @@ class Variant:
         if isinstance(self.groups, tuple):
             return self.groups[index - 1]
         return self.groups if index % 2 == 0 else 1
+
+
+def _without_defaults(fields: dict[str, Any], cls: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The fields of a dataclass but those of these names that have their default."""
+    default = {name: getattr(cls, name) for name in names}
+    return {k: v for k, v in fields.items() if k not in default or v != default[k]}
 
 
 def _scaled(
