@@ -113,7 +113,7 @@ def plus_300(variant: str) -> ConfigDict:
 
 
 def mobileone_300(size: str) -> ConfigDict:
-    """MobileOne, section 4.1 of the paper; the authors published no training code.
+    """MobileOne, section 4 of the paper; the authors published no training code.
 
     From the paper: 300 epochs of SGD with a batch of 256 on 8 GPUs, cosine from 0.1, weight decay
     1e-4, label smoothing 0.1, averages with 0.9995; crops and flips, and AutoAugment for S2 to S4.
