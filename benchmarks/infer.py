@@ -73,7 +73,8 @@ def runner(kind: str, name: str, images: np.ndarray) -> Callable[[], Any]:
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     if kind != "train form":
         lowering = {"deploy plain": "plain", "deploy measured": "measured"}.get(kind, "auto")
-        model, variables = model.clone(deploy=True, lowering=lowering), rv.fuse_params(variables)
+        fused = model.fuse(variables)
+        model, variables = model.clone(deploy=True, lowering=lowering), fused
     x = jax.device_put(images.astype(dtype))
     if kind in ("deploy constant", "deploy measured"):
         predict = jax.jit(lambda images: model.apply(variables, images))
@@ -128,7 +129,7 @@ def write_onnx(
     model = rv.create_model(name)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     unused = Normalize(mean=(0.0,), std=(1.0,))  # images are normalized already
-    network = Network(model, rv.fuse_params(variables), images=images, normalize=unused)
+    network = Network(model, model.fuse(variables), images=images, normalize=unused)
     get_format("onnx").write(network, path, dtype)
     return np.asarray(jax.jit(model.apply)(variables, images))
 

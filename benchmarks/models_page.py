@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 DIGESTS = ROOT / "tests" / "state_dict_digests.json"
 README = "authors' README"
+REPVIT = f"{README}: 300, 450 epochs, distilled"
 
 INTRODUCTION = """\
 # Models
@@ -39,9 +40,11 @@ Accuracies are top-1 in percent on ImageNet-1k, as published by others; none was
 
 CHECKPOINTS = """\
 The last column says how reading the checkpoint is tested here. **Constructed**: the keys and
-shapes of the whole network are those of the named project's own code (by SHA-256), and files of
-small networks of the same kind, written by PyTorch, load with equal logits. Files of mmpretrain
-are tested in the second way alone. **Real** would be the published file; tests do not download,
+shapes of the whole network are those of the named project's own code (by SHA-256), and small files
+with its keys load. Small models of the project itself, i.e. of RepVGG's authors, of timm
+(RepVGG, MobileOne and RepViT) and of mmpretrain (RepVGG), give equal logits. mmpretrain's
+MobileOne is tested by small files with its keys alone. Names under which a project has no network
+are read as the others of its family. **Real** would be the published file; tests do not download,
 so none was loaded.
 """
 
@@ -80,6 +83,11 @@ PUBLISHED: Mapping[str, tuple[str, str]] = {
     "repopt_b2": ("79.68", README),
     "repopt_l1": ("79.82", README),
     "repopt_l2": ("80.47", README),
+    "repvit_m0_9": ("78.7, 79.1", REPVIT),
+    "repvit_m1_0": ("80.0, 80.3", REPVIT),
+    "repvit_m1_1": ("80.7, 81.2", REPVIT),
+    "repvit_m1_5": ("82.3, 82.5", REPVIT),
+    "repvit_m2_3": ("83.3, 83.7", REPVIT),
 }
 """What the paper's Tables 4 and 5 do not say."""
 
@@ -88,6 +96,7 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "mobileone": ("MobileOne", "https://github.com/apple/ml-mobileone"),
     "qarepvgg": ("QARepVGG", "https://github.com/cxxgtxy/QARepVGG"),
     "repopt": ("RepOpt-VGG", "https://github.com/DingXiaoH/RepOptimizers"),
+    "repvit": ("RepViT", ""),  # the authors' files have names of their own
 }
 """By what their names start with: title, and where their authors publish weights."""
 

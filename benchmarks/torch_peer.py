@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from repvgg_jax.variants import Layer, get_variant
+from repvgg_jax.variants import VARIANTS, Layer, get_variant
 
 
 def installed(package: str = "torch") -> bool:
@@ -19,7 +19,10 @@ def installed(package: str = "torch") -> bool:
 
 
 def build(name: str, *, deploy: bool, num_classes: int = 1000) -> Any:
-    """A `torch.nn.Module` of a variant, with random weights."""
+    """A `torch.nn.Module` of a variant, with random weights; of other blocks than RepVGG's timm's."""
+    variant = get_variant(name)
+    if variant.block != "repvgg":
+        return build_timm(name, deploy=deploy, num_classes=num_classes)
     import torch
     from torch import nn
 
@@ -52,20 +55,32 @@ def build(name: str, *, deploy: bool, num_classes: int = 1000) -> Any:
                 y = y + self.identity(x)
             return torch.relu(y)
 
-    variant = get_variant(name)
     blocks = [Block(layer) for layer in variant.layers()]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(variant.features, num_classes)]
     return nn.Sequential(*blocks, *head)
 
 
-def build_timm(name: str, *, deploy: bool) -> Any:
-    """Timm's model of a variant, reparameterized if deployed."""
+def build_timm(name: str, *, deploy: bool, num_classes: int = 1000) -> Any:
+    """Timm's model of a variant, reparameterized if deployed.
+
+    Raises:
+      ValueError: timm has no such network.
+    """
     _without_torchvision()
     import timm
     from timm.utils.model import reparameterize_model
 
-    model = timm.create_model(f"repvgg_{name.lower()}", pretrained=False)
-    return reparameterize_model(model.eval()) if deploy else model
+    variant = get_variant(name)
+    theirs = f"repvgg_{variant.name.lower()}" if variant.name in VARIANTS else variant.name
+    if not timm.is_model(theirs):
+        raise ValueError(f"timm has no {theirs} to compare {variant.name} with")
+    model = timm.create_model(theirs, pretrained=False, num_classes=num_classes)
+    if not deploy:
+        return model
+    model = reparameterize_model(model.eval())
+    if hasattr(model, "fuse"):  # RepViT, all of whose modules fuse
+        model.fuse()
+    return model
 
 
 def on_gpu() -> bool:

@@ -385,7 +385,8 @@ class ReparamBlock(nn.Module):
         activation = self.activation or (lambda y: y)
         if self.se is None:
             return activation(y)
-        gate = SqueezeExciteGate(self.se.reduction, self.dtype, self.param_dtype, name="se")
+        squeezed = self.se.squeezed(y.shape[-1])
+        gate = SqueezeExciteGate(squeezed, self.dtype, self.param_dtype, name="se")
         return gate(activation(y)) if self.se.after_relu else activation(gate(y))
 
     @property

@@ -62,7 +62,10 @@ def cost(
     size = height, width
     params_train = params_deploy = params_auxiliary = 0
     macs_train = macs_deploy = winograd = 0
-    for layer in variant.layers(output_stride):
+    head = variant.head_layer(num_classes)
+    for layer in (*variant.layers(output_stride), *([head] if head else [])):
+        if layer is head:
+            size = 1, 1
         geometry, expression = layer.geometry(in_channels), layer.block.train
         for leaf in leaves(expression, geometry):
             if leaf.collection == "params":
@@ -77,7 +80,7 @@ def cost(
         winograd += products * 4 // 9 if is_winograd else products
         size = -(-size[0] // layer.stride), -(-size[1] // layer.stride)
         if layer.se is not None:
-            squeezed = layer.features // layer.se.reduction
+            squeezed = layer.se.squeezed(layer.features)
             weights = 2 * layer.features * squeezed
             params_train += weights + squeezed + layer.features
             params_deploy += weights + squeezed + layer.features
@@ -87,10 +90,11 @@ def cost(
         if layer.name in variant.auxiliary:
             width = layer.features
             params_auxiliary += 9 * width * width + 2 * width + (width + 1) * num_classes
-    classifier = variant.features * num_classes
+    classes = 0 if head else num_classes
+    classifier = variant.features * classes
     return Cost(
-        params_train=params_train + classifier + num_classes,
-        params_deploy=params_deploy + classifier + num_classes,
+        params_train=params_train + classifier + classes,
+        params_deploy=params_deploy + classifier + classes,
         params_auxiliary=params_auxiliary,
         macs_train=macs_train + classifier,
         macs_deploy=macs_deploy + classifier,

@@ -6,7 +6,8 @@ a stated choice. Under plain `jit` it would be the whole batch, on any number of
 paper used 32 images.
 """
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -53,6 +54,17 @@ def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """X times the normal distribution function of x, exactly; `nn.gelu` approximates by default."""
+    return nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: Mapping[str, Callable[..., jax.Array]] = types.MappingProxyType(
+    {"relu": nn.relu, "silu": nn.silu, "gelu": gelu}
+)
+"""What `Variant.activation` means."""
 
 
 class BatchNorm(nn.Module):
@@ -168,30 +180,27 @@ class SqueezeExciteGate(nn.Module):
     """Multiplies every channel by a gate in (0, 1) computed from all channels' means.
 
     Attributes:
-      reduction: the squeezed width is `channels // reduction`.
+      squeezed: width between the two linear layers.
       dtype: of the result.
       param_dtype: of the parameters.
-      squeezed: another squeezed width, or None.
     """
 
-    reduction: int
+    squeezed: int
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-    squeezed: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Gates `x` (images, height, width, channels)."""
         channels = x.shape[-1]
-        squeezed = channels // self.reduction if self.squeezed is None else self.squeezed
-        if squeezed == 0:
+        if not self.squeezed:
             raise ValueError(
-                f"{'/'.join(self.path)}: squeeze-and-excite with reduction {self.reduction} "
-                f"leaves nothing of {channels} channels"
+                f"{'/'.join(self.path)}: squeeze-and-excite leaves nothing of {channels} channels; "
+                "its reduction must be smaller"
             )
         pooled = x.mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
-        hidden = nn.relu(self._dense(squeezed, channels, "reduce")(pooled))
-        gate = nn.sigmoid(self._dense(channels, squeezed, "expand")(hidden))
+        hidden = nn.relu(self._dense(self.squeezed, channels, "reduce")(pooled))
+        gate = nn.sigmoid(self._dense(channels, self.squeezed, "expand")(hidden))
         return x * gate[:, None, None, :].astype(self.dtype)
 
     def _dense(self, features: int, fan_in: int, name: str) -> nn.Dense:

@@ -1,5 +1,8 @@
 """RepVGG: a stem, stages of `RepVGGBlock`, global average pooling and one linear layer.
 
+Networks of other blocks are the same module: their layers follow from the variant, which may add
+residual connections, other activations and a head that is a block.
+
 Batch normalization, in one place: `train=False` is the default and uses the running
 statistics; `train=True` uses those of the batch (of every `bn_group_size` images of it)
 and needs `mutable=["batch_stats"]`. Momentum and epsilon are PyTorch's 0.1 (the new
@@ -7,7 +10,7 @@ value's share) and 1e-5; running variances are unbiased.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +20,10 @@ from flax import linen as nn
 from repvgg_jax.batch_stats import AxisName
 from repvgg_jax.block import Activation, ReparamBlock, RepVGGBlock, TrainForm, check_options
 from repvgg_jax.cpu_conv import Lowering
-from repvgg_jax.layers import conv_bn_relu, torch_bias_init, torch_kernel_init
-from repvgg_jax.reparam import EPSILON, REPVGG, fuse_params, input_channels
+from repvgg_jax.layers import ACTIVATIONS, conv_bn_relu, torch_bias_init, torch_kernel_init
+from repvgg_jax.reparam import EPSILON, REPVGG, Geometry, fuse_params, input_channels
 from repvgg_jax.text import positive_integer
-from repvgg_jax.variants import Layer, Variant, get_variant
+from repvgg_jax.variants import Layer, Variant, get_variant, residual_starts
 
 RematPolicy = Callable[..., Any]  # as in `jax.checkpoint_policies`
 
@@ -43,7 +46,7 @@ def create_model(
     remat: bool | RematPolicy = False,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
-    activation: Activation | None = nn.relu,
+    activation: Activation | Literal["auto"] | None = "auto",
     epsilon: float = EPSILON,
     momentum: float = 0.9,
     axis_name: AxisName | None = None,
@@ -74,8 +77,8 @@ def create_model(
       dtype: of the convolutions, float32 or bfloat16. Parameters, statistics, batch
         normalization and the classifier stay float32.
       param_dtype: of the parameters; float64 is for proofs.
-      activation: of every block, e.g. `nn.silu`; None for none. Every block gets a copy of a
-        module, e.g. of `nn.PReLU()`.
+      activation: of every block, e.g. `nn.silu`; None for none; "auto" is the variant's, ReLU but
+        for RepViT. Every block gets a copy of a module, e.g. of `nn.PReLU()`.
       epsilon: of batch normalization. `fuse_params` needs the same one.
       momentum: share of the old running statistics that every training step keeps.
       axis_name: of the devices whose images are one batch to batch normalization, under
@@ -93,6 +96,7 @@ def create_model(
         bn_group_size = positive_integer("create_model", "bn_group_size", bn_group_size)
     if not (isinstance(remat, bool) or callable(remat)):
         raise ValueError(f"remat={remat!r} must be True, False or a policy, e.g. keep_convolutions")
+    activation = own_activation(variant, activation)
     check_options(train_form, lowering, activation, epsilon, momentum)
     return RepVGG(
         variant=variant,
@@ -111,6 +115,15 @@ def create_model(
         momentum=momentum,
         axis_name=axis_name,
     )
+
+
+def own_activation(
+    variant: Variant, activation: Activation | Literal["auto"] | None
+) -> Activation | None:
+    """The activation of a variant's blocks where "auto" is asked for, else what is asked for."""
+    if isinstance(activation, str) and activation == "auto":
+        return ACTIVATIONS[variant.activation]
+    return activation
 
 
 class RepVGG(nn.Module):
@@ -149,7 +162,9 @@ class RepVGG(nn.Module):
             for block, head in self._auxiliary_heads().items():
                 features = next(layer.features for layer in self.layers if layer.name == block)
                 setattr(self, head, self._auxiliary_head(features))
-        if self.num_classes:
+        if of_blocks := self.variant.head_layer(self.num_classes):
+            self.head: nn.Module = self._block(of_blocks)
+        elif self.num_classes:
             self.head = _classifier(self.num_classes, self.variant.features, self.param_dtype)
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -169,6 +184,8 @@ class RepVGG(nn.Module):
         """
         x = self.features(images, train)[self.layers[-1].stage]
         x = _global_average(x)
+        if self.variant.head_layer(self.num_classes):
+            return self.head(x[:, None, None], train)[:, 0, 0]
         return self.head(x) if self.num_classes else x
 
     def features(self, images: jax.Array, train: bool = False) -> dict[str, jax.Array]:
@@ -181,9 +198,15 @@ class RepVGG(nn.Module):
         x = images.astype(self.dtype)
         auxiliary = {} if self.deploy else self._auxiliary_heads()
         wanted = train and self.is_mutable_collection("auxiliary")
-        maps = {}
-        for layer in self.layers:
+        maps: dict[str, jax.Array] = {}
+        kept: dict[int, jax.Array] = {}
+        starts = residual_starts(self.layers)
+        for index, layer in enumerate(self.layers):
+            if index in starts.values():
+                kept[index] = x
             x = getattr(self, layer.name)(x, train)
+            if layer.residual:
+                x = x + kept[starts[index]]
             maps[layer.stage] = x
             if (head := auxiliary.get(layer.name)) and (wanted or self.is_initializing()):
                 logits = getattr(self, head)(x, train)
@@ -198,17 +221,21 @@ class RepVGG(nn.Module):
         Raises:
           ValueError: as `fuse_params`; every block of the model must be there.
         """
-        geometries = None
-        if any(block.traceless for block in self.variant.blocks):
-            stem = variables["params"]["stem"]
-            geometries = self.variant.geometries(input_channels(self.layers[0].block, stem) or 3)
         return fuse_params(
             variables,
             blocks=self.variant.blocks,
-            expect=len(self.layers),
+            expect=len(self.layers) + bool(self.variant.head_layer(self.num_classes)),
             epsilon=self.epsilon,
-            geometries=geometries,
+            geometries=self.geometries(variables["params"]),
         )
+
+    @nn.nowrap
+    def geometries(self, params: Any) -> dict[str, Geometry] | None:
+        """Shapes of blocks by name; None where these parameters show them."""
+        if not any(block.traceless for block in self.variant.blocks):
+            return None
+        stem = input_channels(self.layers[0].block, params["stem"])
+        return self.variant.geometries(stem or 3)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -217,6 +244,8 @@ class RepVGG(nn.Module):
 
     @nn.nowrap
     def _block(self, layer: Layer) -> ReparamBlock:
+        # A head is in at least float32: it costs nothing and decides everything.
+        wide = jnp.promote_types(self.dtype, jnp.float32)
         cls = RepVGGBlock if layer.block is REPVGG else ReparamBlock
         policy = self.remat if callable(self.remat) else None
         block = nn.remat(cls, static_argnums=(2,), policy=policy) if self.remat else cls
@@ -231,9 +260,9 @@ class RepVGG(nn.Module):
             bn_group_size=self.bn_group_size,
             train_form=self.train_form,
             lowering=self.lowering,
-            dtype=self.dtype,
+            dtype=wide if layer.name == "head" else self.dtype,
             param_dtype=self.param_dtype,
-            activation=self._own_activation(),
+            activation=self._own_activation() if layer.activate else None,
             epsilon=self.epsilon,
             momentum=self.momentum,
             spec=layer.block,

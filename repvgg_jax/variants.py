@@ -26,6 +26,9 @@ _MOST_BLOCKS, _MOST_CHANNELS = 10_000, 1_000_000  # anything above is a damaged 
 
 Dilation = Literal["stage", "timm"]
 
+ACTIVATIONS = ("relu", "silu", "gelu")
+"""What `Variant.activation` may be; `repvgg_jax.layers.ACTIVATIONS` has the functions."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SqueezeExcite:
@@ -34,15 +37,25 @@ class SqueezeExcite:
     Attributes:
       reduction: the squeezed width is `channels // reduction`.
       after_relu: False multiplies before the ReLU (D2se), True after it (plus-L2pse).
+      multiple: the squeezed width is `channels / reduction` to the nearest multiple of this
+        number, at least one.
     """
 
     reduction: int = 16
     after_relu: bool = False
+    multiple: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "reduction", positive_integer("SqueezeExcite", "reduction", self.reduction)
-        )
+        for field in ("reduction", "multiple"):
+            number = positive_integer("SqueezeExcite", field, getattr(self, field))
+            object.__setattr__(self, field, number)
+
+    def squeezed(self, channels: int) -> int:
+        """The width inside, for that many channels."""
+        if self.multiple == 1:
+            return channels // self.reduction
+        nearest = int(channels / self.reduction + self.multiple / 2) // self.multiple
+        return max(1, nearest) * self.multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +63,8 @@ class Layer:
     """One block and its place in the network; everything that fixes its shapes.
 
     Attributes:
-      name: the block's name in the parameter tree, `stem` or `stage1_block0`.
+      name: the block's name in the parameter tree, `stem` or `stage1_block0`; a second layer of
+        the stem is `stem_block1`.
       in_channels: channels in; None for the stem, which follows the images.
       features: channels out.
       stride: spatial stride of the 3x3 and the 1x1 branch.
@@ -59,6 +73,9 @@ class Layer:
       identity: whether the block has the terms for equal input and output shape.
       block: what the block computes.
       se: its squeeze-and-excite, or None.
+      activate: whether the network's activation follows.
+      residual: layers that a residual connection around this one and those before it spans: the
+        first one's input is added to this one's output; 0 for no such connection.
     """
 
     name: str
@@ -70,6 +87,8 @@ class Layer:
     identity: bool
     block: BlockSpec = REPVGG
     se: SqueezeExcite | None = None
+    activate: bool = True
+    residual: int = 0
 
     def __post_init__(self) -> None:
         for field in ("features", "stride", "dilation", "groups"):
@@ -98,6 +117,11 @@ class Layer:
         return int(self.name.partition("_block")[2] or 0)
 
 
+def residual_starts(layers: Sequence[Layer]) -> dict[int, int]:
+    """The layers at which residual connections start, by those at which they end."""
+    return {end: end + 1 - layer.residual for end, layer in enumerate(layers) if layer.residual}
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """An architecture. The official ones are in `VARIANTS`; any other works as well.
@@ -123,6 +147,8 @@ class Variant:
         of RepVGG to a `BlockSpec`, or to the layers in its place. Layers that it returns are
         named by their place in the stage. Only names can be saved in a config or a deploy
         directory.
+      activation: of its layers, a name in `ACTIVATIONS`.
+      head: what classifies the pooled features, a name in `repvgg_jax.networks.HEADS`.
     """
 
     name: str
@@ -136,6 +162,8 @@ class Variant:
     stem_stride: int = 2
     dilation: Dilation = "stage"
     block: "str | Callable[[Layer], BlockSpec | tuple[Layer, ...]]" = "repvgg"
+    activation: str = "relu"
+    head: str = "linear"
 
     def __post_init__(self) -> None:
         # Lists, e.g. from a config file, become tuples: a Variant must be hashable.
@@ -176,6 +204,11 @@ class Variant:
                 f"{where}: unknown block {self.block!r}; {hint}choose from "
                 f"{', '.join(networks.BLOCKS)}, or give a function of a Layer"
             )
+        for field, known in (("activation", ACTIVATIONS), ("head", networks.HEADS)):
+            if (value := getattr(self, field)) not in known:
+                raise ValueError(
+                    f"{where}: {field}={value!r} must be one of {', '.join(map(repr, known))}"
+                )
         numbers = [*self.depths, self.stem_channels, self.stem_stride, *self.stage_strides]
         for stage, widths in enumerate(self.channels):
             if isinstance(widths, tuple) and len(widths) != self.depths[stage]:
@@ -222,7 +255,12 @@ class Variant:
                 f"variant {self.name!r} has a function as block, which cannot be saved; add it to "
                 "repvgg_jax.networks.BLOCKS and give its name"
             )
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        # Digests of settings that were saved before these fields existed must not change.
+        kept = _without_defaults(fields, Variant, ("activation", "head"))
+        if kept["se"] is not None:
+            kept["se"] = _without_defaults(kept["se"], SqueezeExcite, ("multiple",))
+        return kept
 
     @property
     def stage_strides(self) -> tuple[int, ...]:
@@ -301,8 +339,17 @@ class Variant:
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
-        """The kinds of blocks, each once."""
-        return tuple({id(layer.block): layer.block for layer in self.layers()}.values())
+        """The kinds of blocks, each once; the head's, if it is one."""
+        found = [layer.block for layer in self.layers()]
+        head = networks.HEADS[self.head]
+        return tuple({id(block): block for block in (*found, *([head] if head else []))}.values())
+
+    def head_layer(self, num_classes: int) -> Layer | None:
+        """The head as a layer on a single pixel; None for a plain linear layer, or no classes."""
+        head = networks.HEADS[self.head]
+        if head is None or not num_classes:
+            return None
+        return Layer("head", self.features, num_classes, 1, 1, 1, False, head, activate=False)
 
     def geometries(self, in_channels: int = 3) -> dict[str, Geometry]:
         """Shapes of all blocks by name, for `fuse_params` and `unfuse_params`.
@@ -315,7 +362,8 @@ class Variant:
     def _undilated(self) -> Iterator[Layer]:
         """Every block in order, with the variant's own strides."""
         stem = Layer("stem", None, self.stem_channels, self.stem_stride, 1, 1, False, se=self.se)
-        yield from self._in_place_of(stem)
+        for count, other in enumerate(self._in_place_of(stem)):
+            yield dataclasses.replace(other, name=f"stem_block{count}" if count else "stem")
         in_channels, position = self.stem_channels, 0
         for stage, (depth, widths) in enumerate(zip(self.depths, self.channels, strict=True)):
             count = 0
@@ -353,12 +401,19 @@ class Variant:
         return self.groups if index % 2 == 0 else 1
 
 
+def _without_defaults(fields: dict[str, Any], cls: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The fields of a dataclass but those of these names that have their default."""
+    default = {name: getattr(cls, name) for name in names}
+    return {k: v for k, v in fields.items() if k not in default or v != default[k]}
+
+
 def _scaled(
     name: str, depths: tuple[int, ...], width: tuple[float, float, float, float], **options
 ) -> Variant:
     """A variant from the paper's width multipliers (a, a, a, b)."""
     channels = tuple(int(base * w) for base, w in zip((64, 128, 256, 512), width, strict=True))
-    return Variant(name, depths, channels, stem_channels=min(64, channels[0]), **options)
+    options.setdefault("stem_channels", min(64, channels[0]))
+    return Variant(name, depths, channels, **options)
 
 
 _A = (2, 4, 14, 1)
@@ -396,7 +451,7 @@ VARIANTS: Mapping[str, Variant] = types.MappingProxyType({v.name: v for v in _OF
 FAMILY: Mapping[str, Variant] = types.MappingProxyType(
     {name: _scaled(name, **fields) for name, fields in networks.networks().items()}
 )
-"""Networks of other blocks by canonical name: `mobileone_s0`, `qarepvgg_a0`, `repopt_b1`, …"""
+"""Networks of other blocks by name: `mobileone_s0`, `qarepvgg_a0`, `repopt_b1`, `repvit_m0_9`, …"""
 
 ALL: Mapping[str, Variant] = types.MappingProxyType({**VARIANTS, **FAMILY})
 """`VARIANTS` and `FAMILY`."""
@@ -411,7 +466,7 @@ def get_variant(name: str | Variant) -> Variant:
     """The variant of that name in `VARIANTS` or `FAMILY`; a `Variant` is returned as it is.
 
     `B1g4`, `RepVGG-B1g4` and `repvgg_b1g4` all mean the same, and so do `RepOpt-VGG-B1` and
-    `repopt_b1`.
+    `repopt_b1`, `RepViT-M0.9` and `repvit_m0_9`.
 
     Raises:
       ValueError: no such variant; the message names the nearest ones.

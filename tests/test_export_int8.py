@@ -69,6 +69,13 @@ class TestOnnx:
         # Beside the artifact's own proof: the branches as they were trained.
         assert nets.relative(nets.expected(kind), simulated(network(quantized), quantized)) < 0.1
 
+    @pytest.mark.slow
+    def test_sums_leave_no_layer_in_float(self, tmp_path):
+        artifact, left = written("onnx", rounded("repvit"), tmp_path)
+        assert artifact.proofs["onnxruntime"].relative < 1e-5
+        assert "openvino" in artifact.proofs  # which rounds sums, too
+        assert set(left.values()) == {()}
+
     def test_what_a_runtime_leaves_in_float_is_named(self, tmp_path):
         # ONNX Runtime folds a ReLU only if the range begins at zero.
         quantized = rounded(target="tensorrt")

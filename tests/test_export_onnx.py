@@ -75,13 +75,14 @@ def weights_size(path):
         ("plain", "float16", True),
         ("se-after", "float32", True),
         ("dilated", "float16", False),
+        ("repvit", "float32", False),
     ],
 )
 def test_feature_maps_at_any_size(kind, dtype, inside, tmp_path):
     stages = ("stem", "stage2")
     network = Network(
         nets.model(kind),
-        fuse_params(nets.variables(kind)),
+        nets.model(kind).fuse(nets.variables(kind)),
         images=nets.images(),
         normalize=Normalize(nets.MEAN, nets.STD),
         with_preprocessing=inside,

@@ -32,6 +32,11 @@ PARAMETERS = {  # training form, deploy form
     "repopt_b2": (80_330_536, 80_315_112),
     "repopt_l1": (76_037_928, 76_018_920),
     "repopt_l2": (118_132_776, 118_109_032),
+    "repvit_m0_9": (5_489_328, 5_067_056),
+    "repvit_m1_0": (7_302_796, 6_810_312),
+    "repvit_m1_1": (8_802_912, 8_244_312),
+    "repvit_m1_5": (14_644_432, 14_049_992),
+    "repvit_m2_3": (23_688_792, 22_926_792),
 }
 NAMES = {  # digests of names and shapes, which never change: checkpoints outlive versions
     "mobileone_s0": ("f855bccbbc03", "95c55b1d32e1"),
@@ -39,6 +44,7 @@ NAMES = {  # digests of names and shapes, which never change: checkpoints outliv
     "qarepvgg_b1g4": ("8b7420568e87", "5ab888af8047"),
     "repopt_b1": ("ddce3511e7c3", "8eac9218e97a"),
     "repopt_b1_search": ("91319979329a", "8eac9218e97a"),
+    "repvit_m0_9": ("4dfdd45b2d5b", "547e8edc73a0"),
 }
 KINDS = tuple(NAMES)
 
@@ -47,7 +53,7 @@ def tiny(name):
     """The same kind of network, small."""
     variant = rv.get_variant(name)
     se = variant.se and dataclasses.replace(variant.se, reduction=4)
-    sizes = {"depths": (2, 1, 6, 1), "channels": (8, 8, 8, 16), "strides": (1, 2, 1, 2)}
+    sizes = {"depths": (2, 1, 6, 1), "channels": (8, 8, 8, 16), "strides": (1, 2, 2, 2)}
     return dataclasses.replace(variant, stem_channels=8, se=se, **sizes)
 
 
@@ -117,6 +123,7 @@ def test_output_strides_keep_the_parameters():
         ("MobileOne-S0", "mobileone_s0"),
         ("RepOpt-VGG-B1", "repopt_b1"),
         ("QARepVGG-B1g4", "qarepvgg_b1g4"),
+        ("RepViT-M0.9", "repvit_m0_9"),
     ],
 )
 def test_spellings(spelling, name):
@@ -159,7 +166,7 @@ def test_an_unknown_block():
 
 class TestCheckpoints:
     @pytest.mark.parametrize("name", KINDS)
-    def test_written_files_are_read_back(self, name):
+    def test_written_files_are_read_back(self, name, tmp_path):
         variant = tiny(name)
         for deploy in (False, True):
             model = rv.create_model(variant, num_classes=5, deploy=deploy)
@@ -168,13 +175,16 @@ class TestCheckpoints:
                 if not naming.covers(variant):
                     continue
                 state = rv.to_state_dict(variables, family=naming.family, variant=variant)
-                found = rv.load_weights(state, variant=variant, epsilon=1e-3)
+                write_zip(tmp_path / "model.pth", state, wrapper="state_dict")
+                path = tmp_path / "model.pth"
+                found = rv.load_weights(path, variant=variant, epsilon=1e-3)
                 assert (found.deploy, found.family, found.epsilon) == (deploy, naming.family, 1e-3)
                 chex.assert_trees_all_equal(found.variables, variables)
 
     @pytest.mark.core
     @pytest.mark.parametrize(
-        "name", ["mobileone_s0", "qarepvgg_a0", "repopt_b1", "repopt_b1_search"]
+        "name",
+        ["mobileone_s0", "qarepvgg_a0", "repopt_b1", "repopt_b1_search", "repvit_m0_9"],
     )
     def test_networks_are_told_apart_by_their_keys(self, name):
         variant = rv.get_variant(name)
@@ -201,6 +211,14 @@ class TestCheckpoints:
                 "backbone.stage3.19.se.conv1.conv.weight backbone.stage1.3.branch_norm.weight",
             ),
             ("mobileone_s0", "timm", "stages.2.19.conv_kxk.3.conv.weight stem.conv_scale.bn.bias"),
+            (
+                "repvit_m0_9",
+                "timm",
+                "stem.conv2.c.weight stages.0.blocks.1.token_mixer.conv.bn.running_mean "
+                "stages.1.downsample.pre_block.channel_mixer.conv2.c.weight head.head.l.weight "
+                "stages.3.downsample.ffn.conv1.bn.bias stages.2.blocks.12.se.fc2.weight "
+                "stages.2.blocks.13.token_mixer.conv1.bias head.head_dist.bn.weight",
+            ),
             ("qarepvgg_a0", "official", "stage1.0.rbr_1x1.weight stage4.0.bn.running_mean"),
             ("repopt_b1", "official", "stage3.15.conv.weight stage0.bn.bias linear.bias"),
             (

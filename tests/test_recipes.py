@@ -73,6 +73,8 @@ def test_networks_of_the_family(family, size):
     assert train.batch_size == (1024 if family == "qarepvgg" else 256)
     assert train.label_smoothing == (0.0 if family == "qarepvgg" else 0.1)
     assert optimizer.clip_norm == (5.0 if search else 0.0)
+    assert optimizer.warmup_epochs == (0 if family != "repopt" else 10 if search else 5)
+    assert optimizer.nesterov == (family == "repopt")
     assert settings.ema.decay == (0.9995 if family == "mobileone" else 0.0)
 
 

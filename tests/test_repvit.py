@@ -1,57 +1,114 @@
-"""RepViT: parity with timm's models in both forms, and the fold of the whole network."""
+"""RepViT: residual connections, two heads, and parity with timm's models in both forms."""
 
+import dataclasses
+import functools
+
+import chex
 import jax
 import numpy as np
 import pytest
 
-from repvgg_jax.repvit import REPVITS, RepViTVariant, create_repvit
-from repvgg_jax.weights.repvit import load_repvit
-from tests.helpers.trees import randomize
+import repvgg_jax as rv
+from tests.helpers.jit import quick_jit
+from tests.helpers.trees import random_images, random_variables
 
-TINY = RepViTVariant("tiny", (2, 3), (16, 24))
-
-
-def shapes(model, size=64):
-    images = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
-    return jax.eval_shape(model.init, jax.random.key(0), images)
-
-
-@pytest.mark.parametrize("distillation", [True, False])
-def test_fused_in_float64(distillation):
-    with jax.enable_x64(True):
-        model = create_repvit(
-            TINY, num_classes=5, distillation=distillation, dtype="float64", param_dtype="float64"
-        )
-        variables = randomize(shapes(model), seed=1)
-        images = np.random.default_rng(0).standard_normal((2, 37, 50, 3))
-        expected = np.asarray(model.apply(variables, images))
-        fused = model.fuse(variables)
-        assert list(fused) == ["params"]
-        found = np.asarray(model.clone(deploy=True).apply(fused, images))
-    assert np.abs(found - expected).max() <= 1e-12 * np.abs(expected).max()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n != "repvit_m0_9" else []) for n in REPVITS],
+TINY = dataclasses.replace(
+    rv.get_variant("repvit_m0_9"),
+    depths=(2, 3),
+    channels=(16, 24),
+    stem_channels=16,
+    strides=(1, 2),
 )
+ONE_HEAD = dataclasses.replace(TINY, head="norm")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("variant", [TINY, ONE_HEAD], ids=lambda v: v.head)
+def test_fused_in_float64(variant):
+    with jax.enable_x64(True):
+        model = rv.create_model(variant, num_classes=5, dtype="float64", param_dtype="float64")
+        variables = random_variables(model)
+        images = random_images((2, 37, 50, 3), dtype=np.float64)
+        expected = quick_jit(model.apply)(variables, images)
+        fused = model.fuse(variables)
+        found = quick_jit(model.clone(deploy=True).apply)(fused, images)
+    assert list(fused) == ["params"]
+    assert list(fused["params"]["head"]) == ["reparam"]
+    np.testing.assert_allclose(found, expected, atol=1e-12 * np.abs(expected).max())
+
+
+def test_a_residual_connection_adds_the_input_of_the_layers_it_spans():
+    """Projections that give zero leave the mixers; the first one's are those of the stem."""
+    model = rv.create_model(dataclasses.replace(TINY, depths=(1, 1)), num_classes=0)
+    variables = random_variables(model)
+    params = dict(variables["params"])
+    ends = [layer.name for layer in model.layers if layer.residual]
+    assert ends == [
+        f"stage{stage}_block{index}" for stage, index in [(1, 2), (2, 2), (2, 6), (2, 9)]
+    ]
+    for name in ends:
+        zero = jax.tree.map(np.zeros_like, params[name]["bn_single"])
+        params[name] = {**params[name], "bn_single": zero}
+    images = random_images((1, 32, 32, 3))
+    changed = {**variables, "params": params}
+
+    def mixed(model, images):
+        return model.stage1_block0(model.stem_block1(model.stem(images)))
+
+    maps = quick_jit(functools.partial(model.apply, method="features"))(changed, images)
+    expected = quick_jit(functools.partial(model.apply, method=mixed))(changed, images)
+    np.testing.assert_allclose(maps["stage1"], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", [TINY], ids=lambda v: v.head)
+def test_a_deploy_file_of_other_classes_keeps_the_backbone(variant):
+    model = rv.create_model(variant, num_classes=5)
+    trained = random_variables(model)
+    state = rv.to_state_dict(model.fuse(trained), family="timm", variant=variant)
+    assert {key for key in state if key.startswith("head.")} == {"head.weight", "head.bias"}
+    loaded = rv.load_weights(state, variant=variant)
+    assert (loaded.family, loaded.num_classes) == ("timm", 5)
+    images = random_images((2, 32, 32, 3))
+    for classes in (5, 7):
+        fresh = rv.create_model(variant, num_classes=classes)
+        start = random_variables(fresh, seed=1)
+        merged = rv.merge_weights(loaded, start, variant=variant)
+        assert bool(merged.replaced) == (classes != 5)
+        if classes == 5:
+            expected = quick_jit(model.apply)(trained, images)
+            found = quick_jit(fresh.apply)(merged.variables, images)
+            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+        else:
+            chex.assert_trees_all_equal(merged.variables["params"]["head"], start["params"]["head"])
+            chex.assert_trees_all_equal(
+                merged.variables["batch_stats"]["head"], start["batch_stats"]["head"]
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in rv.FAMILY if n.startswith("repvit")])
 def test_parameters_are_those_of_timm(name):
-    timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
+    timm = pytest.importorskip("timm", reason="timm is not installed", exc_type=ImportError)
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
     with torch.device("meta"):
-        theirs = timm.create_model(name)
-    model = create_repvit(name)
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes(model)["params"]))
-    assert count == sum(p.numel() for p in theirs.parameters())
+        theirs = timm.create_model(name).eval()
+    found = rv.cost(name)
+    assert found.params_train == sum(p.numel() for p in theirs.parameters())
+    theirs.fuse()
+    assert found.params_deploy == sum(p.numel() for p in theirs.parameters())
 
 
-@pytest.mark.parametrize("distillation", [True, False])
-def test_parity_with_timm(distillation):
-    pytest.importorskip("timm")
-    torch = pytest.importorskip("torch")
+@pytest.mark.parametrize("variant", [TINY, ONE_HEAD], ids=lambda v: v.head)
+def test_parity_with_timm(variant):
+    pytest.importorskip("timm", reason="timm is not installed", exc_type=ImportError)
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: torch)")
     from timm.models.repvit import RepVit
 
     theirs = RepVit(
-        embed_dim=TINY.channels, depth=TINY.depths, num_classes=5, distillation=distillation
+        embed_dim=variant.channels,
+        depth=variant.depths,
+        num_classes=5,
+        distillation=variant.head == "distilled",
     ).eval()
     rng = torch.Generator().manual_seed(0)
     state = {
@@ -63,51 +120,58 @@ def test_parity_with_timm(distillation):
         for key, value in theirs.state_dict().items()
     }
     theirs.load_state_dict(state)
-    model = create_repvit(TINY, num_classes=5, distillation=distillation)
-    variables = load_repvit(state)
-    wanted = {"params": shapes(model)["params"], "batch_stats": shapes(model)["batch_stats"]}
-    assert jax.tree.map(np.shape, variables) == jax.tree.map(lambda leaf: leaf.shape, wanted)
-    images = np.random.default_rng(0).standard_normal((2, 3, 64, 48)).astype(np.float32)
-    expected = theirs(torch.from_numpy(images)).detach().numpy()
-    ours = images.transpose(0, 2, 3, 1)
+    loaded = rv.load_weights(state, variant=variant)
+    assert (loaded.family, loaded.deploy, loaded.num_classes) == ("timm", False, 5)
+    model = rv.create_model(variant, num_classes=5)
+    images = random_images((2, 64, 48, 3))
+    expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2))).detach().numpy()
+    scale = np.abs(expected).max()
     with jax.default_matmul_precision("highest"):
-        found = np.asarray(model.apply(variables, ours))
-        deployed = model.clone(deploy=True)
-        fused = np.asarray(deployed.apply(model.fuse(variables), ours))
-        scale = np.abs(expected).max()
-        assert np.abs(found - expected).max() <= 1e-5 * scale
-        assert np.abs(fused - expected).max() <= 1e-5 * scale
-        # Their own fold, read in deploy form.
-        for module in theirs.modules():
-            for name, child in list(module.named_children()):
-                if hasattr(child, "fuse"):
-                    setattr(module, name, child.fuse())
-        again = load_repvit(theirs.state_dict())
-        assert list(again) == ["params"]
-        assert np.abs(np.asarray(deployed.apply(again, ours)) - expected).max() <= 1e-5 * scale
+        found = quick_jit(model.apply)(loaded.variables, images)
+        np.testing.assert_allclose(found, expected, atol=1e-5 * scale)
+        # Their own fold, read in deploy form, and ours as they name it.
+        theirs.fuse()
+        again = rv.load_weights(theirs.state_dict(), variant=variant)
+        assert again.deploy
+        fused = model.fuse(loaded.variables)
+        chex.assert_trees_all_close(again.variables, fused, atol=1e-5)
+        written = rv.to_state_dict(fused, family="timm", variant=variant)
+        assert {k: v.shape for k, v in written.items()} == {
+            k: tuple(v.shape) for k, v in theirs.state_dict().items()
+        }
+        found = quick_jit(model.clone(deploy=True).apply)(again.variables, images)
+        np.testing.assert_allclose(found, expected, atol=1e-5 * scale)
 
 
-@pytest.mark.slow
-def test_training_updates_statistics():
-    model = create_repvit(TINY, num_classes=5)
-    images = np.random.default_rng(0).standard_normal((4, 32, 32, 3)).astype(np.float32)
-    variables = jax.jit(model.init)(jax.random.key(0), images)
-    logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+def test_training_moves_the_statistics_of_the_heads():
+    model = rv.create_model(dataclasses.replace(TINY, depths=(1, 1)), num_classes=5)
+    variables = random_variables(model)
+    images = random_images((4, 32, 32, 3))
+    logits, new = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(
+        variables, images
+    )
     assert logits.shape == (4, 5)
-    mean = new["batch_stats"]["head"]["bn_head"]["mean"]
-    assert np.abs(np.asarray(mean)).max() > 0
+    before, after = (tree["batch_stats"]["head"] for tree in (variables, new))
+    for norm in ("bn_head", "bn_head_dist"):
+        assert np.abs(np.asarray(after[norm]["mean"]) - before[norm]["mean"]).max() > 0
 
 
-@pytest.mark.parametrize(
-    ("state", "words"),
-    [
-        ({"stages.0.blocks.0.token_mixer.conv1.c.weight": np.zeros((8, 1, 1, 1))}, "conv1.c"),
-        ({"stages.0.blocks.0.token_mixer.bn.weight": np.zeros(8), "x.weight": np.zeros(3)}, "x.w"),
-    ],
-    ids=["legacy", "other"],
-)
-def test_other_networks_are_refused(state, words):
-    with pytest.raises(ValueError, match=f"not a RepViT.*{words}"):
-        load_repvit(state)
-    with pytest.raises(ValueError, match="repvit_m0_9"):
-        create_repvit("repvit_m09")
+@pytest.mark.core
+def test_the_mixer_of_the_first_version_is_refused():
+    """Those of m1 to m3 have a norm behind the 1x1 convolution, and none behind the sum."""
+    state = rv.to_state_dict(
+        random_variables(rv.create_model(TINY, num_classes=5)), family="timm", variant=TINY
+    )
+    old = {
+        key.replace("conv1.weight", "conv1.c.weight") if "token_mixer" in key else key: value
+        for key, value in state.items()
+    }
+    with pytest.raises(ValueError, match=r"unexpected .*token_mixer\.conv1\.c\.weight"):
+        rv.load_weights(old, variant=TINY)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("field", "value"), [("head", "pair"), ("activation", "gel")])
+def test_fields_of_a_variant_that_no_network_has(field, value):
+    with pytest.raises(ValueError, match=f"{field}='{value}' must be one of"):
+        dataclasses.replace(TINY, **{field: value})

@@ -68,6 +68,24 @@ def test_the_fused_segmenter_computes_the_same(network, dtype, tolerance):
     assert abs(trained - deployed).max() <= tolerance * abs(trained).max()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", ["mobileone", "qarepvgg", "repvit"])
+def test_a_backbone_of_other_blocks_fuses(block):
+    """Layers are not one per block, identities leave no trace, and residual connections stay."""
+    options = {"stem_stride": 4, "activation": "gelu", "head": "norm"} if block == "repvit" else {}
+    strides = (1, 2, 2, 2) if options else None
+    variant = rv.Variant(
+        block, (1, 1, 2, 1), (8, 8, 8, 16), 8, strides=strides, block=block, **options
+    )
+    segmenter = tiny(variant, fast=True)
+    variables = random_variables(segmenter, size=33)
+    images = random_images((2, 42, 35, 3))
+    trained = np.asarray(quick_jit(segmenter.apply)(variables, images))
+    fused = segmenter.fuse(variables)
+    deployed = np.asarray(quick_jit(segmenter.clone(deploy=True).apply)(fused, images))
+    assert abs(trained - deployed).max() <= 1e-5 * abs(trained).max()
+
+
 def test_fuse_params_needs_no_model(network):
     """It folds every convolution with a norm, and drops the auxiliary head alone."""
     variables = random_variables(network, size=33)

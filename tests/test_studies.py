@@ -135,6 +135,17 @@ class TestRuns:
         assert results.find("neither", 1, settings) is None
         assert digest(settings) == digest(dataclasses.replace(settings, seed=5)) != digest(other)
 
+    @pytest.mark.parametrize(
+        ("name", "expected"), [("both", "c1887fea53e1"), ("residual_repvgg", "e894a76c1781")]
+    )
+    def test_results_of_earlier_versions_stay_those_of_the_recipes(self, name, expected):
+        """Whatever settings and fields of a variant are added."""
+        settings = Settings.from_config(recipe(name))
+        assert digest(settings) == expected
+        assert settings.eval.batch_size % 8 == settings.train.batch_size % 8 == 0
+        other = dataclasses.replace(settings.eval, batch_size=16)
+        assert digest(dataclasses.replace(settings, eval=other)) == expected
+
 
 def filled(path, accuracies, make=lambda accuracy: {"accuracy": accuracy}):
     results = Results(path / "results.jsonl")

@@ -158,6 +158,9 @@ def test_recipes_by_name(tmp_path, monkeypatch):
     assert recipes()["b1g4"] == ROOT / "configs" / "b1g4.py"
     for name in ("b1g4", "B1g4", "RepVGG-B1g4", "repvgg_b1g4"):
         assert parse(name).model.variant == VARIANTS["B1g4"]
+    for name in ("acb", "residual_repvgg"):
+        assert recipes()[f"ablation/{name}"] == ROOT / "configs" / "ablation" / f"{name}.py"
+        assert parse(f"ablation/{name}").model.variant.block == name
     (tmp_path / "b1").mkdir()
     assert find_recipe("b1") == ROOT / "configs" / "b1.py"
     (tmp_path / "a0").write_text((ROOT / "configs" / "a1.py").read_text())
@@ -169,8 +172,10 @@ def test_recipes_by_name(tmp_path, monkeypatch):
 def test_recipes_of_an_installed_package(tmp_path, monkeypatch):
     """Those in the package are taken, if there are any."""
     package = tmp_path / "site-packages" / "repvgg_jax"
-    (package / "configs").mkdir(parents=True)
-    (package / "configs" / "mine.py").write_text(GOOD)
+    (package / "configs" / "deep").mkdir(parents=True)
+    for name in ("mine", "deep/other"):
+        (package / "configs" / f"{name}.py").write_text(GOOD)
     monkeypatch.setattr(config, "_PACKAGE", str(package))
-    assert list(recipes()) == ["mine"]
-    assert parse("mine").model.variant == VARIANTS["A0"]
+    assert list(recipes()) == ["mine", "deep/other"]
+    for name in recipes():
+        assert parse(name).model.variant == VARIANTS["A0"]

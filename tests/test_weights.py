@@ -69,8 +69,16 @@ def test_keys_and_shapes_are_the_projects_own(model):
 
 
 def test_the_digests_cover_all_published_models():
-    assert len([m for m in DIGESTS if m.startswith("official/")]) == 2 * len(rv.VARIANTS)
-    assert len([m for m in DIGESTS if m.startswith("timm/")]) == 2 * 11
+    official = {m for m in DIGESTS if m.startswith(("official/RepVGG", "timm/repvgg"))}
+    assert len(official) == 2 * len(rv.VARIANTS) + 2 * 11
+    # Of RepOpt-VGG the authors have no deploy form, and of QARepVGG no networks of these sizes.
+    others = {tuple(m.split("/")[:2]) for m in DIGESTS.keys() - official}
+    assert {name for _, name in others} == rv.FAMILY.keys() - {
+        *("qarepvgg_b2g2", "qarepvgg_b3", "qarepvgg_b3g2", "qarepvgg_b3g4")
+    }
+    assert {name for family, name in others if family == "timm"} == {
+        name for name in rv.FAMILY if name.startswith(("mobileone", "repvit"))
+    }
 
 
 @FORMS
@@ -693,10 +701,20 @@ def offline(monkeypatch):
 
 
 def test_the_pretrained_names_are_timms():
-    assert len(rv.weights.PRETRAINED) == 11
-    for name, variant in rv.weights.PRETRAINED.items():
-        assert name == f"repvgg_{variant.lower()}.rvgg_in1k"
-        assert variant in rv.VARIANTS
+    names = rv.weights.PRETRAINED
+    assert sum(name.endswith("rvgg_in1k") for name in names) == 11
+    for name, variant in names.items():
+        network, _, tag = name.partition(".")
+        assert rv.get_variant(network).name == variant
+        assert tag in ("rvgg_in1k", "apple_in1k", "dist_450e_in1k", "dist_300e_in1k")
+        assert has_names("timm", rv.get_variant(variant))
+
+
+@pytest.mark.usefixtures("offline")
+def test_names_without_a_tag(tmp_path):
+    for name, tag in (("mobileone_s0", "apple_in1k"), ("repvit_m0_9", "dist_450e_in1k")):
+        with pytest.raises(ValueError, match=rf"timm/{name}\.{tag}/model"):
+            rv.load_pretrained(name, cache_dir=tmp_path)
 
 
 @pytest.mark.usefixtures("offline")

@@ -163,8 +163,19 @@ class Graph:
     def _activation(self, kind: str, x: str) -> str:
         if kind == "relu":
             return self.node("Relu", f"{x}/relu", x)
-        assert kind == "silu"  # opset 17 has no operator for it
-        return self.node("Mul", f"{x}/silu", x, self.node("Sigmoid", f"{x}/sigmoid", x))
+        # Opset 17 has no operators for these.
+        if kind == "silu":
+            return self.node("Mul", f"{x}/silu", x, self.node("Sigmoid", f"{x}/sigmoid", x))
+        assert kind == "gelu", kind
+        root, one, half = (
+            self.weight(f"{x}/gelu/{name}", np.asarray(value))
+            for name, value in (("root", 2**0.5), ("one", 1.0), ("half", 0.5))
+        )
+        share = self.node("Erf", f"{x}/gelu/erf", self.node("Div", f"{x}/gelu/scaled", x, root))
+        twice = self.node(
+            "Mul", f"{x}/gelu/twice", x, self.node("Add", f"{x}/gelu/sum", share, one)
+        )
+        return self.node("Mul", f"{x}/gelu", twice, half)
 
     def _gate(self, gate: operators.Gate, x: str) -> str:
         y = self.node("GlobalAveragePool", f"{gate.name}/mean", x)

@@ -15,18 +15,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from repvgg_jax.block import ReparamBlock
 from repvgg_jax.export.network import Network
+from repvgg_jax.layers import ACTIVATIONS as FUNCTIONS
 from repvgg_jax.segmentation.network import make_backbone
 from repvgg_jax.segmentation.resize import adaptive_average_pool, resize_bilinear, upsample
 from repvgg_jax.segmentation.resnet import ResNet
+from repvgg_jax.variants import Layer, residual_starts
 
 ACTIVATIONS: dict[str | None, Callable | None] = {
     None: None,
-    "relu": nn.relu,
-    "silu": nn.silu,
+    **dict(FUNCTIONS.items()),
 }
 """Activations of blocks that exports know, by the name in `Activation.kind`."""
 
@@ -70,7 +70,7 @@ class Activation:
     """An elementwise function.
 
     Attributes:
-      kind: "relu" or "silu".
+      kind: "relu", "silu" or "gelu", which is exact.
     """
 
     kind: str
@@ -252,19 +252,40 @@ def operators(network: Network) -> list[Operator]:
     layers = network.model.layers
     last = {layer.stage: layer.name for layer in layers}
     wanted = {last[stage]: stage for stage in network.feature_maps}
-    for layer in layers:
-        found += _block(layer.name, getattr(model, layer.name), network.params[layer.name])
+    for layer, of_layer in _layers(model, network.params):
+        found += of_layer
         if stage := wanted.pop(layer.name, None):
             found.append(Output(stage))
             if not wanted:
                 return found
     found.append(Pool())
     if network.model.num_classes:
-        found.append(_linear("head", network.params["head"]))
+        found.append(_head(network.params["head"]))
     if network.output_name == "probabilities":
         found.append(Softmax())
     found.append(Output(network.output_name))
     return found
+
+
+def _layers(model: Any, params: Any) -> Iterator[tuple[Layer, list[Operator]]]:
+    """The layers of a bound classifier or backbone, each with its operators."""
+    starts = residual_starts(model.layers)
+    for index, layer in enumerate(model.layers):
+        found: list[Operator] = []
+        if index in starts.values():
+            found.append(Keep(f"{layer.name}/input"))
+        found += _block(layer.name, getattr(model, layer.name), params[layer.name])
+        if layer.residual:
+            found.append(Add(f"{model.layers[starts[index]].name}/input"))
+        yield layer, found
+
+
+def _head(params: Any) -> Linear:
+    """The classifier, which may be a block on a single pixel."""
+    if "kernel" in params:
+        return _linear("head", params)
+    ((name, fused),) = params.items()
+    return Linear(f"head/{name}", fused["kernel"][0, 0], fused["bias"])
 
 
 def _segmenter(network: Network) -> Iterator[Operator]:
@@ -324,8 +345,8 @@ def _map_size(network: Network) -> tuple[int, int]:
 def _backbone(backbone: Any, params: Any) -> Iterator[Operator]:
     """The operators of a segmenter's backbone."""
     if not isinstance(backbone, ResNet):
-        for layer in backbone.layers:
-            yield from _block(layer.name, getattr(backbone, layer.name), params[layer.name])
+        for _, of_layer in _layers(backbone, params):
+            yield from of_layer
         return
     for name in ("stem0", "stem1", "stem2"):
         yield from _block(name, getattr(backbone, name), params[name])
@@ -392,14 +413,15 @@ def activation_kind(function: Callable | None, where: str) -> str | None:
     """What exports call an activation function; None for no activation.
 
     Raises:
-      ValueError: it is not one of ReLU, SiLU and none.
+      ValueError: it is not one of `ACTIVATIONS`.
     """
     for kind, known in ACTIVATIONS.items():
         if function is known:
             return kind
     label = getattr(function, "__name__", function)
     raise ValueError(
-        f"{where}: exports know the activations nn.relu, nn.silu and None, not {label}"
+        f"{where}: exports know the activations nn.relu, nn.silu, repvgg_jax.layers.gelu and None, "
+        f"not {label}"
     )
 
 

@@ -87,7 +87,7 @@ def translate_operator(operator: Any, tf: Any, kept: dict[str, Any]) -> Translat
 
             return conv, variables_of(tf, operator.kernel, operator.bias)
         case operators.Activation(kind):
-            return {"relu": tf.nn.relu, "silu": tf.nn.silu}[kind], []
+            return {"relu": tf.nn.relu, "silu": tf.nn.silu, "gelu": tf.nn.gelu}[kind], []
         case operators.Gate(_, reduce, expand):
 
             def gate(x: Any, *variables: Any) -> Any:

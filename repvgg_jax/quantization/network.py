@@ -3,7 +3,7 @@
 A runtime computes a convolution in integers if its inputs, its weights and its outputs are
 quantized. So the inputs of every layer are, and its outputs where another layer does not follow at
 once: before pooling, before a gate, before an activation that is not a ReLU, before a layer that
-stays in float. Gates and pooling compute in float.
+stays in float, on both ways into a sum. Gates, sums and pooling compute in float.
 """
 
 import dataclasses
@@ -16,8 +16,7 @@ from flax import linen as nn
 
 from repvgg_jax.model import RepVGG
 from repvgg_jax.text import first_few
-
-HEAD = "head"
+from repvgg_jax.variants import residual_starts
 
 Before = Callable[[str, jax.Array], jax.Array]
 """Takes the path of a module and its input, and returns what the module is given."""
@@ -83,12 +82,27 @@ def chain(model: RepVGG) -> tuple[str, ...]:
     Raises:
       ValueError: an activation that does not commute with positive factors.
     """
-    if not is_relu(model.activation):
+    if not commutes(model):
         name = getattr(model.activation, "__name__", model.activation)
+        reason = "residual connections" if is_relu(model.activation) else name
         raise ValueError(
-            f"equalization is exact for ReLU, not for {name}; leave it out: --equalize=false"
+            f"equalization is exact for chains with ReLU, not for {reason}; leave it out: "
+            "--equalize=false"
         )
-    return (*(layer.name for layer in model.layers), *((HEAD,) if model.num_classes else ()))
+    return (*(layer.name for layer in model.layers), *(["head"] if model.num_classes else []))
+
+
+def commutes(model: RepVGG) -> bool:
+    """Whether a network is a chain in which factors can move from one layer to the next."""
+    return is_relu(model.activation) and not any(layer.residual for layer in model.layers)
+
+
+def _heads(model: RepVGG) -> tuple[str, ...]:
+    """The path of the classifier's layer; nothing without one."""
+    if not model.num_classes:
+        return ()
+    head = model.variant.head_layer(model.num_classes)
+    return (f"head/{head.block.deploy}" if head else "head",)
 
 
 def plan(model: RepVGG, float_layers: tuple[str, ...] = ()) -> Plan:
@@ -101,7 +115,7 @@ def plan(model: RepVGG, float_layers: tuple[str, ...] = ()) -> Plan:
     Raises:
       ValueError: no such layer, or all of them.
     """
-    names = [layer.name for layer in model.layers] + ([HEAD] if model.num_classes else [])
+    names = [layer.name for layer in model.layers] + (["head"] if model.num_classes else [])
     kept: list[str] = []
     for pattern in float_layers:
         found = fnmatch.filter(names, pattern)
@@ -114,6 +128,7 @@ def plan(model: RepVGG, float_layers: tuple[str, ...] = ()) -> Plan:
     if set(kept) == set(names):
         raise ValueError(f"--float-layers={','.join(float_layers)} leaves nothing to quantize")
     layers, inputs, outputs = [], [], []
+    branching = {start - 1 for start in residual_starts(model.layers).values()}
     for i, layer in enumerate(model.layers):
         if layer.name in kept:
             continue
@@ -121,15 +136,17 @@ def plan(model: RepVGG, float_layers: tuple[str, ...] = ()) -> Plan:
         layers.append(conv)
         inputs.append(conv)
         following = model.layers[i + 1].name if i + 1 < len(model.layers) else None
-        if not is_relu(model.activation) or (layer.se and not layer.se.after_relu):
+        behind = layer.se and not layer.se.after_relu
+        activation = model.activation if layer.activate else None
+        if not is_relu(activation) or behind or layer.residual:
             outputs.append(conv)
         elif layer.se:
             inputs.append(f"{layer.name}/se")
-        elif following is None or following in kept:
+        elif following is None or following in kept or i in branching:
             outputs.append(layer.name)
-    if model.num_classes and HEAD not in kept:
-        layers.append(HEAD)
-        inputs.append(HEAD)
+    if "head" not in kept:
+        layers += _heads(model)
+        inputs += _heads(model)
     return Plan(tuple(layers), tuple(inputs), tuple(outputs), tuple(dict.fromkeys(kept)))
 
 

@@ -16,7 +16,7 @@ from repvgg_jax.quantization.network import (
     Plan,
     chain,
     checked,
-    is_relu,
+    commutes,
     layer_of,
     plan,
     with_layers,
@@ -142,8 +142,8 @@ def quantize(
     planned = plan(model, settings.float_layers)
     images = check_images(images)
     params = _params_of(model, variables)
-    commutes = settings.equalize or (settings.equalize is None and is_relu(model.activation))
-    order = chain(model) if commutes else ()
+    wanted = settings.equalize or (settings.equalize is None and commutes(model))
+    order = chain(model) if wanted else ()
     shown = images[:MEASURED]
     expected = np.concatenate(
         [np.asarray(passes.plain(model, params, part)) for part in batches(shown)]

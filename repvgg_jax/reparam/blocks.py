@@ -306,7 +306,7 @@ def large_kernel(size: int, small: int) -> BlockSpec:
     )
 
 
-def conv_bn(size: int) -> BlockSpec:
+def conv_bn(size: int, *, initial: float = 1.0) -> BlockSpec:
     """One convolution and its norm: a block of one branch, as in every other network.
 
     Its fold is the ordinary folding of batch normalization. Segmentation heads and ResNets are
@@ -314,8 +314,11 @@ def conv_bn(size: int) -> BlockSpec:
 
     Args:
       size: of the kernel.
+      initial: scale of the norm, e.g. 0 for the last convolution beside a residual connection.
     """
-    return BlockSpec(f"conv-BN {size}x{size}", conv_norm("_single", size))
+    start = "" if initial == 1 else f" from {initial:g}"
+    term = conv_norm("_single", size, norm_initial=initial)
+    return BlockSpec(f"conv-BN {size}x{size}{start}", term)
 
 
 CONV_BN = (conv_bn(1), conv_bn(3))

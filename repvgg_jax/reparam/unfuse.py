@@ -257,17 +257,23 @@ class _Inverse:
             if unbiased:
                 return {term.name: {"kernel": target.kernel}}
             raise ValueError(f"{term.name} has neither a bias nor a norm")
+        first = term.terms[0] if isinstance(term, Chain) and len(term.terms) == 2 else None
+        if isinstance(term, Chain) and isinstance(first, Norm):
+            then = term.terms[1]
+            neutral = self._neutral(first, 0 * self.params[first.name]["bias"])
+            return {**self.solve(then, target, unbiased=unbiased), first.name: neutral}
         last = term.terms[-1] if isinstance(term, Chain) else None
         if isinstance(term, Chain) and isinstance(last, (Norm, Scale)):
             rest = term.terms[:-1]
             if len(rest) != 1:
                 raise ValueError("only a single term before a norm or scale can be solved for")
             if isinstance(last, Norm):
-                mean, var = (widened(self.stats[last.name][leaf]) for leaf in ("mean", "var"))
-                xp = namespace(var)  # not always that of the target, which may be traced
-                neutral = {"scale": xp.sqrt(var + self.epsilon), "bias": target.bias + mean}
+                neutral = self._neutral(last, target.bias)
                 target = target._replace(bias=namespace(target.bias).zeros_like(target.bias))
                 return {**self.solve(rest[0], target, unbiased=True), last.name: neutral}
+            if last.name is None and last.factor:
+                scaled = Affine(target.kernel / last.factor, target.bias / last.factor)
+                return self.solve(rest[0], scaled, unbiased=unbiased)
             if last.name is not None and last.factor == 1 and not last.bias:
                 ones = {"scale": 0 * target.bias + 1}
                 return {**self.solve(rest[0], target, unbiased=unbiased), last.name: ones}
@@ -286,6 +292,12 @@ class _Inverse:
                     error = reason
             raise error
         raise ValueError(f"{type(term).__name__} cannot be solved for")
+
+    def _neutral(self, norm: Norm, shift: Any) -> dict[str, Any]:
+        """Parameters with which a norm adds `shift` and does nothing else."""
+        mean, var = (widened(self.stats[norm.name][leaf]) for leaf in ("mean", "var"))
+        xp = namespace(var)  # not always that of the shift, which may be traced
+        return {"scale": xp.sqrt(var + self.epsilon), "bias": shift + mean}
 
     def _affine(self, term: Linear) -> Affine:
         geometry = dataclasses.replace(self.geometry, same_shape=False)

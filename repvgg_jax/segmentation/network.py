@@ -13,7 +13,7 @@ once. Widths and rates are those of the RepVGG authors' example and of hszhao/se
 """
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from repvgg_jax.block import Activation, TrainForm, check_options
 from repvgg_jax.cpu_conv import Lowering
 from repvgg_jax.layers import conv_bn_relu, torch_bias_init, torch_kernel_init
 from repvgg_jax.meshes import on_auto_axes
-from repvgg_jax.model import RematPolicy, RepVGG, create_model
+from repvgg_jax.model import RematPolicy, RepVGG, create_model, own_activation
 from repvgg_jax.reparam import CONV_BN, EPSILON, fuse_params
 from repvgg_jax.segmentation.resize import adaptive_average_pool, resize_bilinear, upsample
 from repvgg_jax.segmentation.resnet import RESNETS, ResNet, ResNetVariant, conv_bn_block
@@ -51,7 +51,7 @@ def create_segmenter(
     remat: bool | RematPolicy = False,
     dtype: jnp.dtype = jnp.float32,
     param_dtype: jnp.dtype = jnp.float32,
-    activation: Activation | None = nn.relu,
+    activation: Activation | Literal["auto"] | None = "auto",
     epsilon: float = EPSILON,
     momentum: float = 0.9,
 ) -> "Segmenter":
@@ -77,7 +77,7 @@ def create_segmenter(
       remat: of the backbone, as in `create_model`.
       dtype: of the convolutions. Parameters, statistics, norms and classifiers stay float32.
       param_dtype: of the parameters; float64 is for proofs.
-      activation: of RepVGG's blocks.
+      activation: of the backbone's blocks, as in `create_model`.
       epsilon: of batch normalization. `fuse_params` needs the same one.
       momentum: share of the old running statistics that every training step keeps.
 
@@ -98,6 +98,10 @@ def create_segmenter(
         raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
     if len(variant.depths) < 2:
         raise ValueError(f"{variant.name} has one stage; the auxiliary head needs one before it")
+    if isinstance(variant, Variant):
+        activation = own_activation(variant, activation)
+    elif isinstance(activation, str):  # a ResNet has its own
+        activation = nn.relu
     check_options(train_form, lowering, activation, epsilon, momentum)
     segmenter = Segmenter(
         variant=variant,
@@ -138,7 +142,8 @@ def dilations(
       fast: dilate only the last four layers of the stage before the last, and the last stage.
     """
     layers = variant.layers(output_stride)[1:]
-    dilated_from = len(layers) - variant.depths[-1] - FAST_LAYERS
+    last = sum(layer.stage == layers[-1].stage for layer in layers)
+    dilated_from = len(layers) - last - FAST_LAYERS
     return tuple(
         1 if fast and index < dilated_from else layer.dilation for index, layer in enumerate(layers)
     )
@@ -222,22 +227,25 @@ class Segmenter(nn.Module):
                 self.put_variable("auxiliary", "aux_backbone", self._full_size(auxiliary, images))
         return logits
 
+    @nn.nowrap
     def fuse(self, variables: Any) -> Any:
         """The variables of `self.clone(deploy=True)`: `fuse_params` with this model's blocks.
 
         Raises:
           ValueError: as `fuse_params`; every block of the model must be there.
         """
-        if isinstance(self.variant, Variant):
-            blocks = {layer.block for layer in self.variant.layers()}
-            expect = 1 + sum(self.variant.depths)
+        backbone = make_backbone(self)
+        if isinstance(backbone, RepVGG):
+            blocks, expect = {layer.block for layer in backbone.layers}, len(backbone.layers)
+            geometries = backbone.geometries(variables["params"]["backbone"])
         else:
-            blocks, expect = set(), self.variant.convolutions
+            blocks, expect, geometries = set(), backbone.variant.convolutions, None
         return fuse_params(
             variables,
             blocks=(*blocks, *CONV_BN),
             expect=expect + len(self.bins) + 1,
             epsilon=self.epsilon,
+            geometries=geometries,
         )
 
     def _full_size(self, logits: jax.Array, images: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from repvgg_jax.data.identity import (
 )
 from repvgg_jax.train.workdir import RunMetadata
 from repvgg_jax.weights import Weights
-from repvgg_jax.weights.tree import in_head
+from repvgg_jax.weights.tree import in_head, is_classifier
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +136,7 @@ def fit_head(weights: Weights, names: Sequence[str], classes: Sequence[str]) -> 
     if sorted(names) == sorted(classes) and len(set(names)) == len(names):
         order = [list(names).index(name) for name in classes]
         moved = {
-            path: np.asarray(leaves[path])[..., order]
-            for path in heads
-            if path[-2] in ("head", "logits")
+            path: np.asarray(leaves[path])[..., order] for path in heads if is_classifier(path)
         }
         variables = unflatten_dict({**leaves, **moved})
         return dataclasses.replace(weights, variables=variables), "head reordered by class names"

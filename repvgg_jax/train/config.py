@@ -113,11 +113,13 @@ def plus_300(variant: str) -> ConfigDict:
 
 
 def mobileone_300(size: str) -> ConfigDict:
-    """MobileOne, section 4: 300 epochs, cosine from 0.1, label smoothing, averaged weights.
+    """MobileOne, section 4 of the paper; the authors published no training code.
 
-    A batch of 256, weight decay 1e-4, smoothing 0.1, EMA 0.9995; S2 to S4 with AutoAugment. What
-    differs: the authors let the decay fall to 1e-5, and S2 to S4 grow their images and policies
-    during training; `config.data.sizes` does the former.
+    From the paper: 300 epochs of SGD with a batch of 256 on 8 GPUs, cosine from 0.1, weight decay
+    1e-4, label smoothing 0.1, averages with 0.9995; crops and flips, and AutoAugment for S2 to S4.
+    What differs: the authors let the decay fall to 1e-5 along the same cosine, and images and the
+    strength of AutoAugment grow in training. mmpretrain's reading of the former is
+    `config.data.sizes=((0, 160), (37, 192), (112, 224))`. Convolutions compute in bfloat16.
     """
     config = paper_120(f"mobileone_{size}")
     config.train.epochs = 300
@@ -129,9 +131,10 @@ def mobileone_300(size: str) -> ConfigDict:
 
 
 def qarepvgg_120(size: str) -> ConfigDict:
-    """QARepVGG, the authors' log of B0: RepVGG's 120 epochs, a batch of 1024, weight decay 4e-5.
+    """QARepVGG, by the authors' script and log of B0, `train_QAV2_B0.sh` and `B0_log.txt`.
 
-    The learning rate is 0.1 per 256 images. Eight GPUs with 128 images each.
+    120 epochs, weight decay 4e-5, no label smoothing, eight GPUs with 128 images each; the log's
+    learning rate of 0.4 is 0.1 per 256 images. What differs: theirs ends at 1e-5, ours at 0.
     """
     config = paper_120(f"qarepvgg_{size}")
     config.train.batch_size = 1024
@@ -141,24 +144,29 @@ def qarepvgg_120(size: str) -> ConfigDict:
 
 
 def repopt_120(size: str) -> ConfigDict:
-    """RepOpt-VGG, by the authors' repository: 120 epochs, 5 of warm-up, weight decay 4e-5.
+    """RepOpt-VGG, by the command in the authors' README and their code.
 
-    Label smoothing 0.1, and the policy `raug15`. `config.optimizer.scales` has no default: it
-    names a run of `repopt_search_240`, or the authors' file for this network.
+    120 epochs, 5 of warm-up, a batch of 256 on 8 GPUs, cosine from 0.1, Nesterov's momentum, weight
+    decay 4e-5, label smoothing 0.1, and the policy `raug15`. Only the dtype, bfloat16, is ours.
+    `config.optimizer.scales` has no default: it names a run of `repopt_search_240`, or the
+    authors' file for this network.
     """
     config = paper_120(f"repopt_{size}")
     config.train.label_smoothing = 0.1
     config.optimizer.warmup_epochs = 5.0
+    config.optimizer.nesterov = True
     config.optimizer.weight_decay = 4e-5
     config.augment.policy = "raug15"
     return config
 
 
 def repopt_search_240(size: str) -> ConfigDict:
-    """The search for the scales of RepOpt-VGG: 240 epochs of CIFAR-100, as the authors'.
+    """The search for the scales of RepOpt-VGG, by the command in the authors' README.
 
-    The branched network, whose scales train. Gradients are clipped at 5, which is refused where
-    the scales are used. Crops differ from the authors', who shift images by up to 4 pixels.
+    The branched network, whose scales train: 240 epochs of CIFAR-100, 10 of warm-up, otherwise as
+    `repopt_120` without the policy. Gradients are clipped at 5, which is refused where the scales
+    are used. (`readme_reproduce_experiments.txt` there has 5 epochs of warm-up on one GPU, without
+    label smoothing and clipping.) What differs: the authors pad images by 4 pixels and crop 32.
     """
     config = repopt_120(f"{size}_search")
     config.data.source = "tfds:cifar100"
@@ -170,6 +178,7 @@ def repopt_search_240(size: str) -> ConfigDict:
     config.data.mean, config.data.std = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
     config.augment.policy = "none"
     config.train.epochs = 240
+    config.optimizer.warmup_epochs = 10.0
     config.optimizer.clip_norm = 5.0
     return config
 

@@ -37,6 +37,7 @@ from repvgg_jax.weights import (
     merge_weights,
 )
 from repvgg_jax.weights.channels import adapt_channels
+from repvgg_jax.weights.tree import head_width
 
 logger = logging.getLogger(__name__)
 
@@ -144,10 +145,10 @@ def load_run(workdir: Workdir | str | pathlib.Path, *, step: Step = "newest") ->
 
 
 def _check_head(workdir: Workdir, variables: Any, metadata: RunMetadata) -> None:
-    head = variables["params"].get("head")
-    if head is not None and head["kernel"].shape[-1] != len(metadata.classes):
+    width = head_width(flatten_dict(variables))
+    if width and width != len(metadata.classes):
         raise ValueError(
-            f"the network in {workdir.path} has {head['kernel'].shape[-1]} classes, but "
+            f"the network in {workdir.path} has {width} classes, but "
             f"{len(metadata.classes)} are known by name; restore {workdir.metadata} or the data "
             "that the run was trained on"
         )

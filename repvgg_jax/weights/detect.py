@@ -13,7 +13,8 @@ from typing import NamedTuple
 from repvgg_jax.reparam.linear import Conv, walk
 from repvgg_jax.text import first_few, plural
 from repvgg_jax.variants import ALL, Variant
-from repvgg_jax.weights.names import NAMINGS, Entry, Naming
+from repvgg_jax.weights.names import NAMINGS
+from repvgg_jax.weights.naming import Entry, Naming
 from repvgg_jax.weights.tensor import Shapes
 
 
@@ -309,7 +310,7 @@ def _blocks(variant: Variant) -> dict[str, _Block]:
         layer.name: _Block(
             layer.in_channels and layer.in_channels // layer.groups,
             layer.features,
-            layer.features // layer.se.reduction if layer.se else 0,
+            layer.se.squeezed(layer.features) if layer.se else 0,
         )
         for layer in variant.layers()
     }
@@ -325,7 +326,7 @@ def _architecture(blocks: Mapping[str, _Block]) -> str:
     stem = blocks["stem"].features if "stem" in blocks else "unknown"
     widths: dict[int, dict[int, int]] = {}
     for name, block in blocks.items():
-        if name != "stem":
+        if not name.startswith("stem"):
             stage, index = map(int, name.removeprefix("stage").split("_block"))
             widths.setdefault(stage, {})[index] = block.features
     stages = sorted(widths)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -24,10 +23,10 @@ from repvgg_jax.weights.detect import (
     differences,
     has_blocks,
 )
-from repvgg_jax.weights.names import Entry
+from repvgg_jax.weights.naming import Entry
 from repvgg_jax.weights.state_dict import find_state_dict
 from repvgg_jax.weights.tensor import Shapes, Tensor, read_float32
-from repvgg_jax.weights.tree import in_head
+from repvgg_jax.weights.tree import head_width, in_head
 
 Path = tuple[str, ...]
 
@@ -226,17 +225,20 @@ def merge_weights(
             "batch_stats; build the model with deploy=False"
         )
     source, target = flatten_dict(loaded.variables), flatten_dict(fresh)
-    replaced = _replaced(source, target)
+    replaced = _replaced(source, target, deploy=loaded.deploy)
+    unfusable = {p[1] for p in target} - {p[1] for p in replaced} if loaded.deploy else set()
     merged = {
         # Heads that the fresh model does not have are dropped.
         path: leaf
         for path, leaf in source.items()
-        if path not in replaced and (path in target or not in_head(path))
+        if path not in replaced and (path in target or not in_head(path) or path[1] in unfusable)
     }
     kept = {path: leaf for path, leaf in target.items() if path in replaced}
     if loaded.deploy:
-        deployed = unflatten_dict({**merged, **{p: v for p, v in kept.items() if p[1] == "head"}})
-        like = jax.tree.map(np.asarray, fresh)
+        # A head that stays fresh has no deploy form to be unfused from.
+        deployed = unflatten_dict(merged)
+        unfused = {p: np.asarray(v) for p, v in target.items() if p not in kept or p[1] != "head"}
+        like = unflatten_dict(unfused)
         known = variant or ALL.get(loaded.variant)
         blocks = known.blocks if known else ()
         traceless = any(block.traceless for block in blocks)
@@ -249,8 +251,7 @@ def merge_weights(
                 geometries=known.geometries(loaded.in_channels) if known and traceless else None,
             )
         )
-    else:
-        merged |= kept
+    merged |= kept
     if any(wrong := differences(_shapes(target), _shapes(merged))):
         raise ValueError(f"{loaded} does not fit the model to initialize: {wrong}")
     variables = {
@@ -261,8 +262,13 @@ def merge_weights(
     return Merged(unflatten_dict(variables), tuple(names), loaded.deploy, str(loaded))
 
 
-def _replaced(source: Mapping[Path, Any], target: Mapping[Path, Any]) -> set[Path]:
+def _replaced(source: Mapping[Path, Any], target: Mapping[Path, Any], *, deploy: bool) -> set[Path]:
     """Paths of heads that the source lacks or has for another number of classes."""
+    head = {path for path in target if path[1] == "head"}
+    if deploy and head and not head <= source.keys():  # the head is a block
+        widths = [head_width(leaves) for leaves in (source, target)]
+        others = _replaced(source, {p: v for p, v in target.items() if p not in head}, deploy=True)
+        return others if widths[0] == widths[1] else others | head
     fits = {p: p in source and source[p].shape == leaf.shape for p, leaf in target.items()}
     misfits = {path[1:-1] for path, fit in fits.items() if not fit and in_head(path)}
     return {path for path in target if path[1:-1] in misfits}
@@ -273,9 +279,16 @@ def _shapes(leaves: Mapping[Path, Any]) -> Shapes:
 
 
 _HUB_VARIANTS = ("A0", "A1", "A2", "B0", "B1", "B1g4", "B2", "B2g4", "B3", "B3g4", "D2se")
+_HUB_REPVIT = ("m0_9", "m1_0", "m1_1", "m1_5", "m2_3")
 
 PRETRAINED: Mapping[str, str] = MappingProxyType(
     {f"repvgg_{variant.lower()}.rvgg_in1k": variant for variant in _HUB_VARIANTS}
+    | {f"mobileone_s{size}.apple_in1k": f"mobileone_s{size}" for size in range(5)}
+    | {
+        f"repvit_{size}.dist_{epochs}e_in1k": f"repvit_{size}"
+        for epochs in (450, 300)
+        for size in _HUB_REPVIT
+    }
 )
 """timm's names on the hub and their variants. Trained on ImageNet-1k by the authors."""
 
@@ -294,7 +307,7 @@ def load_pretrained(
 
     Args:
       name: `repvgg_b1g4.rvgg_in1k`; `repvgg_b1g4` and `timm/repvgg_b1g4.rvgg_in1k` mean the
-        same.
+        same. Of RepViT, names without a tag are those trained for 450 epochs.
       num_classes: as in `load_weights`; 0 loads the backbone only.
       in_channels: as in `load_weights`.
       revision: branch, tag or commit; None is the newest.
@@ -339,7 +352,7 @@ def load_file_or_pretrained(
 
 def _find_hub_name(name: str) -> str | None:
     short = name.removeprefix("hf-hub:").removeprefix("timm/")
-    return next((n for n in (short, f"{short}.rvgg_in1k") if n in PRETRAINED), None)
+    return next((n for n in PRETRAINED if n == short or n.partition(".")[0] == short), None)
 
 
 def _hub_name(name: str) -> str:

@@ -1,139 +1,137 @@
-"""Reading RepViT as timm names it, in training form or after its `fuse`."""
+"""timm's names of RepViT, in training form and after its `fuse`."""
 
-import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Collection
 
-import numpy as np
-from flax.traverse_util import unflatten_dict
+from repvgg_jax.variants import Variant
+from repvgg_jax.weights.naming import Entry, length, torch_entries
+from repvgg_jax.weights.tensor import Shapes
+from repvgg_jax.weights.tree import Leaf, leaves
 
-from repvgg_jax.text import first_few
-from repvgg_jax.weights import files
-from repvgg_jax.weights.state_dict import find_state_dict
-from repvgg_jax.weights.tensor import Shapes, read_float32
-
-_BLOCK = r"stages\.(?P<stage>\d+)\.(?:blocks\.(?P<block>\d+)|(?P<pre>downsample\.pre_block))"
-_MODULES = {
-    r"stem\.conv(?P<number>[12])": "stem{number}",
-    rf"{_BLOCK}\.token_mixer": "{place}_mixer",
-    rf"{_BLOCK}\.se\.fc(?P<number>[12])": "{place}_se/{linear}",
-    rf"{_BLOCK}\.channel_mixer\.conv(?P<number>[12])": "{place}_{half}",
-    r"stages\.(?P<stage>\d+)\.downsample\.spatial_downsample": "stage{stage}_down_spatial",
-    r"stages\.(?P<stage>\d+)\.downsample\.channel_downsample": "stage{stage}_down_channel",
-    r"stages\.(?P<stage>\d+)\.downsample\.ffn\.conv(?P<number>[12])": "stage{stage}_down_{half}",
-    r"head\.head": "head",
-    r"head\.head_dist": "head",
-    r"head": "head",  # fused by timm
+_MIXER = {
+    "conv_dense": "token_mixer.conv.c",
+    "bn_dense": "token_mixer.conv.bn",
+    "conv_point": "token_mixer.conv1",
+    "bn_mixer": "token_mixer.bn",
+    "reparam": "token_mixer",
+    "se/reduce": "se.fc1",
+    "se/expand": "se.fc2",
 }
-_CHILDREN = {
-    # What follows the module's name, by kind of module: our names of the children.
-    "mixer": {
-        "conv.c": "conv_dense",
-        "conv.bn": "bn_dense",
-        "conv1": "conv_point",
-        "bn": "bn_mixer",
-    },
-    "conv": {"c": "conv_single", "bn": "bn_single"},
-    "head.head": {"bn": "bn_head", "l": "head"},
-    "head.head_dist": {"bn": "bn_head_dist", "l": "head_dist"},
-    "se": {"": ""},
+_CONV = {"conv_single": "c", "bn_single": "bn", "reparam": ""}
+_HEAD = {
+    "bn_head": "head.bn",
+    "head": "head.l",
+    "bn_head_dist": "head_dist.bn",
+    "head_dist": "head_dist.l",
+    "reparam": "",
 }
-_NORM = {
-    "weight": ("params", "scale"),
-    "bias": ("params", "bias"),
-    "running_mean": ("batch_stats", "mean"),
-    "running_var": ("batch_stats", "var"),
-}
+"""timm's names of children, by ours."""
+
+_BLOCK = ("", "channel_mixer.conv1", "channel_mixer.conv2")
+_DOWNSAMPLE = (
+    *(f"pre_block.{name}".strip(".") for name in _BLOCK),
+    *("spatial_downsample", "channel_downsample", "ffn.conv1", "ffn.conv2"),
+)
+"""timm's names of the layers of a block, and of those before the first block of a stage."""
+
+_CHANNELS = "channel_mixer\\.conv[12]"
+_LAYER = (
+    r"stem\.conv[12]|stages\.\d+\.(?:"
+    rf"blocks\.\d+(?:\.{_CHANNELS})?|downsample\.(?:pre_block(?:\.{_CHANNELS})?"
+    r"|spatial_downsample|channel_downsample|ffn\.conv[12]))"
+)
 
 
-def load_repvit(
-    source: str | os.PathLike | Mapping[str, Any], *, entry: str | None = None
-) -> dict[str, Any]:
-    """The variables of a `repvgg_jax.repvit.RepViT`.
+class RepViTNaming:
+    """The names of a network in which the layers of a block have modules of their own."""
 
-    Args:
-      source: a file, or a state dict of NumPy, JAX or PyTorch arrays, which may be inside other
-        mappings; of timm's `repvit_m0_9` to `repvit_m2_3`, e.g. of its pretrained models.
-      entry: which state dict, as in `load_weights`.
+    family = "timm"
 
-    Returns:
-      `{"params": …, "batch_stats": …}` of the training form, or `{"params": …}` of the deploy form
-      if timm's `fuse` was called before; float32 NumPy arrays.
+    def covers(self, variant: Variant) -> bool:
+        """As `Naming.covers`."""
+        if variant.block != "repvit" or variant.head == "linear":
+            return False
+        counts = Counter(layer.stage for layer in variant.layers())
+        expected = {
+            f"stage{stage + 1}": len(_BLOCK) * depth + (len(_DOWNSAMPLE) if stage else 0)
+            for stage, depth in enumerate(variant.depths)
+        }
+        return counts == {"stem": 2, **expected}
 
-    Raises:
-      ValueError: not a readable file, keys of another network (those of m1 to m3, which lack the
-        norm behind the mixer, included), or damaged arrays.
-    """
-    contents, where = files.contents_of(source)
-    leaves: dict[tuple[str, ...], np.ndarray] = {}
-    unknown: list[str] = []
-    try:
-        state = find_state_dict(contents.value, entry, _has_repvit)
-        for key, tensor in state.tensors.items():
-            if key.endswith("num_batches_tracked"):
-                continue
-            path = _path(key, len(tensor.shape))
-            if path is None:
-                unknown.append(key)
-                continue
-            leaves[path] = _array(read_float32(tensor, key), path)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if unknown or not leaves:
-        raise ValueError(f"{where} is not a RepViT: it has {first_few(unknown) or 'no arrays'}")
-    return unflatten_dict(leaves)
+    def entries(
+        self, variant: Variant, *, deploy: bool, num_classes: int, in_channels: int = 3
+    ) -> tuple[Entry, ...]:
+        """As `Naming.entries`."""
+        found = leaves(variant, deploy=deploy, num_classes=num_classes, in_channels=in_channels)
+        return torch_entries(found, self._module)
 
+    def prefixes(self, shapes: Shapes, children: Collection[str]) -> Counter[str]:
+        """As `Naming.prefixes`."""
+        pattern = re.compile(rf"(?:^|\.)((?:{_LAYER})\.{self._ends(children)}weight)$", re.ASCII)
+        return Counter(
+            key[: match.start(1)]
+            for key, shape in shapes.items()
+            if len(shape) == 4 and (match := pattern.search(key))
+        )
 
-def _has_repvit(shapes: Shapes) -> bool:
-    return any(".token_mixer." in key for key in shapes)
+    def owns(self, key: str) -> bool:
+        """As `Naming.owns`."""
+        return re.match(r"(stem|stages|head)\.", key) is not None
 
+    def kernels(self, shapes: Shapes, children: Collection[str]) -> dict[str, tuple[int, int]]:
+        """As `Naming.kernels`."""
+        pattern = re.compile(rf"({_LAYER})\.{self._ends(children)}weight", re.ASCII)
+        return {
+            _our_layer(match[1]): (shape[1], shape[0])
+            for key, shape in shapes.items()
+            if len(shape) == 4 and (match := pattern.fullmatch(key))
+        }
 
-def _path(key: str, axes: int) -> tuple[str, ...] | None:
-    """Our path of an array with that many axes; None for one that no RepViT has."""
-    name, _, leaf = key.rpartition(".")
-    for pattern, place in _MODULES.items():
-        found = re.match(rf"{pattern}(?:\.|$)", name)
-        if found is None:
-            continue
-        module, child = found.group().rstrip("."), name[found.end() :]
-        at = place.format(**_words(found.groupdict()))
-        kind = module if module.startswith("head") else "conv"
-        kind = "mixer" if at.endswith("_mixer") else "se" if "_se/" in at else kind
-        if not child and leaf in ("weight", "bias") and kind != "se":  # fused by timm
-            return ("params", at, "reparam", "kernel" if leaf == "weight" else "bias")
-        ours = _CHILDREN.get(kind, {}).get(child)
-        if ours is None:
-            return None
-        steps = tuple(step for step in (*at.split("/"), ours) if step)
-        if ours.startswith("bn_"):
-            if axes != 1 or leaf not in _NORM:
-                return None
-            collection, last = _NORM[leaf]
-            return (collection, *steps, last)
-        if leaf not in ("weight", "bias"):
-            return None
-        return ("params", *steps, "kernel" if leaf == "weight" else "bias")
-    return None
+    def num_classes(self, shapes: Shapes) -> int:
+        """As `Naming.num_classes`."""
+        return length(shapes.get("head.head.l.bias", shapes.get("head.bias")))
+
+    @staticmethod
+    def _ends(children: Collection[str]) -> str:
+        """A regular expression for what is between a layer and the leaf's own name."""
+        names = {table[child] for child in children for table in (_MIXER, _CONV) if child in table}
+        return "(?:" + "|".join(rf"{re.escape(name)}\." if name else "" for name in names) + ")"
+
+    @staticmethod
+    def _module(leaf: Leaf) -> str:
+        """What timm calls the module of an array."""
+        child = "/".join(leaf.path[2:-1])
+        if leaf.module == "head":
+            prefix, children = "head", _HEAD
+        else:
+            prefix, is_mixer = _their_layer(leaf.module)
+            children = _MIXER if is_mixer else _CONV
+        return f"{prefix}.{children[child]}".rstrip(".")
 
 
-def _words(groups: Mapping[str, str | None]) -> dict[str, str]:
-    """What the places of modules are made of."""
-    stage, number = groups.get("stage") or "0", int(groups.get("number") or 1)
-    block = groups.get("block")
-    return {
-        "stage": stage,
-        "number": str(number - 1),
-        "place": f"stage{stage}_down_block" if block is None else f"stage{stage}_block{block}",
-        "linear": ("reduce", "expand")[number - 1],
-        "half": ("expand", "project")[number - 1],
-    }
+def _their_layer(name: str) -> tuple[str, bool]:
+    """Timm's prefix of a layer, and whether it is a mixer, whose gate is beside it."""
+    stage, _, number = name.partition("_block")
+    index = int(number or 0)
+    if stage == "stem":
+        return f"stem.conv{index + 1}", False
+    place = f"stages.{int(stage.removeprefix('stage')) - 1}"
+    first = 0 if stage == "stage1" else len(_DOWNSAMPLE)
+    if index < first:
+        return f"{place}.downsample.{_DOWNSAMPLE[index]}", index == 0
+    block, part = divmod(index - first, len(_BLOCK))
+    return f"{place}.blocks.{block}.{_BLOCK[part]}".rstrip("."), part == 0
 
 
-def _array(array: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
-    """An array in our layout: kernels are HWIO, those of gates (in, out)."""
-    if path[-1] != "kernel":
-        return array
-    if path[-2] in ("reduce", "expand"):
-        return array.reshape(array.shape[:2]).T
-    return (array if array.ndim == 4 else array[..., None, None]).transpose(2, 3, 1, 0)
+def _our_layer(prefix: str) -> str:
+    """The inverse of `_their_layer`."""
+    if prefix.startswith("stem"):
+        return "stem" if prefix == "stem.conv1" else "stem_block1"
+    _, stage, kind, *rest = prefix.split(".")
+    if kind == "downsample":
+        index = _DOWNSAMPLE.index(".".join(rest))
+    else:
+        first = len(_DOWNSAMPLE) if int(stage) else 0
+        index = first + len(_BLOCK) * int(rest[0]) + _BLOCK.index(".".join(rest[1:]))
+    return f"stage{int(stage) + 1}_block{index}"

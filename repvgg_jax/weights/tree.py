@@ -5,8 +5,8 @@ Derived from `Variant.layers()` and the expressions of their blocks, without bui
 """
 
 import enum
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from repvgg_jax import reparam
 from repvgg_jax.variants import Layer, Variant
@@ -16,7 +16,7 @@ class Kind(enum.Enum):
     """What an array is, which decides its layout in PyTorch."""
 
     CONVOLUTION = "convolution"  # HWIO here, OIHW in PyTorch
-    LINEAR = "linear"  # (in, out) here, (out, in) in PyTorch
+    LINEAR = "linear"  # (in, out) here, or (1, 1, in, out) in a block; (out, in) in PyTorch
     GATE = "gate"  # a linear layer of squeeze-and-excite: a 1x1 convolution in PyTorch
     VECTOR = "vector"
 
@@ -50,6 +50,17 @@ def in_head(path: tuple[str, ...]) -> bool:
     return path[1] == "head" or path[1].startswith("aux_")
 
 
+def is_classifier(path: tuple[str, ...]) -> bool:
+    """Whether the last axis of the array at `path` is that of the classes."""
+    return in_head(path) and path[-2] in ("head", "head_dist", "reparam", "logits")
+
+
+def head_width(arrays: Mapping[tuple[str, ...], Any]) -> int:
+    """Classes of the classifier among arrays by path; 0 without one."""
+    own = (a for path, a in arrays.items() if path[1] == "head" and is_classifier(path))
+    return next((array.shape[-1] for array in own), 0)
+
+
 def leaves(
     variant: Variant, *, deploy: bool, num_classes: int, in_channels: int = 3
 ) -> tuple[Leaf, ...]:
@@ -64,22 +75,27 @@ def leaves(
     found: list[Leaf] = []
     for layer in variant.layers():
         found += _block_leaves(layer, deploy, in_channels)
-    if num_classes:
+    if head := variant.head_layer(num_classes):
+        found += _block_leaves(head, deploy, in_channels, kind=Kind.LINEAR)
+    elif num_classes:
         found += _linear(("head",), variant.features, num_classes, Kind.LINEAR)
+    if num_classes:
         for layer in variant.layers():
             if layer.name in variant.auxiliary and not deploy:
                 found += _auxiliary(f"aux_{layer.name}", layer.features, num_classes)
     return tuple(found)
 
 
-def _block_leaves(layer: Layer, deploy: bool, in_channels: int) -> Iterator[Leaf]:
+def _block_leaves(
+    layer: Layer, deploy: bool, in_channels: int, *, kind: Kind = Kind.CONVOLUTION
+) -> Iterator[Leaf]:
     block, geometry = layer.block, layer.geometry(in_channels)
     fused = reparam.Conv(block.deploy, block.kernel_size(geometry), bias=True)
     for leaf in reparam.leaves(fused if deploy else block.train, geometry):
-        kind = Kind.CONVOLUTION if leaf.leaf == "kernel" else Kind.VECTOR
-        yield Leaf((leaf.collection, layer.name, leaf.name, leaf.leaf), leaf.shape, kind)
+        own = kind if leaf.leaf == "kernel" else Kind.VECTOR
+        yield Leaf((leaf.collection, layer.name, leaf.name, leaf.leaf), leaf.shape, own)
     if layer.se is not None:
-        width, squeezed = layer.features, layer.features // layer.se.reduction
+        width, squeezed = layer.features, layer.se.squeezed(layer.features)
         yield from _linear((layer.name, "se", "reduce"), width, squeezed, Kind.GATE)
         yield from _linear((layer.name, "se", "expand"), squeezed, width, Kind.GATE)
 

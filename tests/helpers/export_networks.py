@@ -1,6 +1,7 @@
 """Small networks of every kind, fused from random statistics, for the tests of exports."""
 
 import atexit
+import dataclasses
 import functools
 import re
 import shutil
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from repvgg_jax import RepVGG, SqueezeExcite, Variant, create_model, fuse_params
+from repvgg_jax import RepVGG, SqueezeExcite, Variant, create_model, get_variant
 from repvgg_jax.convert.source import Source
 from repvgg_jax.export import FORMATS, Artifact, Network, Normalize, export
 from tests.helpers.trees import random_variables
@@ -22,10 +23,15 @@ from tests.helpers.trees import random_variables
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 KINDS = ("plain", "grouped", "se-before", "se-after", "dilated", "features")
-ACTIVATED = ("silu", "linear")  # of other activations than ReLU
+ACTIVATED = ("silu", "linear", "repvit")  # of other activations than ReLU
 HEIGHT, WIDTH = 24, 32
 LABELS = ("cat", "dog", "élan", "fox", "gnu")
 MEAN, STD = (0.4, 0.45, 0.5), (0.2, 0.25, 0.3)
+
+
+REPVIT = dataclasses.replace(
+    get_variant("repvit_m0_9"), depths=(1, 1), channels=(8, 16), stem_channels=8, strides=(1, 2)
+)
 
 
 def variant(**options: Any) -> Variant:
@@ -43,12 +49,13 @@ def model(kind: str) -> RepVGG:
         "features": variant(),
         "silu": variant(se=SqueezeExcite(reduction=4)),
         "linear": variant(),
+        "repvit": REPVIT,
     }
     return create_model(
         variants[kind],
         num_classes=0 if kind == "features" else len(LABELS),
         output_stride=2 if kind == "dilated" else None,
-        activation={"silu": nn.silu, "linear": None}.get(kind, nn.relu),
+        activation={"silu": nn.silu, "linear": None}.get(kind, "auto"),
     )
 
 
@@ -68,7 +75,7 @@ def fresh(kind: str, with_preprocessing: bool = False) -> Network:
     """A network that a test may damage."""
     return Network(
         model(kind),
-        fuse_params(variables(kind)),
+        model(kind).fuse(variables(kind)),
         images=images(),
         normalize=Normalize(MEAN, STD),
         labels=() if kind == "features" else LABELS,
