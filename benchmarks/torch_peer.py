@@ -19,7 +19,7 @@ def installed(package: str = "torch") -> bool:
 
 
 def build(name: str, *, deploy: bool, num_classes: int = 1000) -> Any:
-    """A `torch.nn.Module` of a variant, with random weights; of other blocks than RepVGG's timm's."""
+    """A `torch.nn.Module` of a variant, with random weights; timm's of blocks other than RepVGG."""
     variant = get_variant(name)
     if variant.block != "repvgg":
         return build_timm(name, deploy=deploy, num_classes=num_classes)
