@@ -757,6 +757,7 @@ def test_a_checkpoint_of_another_project(family, tmp_path):
 class TestCommand:
     """The command, as a user runs it."""
 
+    @pytest.mark.slow
     def test_a_run_converts_to_the_same_bits_on_any_number_of_devices(self, tmp_path):
         shutil.copytree(OLD / "run", tmp_path / "run")
         classes, shape = tuple("0123456789"), (8, 8, 1)

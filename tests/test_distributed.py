@@ -280,6 +280,7 @@ def test_two_processes_with_different_configurations(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_processes_that_wait_in_vain_say_so(tmp_path):
     """Process 0 waits for the others, process 1 for process 0; each of another run here."""
     with contextlib.ExitStack() as stack:
@@ -320,6 +321,7 @@ with initialized(sys.argv[-1].partition("=")[2], timeout=100, explain=explain):
 """
 
 
+@pytest.mark.slow
 def test_variables_are_restored_in_every_process(tmp_path):
     """The optimizer state is sharded over both."""
     with started(tmp_path, 2, devices=4, program=SAVE_AND_READ) as run:

@@ -124,6 +124,7 @@ def own_network(own, **options):
 class TestModulesOfYourOwn:
     """Any Linen module with blocks in it."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_stablehlo_computes_what_the_training_form_does(self, own, dynamic, tmp_path):
         model, variables, _ = own

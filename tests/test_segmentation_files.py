@@ -152,6 +152,7 @@ def test_an_evaluation_image_that_does_not_fit(folder):
         read_all(folder, eval_size=16)
 
 
+@pytest.mark.slow
 def test_the_loop_says_the_same(folder, tmp_path):
     (folder / "train" / "masks" / "1.png").write_bytes(png(ONE_OFF))
     with pytest.raises(ValueError, match=r"train/masks/1\.png.* 3 \(3 pixels\)"):
@@ -171,6 +172,7 @@ def test_without_any_label_the_loss_is_0(folder, tmp_path, caplog):
     assert last["final/loss"] == last["final/loss_fused"] == 0
 
 
+@pytest.mark.slow
 def test_weights_of_other_classes_keep_all_but_the_heads(folder, tmp_path, caplog):
     caplog.set_level(logging.INFO, "repvgg_jax")
     train(config_of(folder), tmp_path / "run")

@@ -90,6 +90,7 @@ def test_a_run_reports_miou_of_both_forms_and_draws_examples(run):
     assert manifest["accuracy"] == pytest.approx(evaluated[-1]["eval/miou"])
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_bitwise_the_same(run, tmp_path, monkeypatch):
     with stopped_at(monkeypatch, 5):
         stopped = train(tiny_config(), tmp_path)

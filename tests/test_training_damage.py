@@ -217,6 +217,7 @@ class TestKilled:
             Workdir(tmp_path).claimed(small_experiment().settings).__enter__()
         assert {entry.name for entry in tmp_path.iterdir()} == names
 
+    @pytest.mark.slow
     def test_while_an_old_checkpoint_is_removed(self, tmp_path):
         """It is gone at once; what is left of its files is removed by the next run."""
         path = tmp_path / "checkpoints"

@@ -72,6 +72,7 @@ def test_what_a_run_leaves(small_run):
     assert end < 0.9 * first
 
 
+@pytest.mark.slow
 def test_what_is_logged_and_a_trace(tmp_path, caplog):
     path = tmp_path / "run"
     train(small_config(train__epochs=1), path, profile_steps=parse_steps("5:7"))
@@ -292,6 +293,7 @@ def test_an_update_that_is_not_finite_is_not_saved(tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_another_number_of_devices_is_logged(small_run, tmp_path, caplog):
     path = tmp_path / "run"
     shutil.copytree(small_run[0], path)

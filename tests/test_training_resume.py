@@ -110,6 +110,7 @@ def test_a_length_that_is_over():
         resume.resumed(small_settings(), small_settings(train__epochs=1), step=22, images=1437)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_extended(small_run, tmp_path, caplog):
     """With a constant rate, the bits are those of a run that was longer from its start."""
     caplog.set_level(logging.INFO, logger="repvgg_jax")

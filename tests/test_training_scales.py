@@ -60,6 +60,7 @@ def experiment(path, **changes):
     return Experiment.from_config(config)
 
 
+@pytest.mark.slow
 def test_a_run_starts_and_steps_as_the_branches_would(file):
     path, scales = file
     changes = {"optimizer__weight_decay": 1e-2, "optimizer__warmup_epochs": 0.0}

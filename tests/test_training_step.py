@@ -72,6 +72,7 @@ def test_state_stays_float32_when_computing_in_bfloat16():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
+@pytest.mark.slow
 def test_the_covariance_form_takes_the_same_step():
     with in_float64(
         *(small_experiment(model__train_form=form) for form in ("branches", "covariance"))
@@ -147,6 +148,7 @@ class TestTask:
         batch = {"label": np.array([1, 0]), "mask": np.ones(2, bool)}
         assert Classification(2).evaluate(logits, batch)["accuracy"] == 0
 
+    @pytest.mark.slow
     def test_auxiliary_heads_learn_through_the_step(self):
         variant = dataclasses.replace(
             TINY_AUXILIARY, depths=(2,), channels=(8,), auxiliary=("stage1_block1",)
@@ -350,7 +352,8 @@ class TestAccumulation:
             )
             assert_same(one, eight)
 
-    @pytest.mark.parametrize("unrolled", [pytest.param(True, marks=pytest.mark.slow), False])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("unrolled", [True, False])
     def test_every_device_works_on_every_microbatch(self, unrolled, monkeypatch):
         """Also if each holds one group: microbatches of four groups are then shared by eight."""
         config = small_config(
