@@ -320,13 +320,16 @@ class TestEarlierConversion:
         done = convert(nets.source(), Output(path), targets=parse_targets(["stablehlo"]))
         assert "kept: orbax" in done.table()
 
-    @pytest.mark.parametrize("version", ["this", "v0.1-0164ae8"])
-    def test_formats_are_added_to_a_directory(self, deploy, tmp_path, version):
+    @pytest.mark.parametrize(
+        ("version", "named"),
+        [("this", "."), ("v0.1-0164ae8", "."), ("this", "model.safetensors")],
+    )
+    def test_formats_are_added_to_a_directory(self, deploy, tmp_path, version, named):
         """It goes on saying where its network is from and how it was proven."""
         path = tmp_path / "deploy"
         shutil.copytree(deploy if version == "this" else OLD / "deploy", path)
         before, files = load_deployed(path), set(os.listdir(path))
-        source = from_weights(str(path), adding=True)
+        source = from_weights(str(path / named), output=path)
         done = convert(source, Output(path), targets=parse_targets(["torch-timm"]))
         added = set(os.listdir(path)) - files
         assert {name.rpartition(".")[0] for name in added} == {"model.timm"}
@@ -342,7 +345,7 @@ class TestEarlierConversion:
         path = tmp_path / "deploy"
         targets = parse_targets(["safetensors", "stablehlo"])
         convert(nets.source(), Output(path), targets=targets, with_preprocessing=True)
-        assert from_weights(str(path), adding=True).with_preprocessing
+        assert from_weights(str(path), output=path).with_preprocessing
         assert not from_weights(str(path)).with_preprocessing
 
     def test_files_of_others_stay(self, deploy, tmp_path):

@@ -179,8 +179,7 @@ def main(_: Sequence[str]) -> int:
             std=_numbers("std", STD.value),
             entry=ENTRY.value,
         )
-        adding = pathlib.Path(weights).resolve() == output.path.resolve()
-        network = from_weights(weights, facts, data=DATA.value, adding=adding)
+        network = from_weights(weights, facts, data=DATA.value, output=output.path)
     with progress("converting", steps(targets, int8), "steps") as advance:
         done = convert(
             network,

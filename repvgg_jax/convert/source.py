@@ -9,6 +9,7 @@ import numpy as np
 
 from repvgg_jax.convert.deployed import Crop, Metadata, is_deployment, load_deployed
 from repvgg_jax.data.settings import DataSettings, Size, height_width, parse_size
+from repvgg_jax.export import FORMATS
 from repvgg_jax.export.description import Description, read_description
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
@@ -223,7 +224,11 @@ def crop_of(settings: DataSettings) -> Crop:
 
 
 def from_weights(
-    name: str, facts: Facts | None = None, *, data: str | None = None, adding: bool = False
+    name: str,
+    facts: Facts | None = None,
+    *,
+    data: str | None = None,
+    output: pathlib.Path | None = None,
 ) -> Source:
     """A directory of `convert.py`, a checkpoint file, or a model of timm by its hub name.
 
@@ -234,8 +239,9 @@ def from_weights(
       name: e.g. `deploy`, `RepVGG-B1g4-train.pth` or `repvgg_b1g4.rvgg_in1k`.
       facts: what the file does not say.
       data: where images for the proof are, as for `data_images`; default: photographs.
-      adding: whether formats are added to the directory itself, which then goes on saying where
-        its network comes from and how it was proven.
+      output: where the conversion is written. If it is the directory that is read, or that of the
+        `model.safetensors` that is read, formats are added to it, and it goes on saying where its
+        network comes from and how it was proven.
 
     Raises:
       ValueError: not readable, not a RepVGG, or facts that do not fit it.
@@ -243,6 +249,10 @@ def from_weights(
     facts, path = facts or Facts(), pathlib.Path(name)
     if facts.image_size is not None:
         parse_size("--image-size", facts.image_size, least=1)
+    own = path.parent if path.name == FORMATS["safetensors"].filename else path
+    adding = output is not None and own.resolve() == output.resolve() and is_deployment(own)
+    if adding:
+        path = own
     if path.is_dir():
         if not is_deployment(path):
             raise ValueError(
