@@ -1,5 +1,6 @@
 """Train steps compiled for TPUs and GPUs that are not attached."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -11,7 +12,7 @@ import pytest
 
 from repvgg_jax.train.aot import compile_ahead
 from repvgg_jax.train.targets import Target, gpus
-from tests.helpers.runs import small_config
+from tests.helpers.runs import SMALL, small_config
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
@@ -67,6 +68,16 @@ def test_the_step_compiles_for_gpus():
     assert program.flops > 1e6
     # Every parameter is read, and written with its momentum.
     assert program.accessed > 3 * 4 * program.parameters
+
+
+@pytest.mark.skipif(not CUDA, reason="needs the CUDA plugin of jaxlib")
+def test_each_gpu_computes_channel_groups_of_its_own_images():
+    variant = dataclasses.replace(SMALL, name="grouped", groups=(2, 4))
+    one = compile_ahead(small_config(variant, train__batch_size=64), "h100", timeout=300)
+    two = compile_ahead(small_config(variant, train__batch_size=128), "h100x2", timeout=300)
+    assert "all-gather" not in two.collectives
+    assert two.flops == pytest.approx(one.flops, rel=0.01)
+    assert two.accessed < 1.1 * one.accessed
 
 
 @pytest.mark.skipif(not CUDA, reason="needs the CUDA plugin of jaxlib")

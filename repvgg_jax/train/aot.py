@@ -27,6 +27,7 @@ from repvgg_jax.data.sources import ArraySource
 from repvgg_jax.train import hlo, resume
 from repvgg_jax.train.experiment import Experiment, network_title
 from repvgg_jax.train.settings import Settings
+from repvgg_jax.train.state import data_mesh
 from repvgg_jax.train.targets import Target
 from repvgg_jax.train.validate import check_batches, check_compiler_options
 
@@ -158,7 +159,7 @@ def _compile(settings: Settings, target: Target) -> Program:
     traffic = hlo.count(compiled.as_text() or "")
     # The compiler for GPUs has none.
     counts: Any = compiled.cost_analysis() or {
-        "flops": _flops(lowered) / len(devices),
+        "flops": _flops(run) / len(devices),
         "bytes accessed": traffic.touched,
     }
     batch = settings.train.batch_size
@@ -189,14 +190,17 @@ def _compile(settings: Settings, target: Target) -> Program:
     )
 
 
-def _flops(lowered: Any) -> float:
+def _flops(run: Experiment) -> float:
     """Floating-point operations of a program for all its devices, before it is optimized.
 
-    jax counts by the backend that a program is for; that of CPUs counts any program.
+    jax counts by the backend that a program is for; that of CPUs counts any program. What
+    `jax.shard_map` maps would count for one device only, so all images are put on one.
     """
     from jax._src.lib import _jax  # type: ignore[attr-defined]
     from jax.extend.backend import get_backend
 
+    alone = dataclasses.replace(run, mesh=data_mesh([run.mesh.devices.flat[0]]))
+    lowered: Any = alone.lower_step()
     module = lowered.compiler_ir("hlo").as_hlo_module()
     return float(_jax.hlo_module_cost_analysis(get_backend("cpu"), module)["flops"])
 
