@@ -7,10 +7,14 @@ import chex
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import repvgg_jax as rv
+from repvgg_jax.train.classes import fit_head
+from repvgg_jax.weights.tree import head_width
 from tests.helpers.jit import quick_jit
 from tests.helpers.trees import random_images, random_variables
+from tests.helpers.weights_samples import random_weights
 
 TINY = dataclasses.replace(
     rv.get_variant("repvit_m0_9"),
@@ -154,6 +158,22 @@ def test_training_moves_the_statistics_of_the_heads():
     before, after = (tree["batch_stats"]["head"] for tree in (variables, new))
     for norm in ("bn_head", "bn_head_dist"):
         assert np.abs(np.asarray(after[norm]["mean"]) - before[norm]["mean"]).max() > 0
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
+def test_the_classes_of_both_heads_are_reordered_by_name(deploy):
+    variables = random_weights(TINY, deploy=deploy, num_classes=3)
+    state = rv.to_state_dict(variables, family="flax", variant=TINY)
+    weights = rv.load_weights(state, variant=TINY)
+    moved, _ = fit_head(weights, ("cat", "dog", "emu"), ("emu", "cat", "dog"))
+    head, after = (v["params"]["head"] for v in (variables, moved.variables))
+    for name in ("reparam",) if deploy else ("head", "head_dist"):
+        for leaf in ("kernel", "bias"):
+            np.testing.assert_array_equal(after[name][leaf], head[name][leaf][..., [2, 0, 1]])
+    if not deploy:
+        chex.assert_trees_all_equal(after["bn_head"], head["bn_head"])
+    assert head_width(flatten_dict(variables)) == 3
 
 
 @pytest.mark.core
