@@ -75,7 +75,7 @@ def weights_size(path):
         ("plain", "float16", True),
         ("se-after", "float32", True),
         ("dilated", "float16", False),
-        ("repvit", "float32", False),
+        pytest.param("repvit", "float32", False, marks=pytest.mark.slow),
     ],
 )
 def test_feature_maps_at_any_size(kind, dtype, inside, tmp_path):
