@@ -386,6 +386,11 @@ class ReparamBlock(nn.Module):
         if self.se is None:
             return activation(y)
         squeezed = self.se.squeezed(y.shape[-1])
+        if not squeezed:
+            raise ValueError(
+                f"{self._where}: squeeze-and-excite with reduction {self.se.reduction} leaves "
+                f"nothing of {y.shape[-1]} channels"
+            )
         gate = SqueezeExciteGate(squeezed, self.dtype, self.param_dtype, name="se")
         return gate(activation(y)) if self.se.after_relu else activation(gate(y))
 

@@ -193,11 +193,6 @@ class SqueezeExciteGate(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Gates `x` (images, height, width, channels)."""
         channels = x.shape[-1]
-        if not self.squeezed:
-            raise ValueError(
-                f"{'/'.join(self.path)}: squeeze-and-excite leaves nothing of {channels} channels; "
-                "its reduction must be smaller"
-            )
         pooled = x.mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         hidden = nn.relu(self._dense(self.squeezed, channels, "reduce")(pooled))
         gate = nn.sigmoid(self._dense(channels, self.squeezed, "expand")(hidden))
