@@ -196,6 +196,8 @@ def _costs(table: str, rows: Sequence[str]) -> list[str]:
         }
         if here.speed:
             cell[f"paper: x {printed.reference}"] = f"{here.speed / base.speed:.2f}"
+        if here.pixel_accuracy:
+            cell["paper: pixel accuracy %"] = f"{here.pixel_accuracy:.2f}"
         if table in "45":
             cell |= {"paper: G MACs": here.macs, "paper: G Winograd": here.winograd}
         cells.append(cell)
@@ -203,9 +205,12 @@ def _costs(table: str, rows: Sequence[str]) -> list[str]:
 
 
 def _segmenter_costs(row: str) -> dict[str, Any]:
+    trained = paper_rows.segmenter_cost(row, deploy=False)
     found = paper_rows.segmenter_cost(row)
     return {
         "pixels": paper.SEGMENTED_SIZE,
+        "M params trained": f"{trained['params'] / 1e6:.2f}",
+        "G MACs trained": f"{trained['macs'] / 1e9:.1f}",
         "M folded": f"{found['params'] / 1e6:.2f}",
         "G MACs": f"{found['macs'] / 1e9:.1f}",
         "G Winograd": f"{found['winograd'] / 1e9:.1f}",

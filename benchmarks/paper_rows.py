@@ -23,12 +23,15 @@ from repvgg_jax.train.targets import Target
 Run = Callable[[], Any]
 RUNNERS = {
     "JAX": (),
+    "JAX as trained": (),
     "onnxruntime": ("onnx", "onnxruntime"),
     "OpenVINO": ("onnx", "openvino"),
     "PyTorch": ("torch",),
     "PyTorch compiled": ("torch",),
 }
 """Frameworks, and the packages that each needs."""
+SEGMENTED = ("JAX", "JAX as trained")
+"""Of Table 8: the network fused, and with its branches."""
 ON_GPU = ("JAX", "PyTorch", "PyTorch compiled")
 TARGETS = {"v5e": "v5e:2x2", "h100": "h100"}
 """What programs are compiled for ahead of time; of the TPU slice one chip is used."""
@@ -36,6 +39,7 @@ TARGETS = {"v5e": "v5e:2x2", "h100": "h100"}
 
 _VERSIONS = {
     "JAX": ("jax", "jaxlib", "flax"),
+    "JAX as trained": ("jax", "jaxlib", "flax"),
     "onnxruntime": ("onnxruntime",),
     "OpenVINO": ("openvino",),
     "PyTorch": ("torch",),
@@ -129,7 +133,18 @@ def not_measurable(table: str, kind: str) -> str | None:
     """Why a runner cannot measure a table here; None if it can."""
     if package := missing(kind):
         return f"{package} is not installed"
-    return "segmenters are measured in JAX only" if table == "8" and kind != "JAX" else None
+    if table == "8":
+        return None if kind in SEGMENTED else "segmenters are measured in JAX only"
+    return "the form as trained is measured in Table 8" if kind == "JAX as trained" else None
+
+
+def runners_of(table: str, device: str) -> tuple[str, ...]:
+    """The frameworks that measure a table if none is asked for."""
+    if table == "8":
+        return SEGMENTED
+    return (
+        ON_GPU if device == "gpu" else tuple(kind for kind in RUNNERS if kind not in SEGMENTED[1:])
+    )
 
 
 def compile_ahead(job: dict[str, Any]) -> dict[str, Any]:
@@ -227,20 +242,23 @@ def _exported(kind: str, network: Network, params: Any, images: np.ndarray) -> R
     return lambda: run(nchw.transpose(0, 2, 3, 1))
 
 
-def segmenter_of(row: str) -> Any:
-    """The PSPNet of a row of Table 8, in deploy form."""
+def segmenter_of(row: str, *, deploy: bool = True) -> Any:
+    """The PSPNet of a row of Table 8, without the head that only training runs."""
     import repvgg_jax as rv
 
     name, fast = row.removesuffix("-fast"), row.endswith("-fast")
-    return rv.create_segmenter(name, num_classes=19, fast=fast, deploy=True)
+    return rv.create_segmenter(name, num_classes=19, fast=fast, deploy=deploy, auxiliary_width=0)
 
 
-def segmenter_cost(row: str) -> dict[str, int]:
-    """Parameters, MACs and Winograd multiplications of a row of Table 8 for one image."""
+def segmenter_cost(row: str, *, deploy: bool = True) -> dict[str, int]:
+    """Parameters, MACs and Winograd multiplications of a row of Table 8 for one image.
+
+    They are counted in the program, so MACs are those of convolutions.
+    """
     import convolutions
     import jax
 
-    model = segmenter_of(row).clone(lowering="plain")
+    model = segmenter_of(row, deploy=deploy).clone(lowering="plain")
     size = paper.SEGMENTED_SIZE
     images = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -253,12 +271,12 @@ def segmenter_cost(row: str) -> dict[str, int]:
 
 
 def _segmenter(row: str, job: dict[str, Any]) -> Run:
-    """Predicts with a PSPNet of Table 8 with random parameters, in deploy form."""
+    """Predicts with a PSPNet of Table 8 with random parameters."""
     import jax
     import jax.numpy as jnp
 
     size = job["image_size"] or paper.SEGMENTED_SIZE
-    model = segmenter_of(row)
+    model = segmenter_of(row, deploy=job["runner"] == "JAX")
     images = np.random.default_rng(0).standard_normal((job["batch"], size, size, 3), np.float32)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.asarray(images))
     return _in_jax(model, variables, images, job)
@@ -267,7 +285,7 @@ def _segmenter(row: str, job: dict[str, Any]) -> Run:
 def _memory_mib(job: dict[str, Any]) -> float | None:
     """The most memory on the GPU so far, or the resident size of this process."""
     if job["device"] == "gpu":
-        if job["runner"] == "JAX":
+        if job["runner"] in SEGMENTED:
             import jax
 
             return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20

@@ -14,8 +14,9 @@ compile. PyTorch is channels_last. Weights are random: times do not depend on th
 On a CPU everything is float32 at batch 8; on a GPU float32 and bfloat16 at batch 128 and 256. Ahead
 of time, each network is compiled for a TPU v5e and an H100 in bfloat16 at batch 128: gigabytes
 moved to and from main memory, and kernels. Neither has to be there, but their compilers have to be
-installed (requirements-tpu.txt, requirements-cuda.txt). Table 8 is in JAX only, at batch 1 on a CPU
-and at the paper's 16 on a GPU and ahead of time.
+installed (requirements-tpu.txt, requirements-cuda.txt). Table 8, semantic segmentation, is in JAX
+only, fused and with the branches as trained, at batch 1 on a CPU and at the paper's 16 on a GPU and
+ahead of time; on a CPU, --image-size 257 takes an eighth of the time.
 
 Results are kept in --output as they are found, and the same command continues where it stopped;
 another folder starts anew. It writes a page of Markdown and the paper's figure, accuracy over
@@ -113,8 +114,7 @@ def jobs_of(args: argparse.Namespace, rows: list[str], device: str) -> Iterator[
     """Everything that there is to measure and to compile, row by row."""
     batches = SEGMENTED_BATCHES if args.table == "8" else BATCHES
     cases = tuple(itertools.product(args.batch or batches[device], args.dtypes or DTYPES[device]))
-    runners = paper_rows.ON_GPU if device == "gpu" else paper_rows.RUNNERS
-    runners = runners if args.runners is None else args.runners
+    runners = paper_rows.runners_of(args.table, device) if args.runners is None else args.runners
     channels = args.channels or (paper.DENSITY_SHAPE[1] if device == "gpu" else 256)
     shared = {"table": args.table, "image_size": args.image_size, "channels": channels}
     timed = {"device": device, "rounds": args.rounds, "seconds": args.seconds}

@@ -6,6 +6,7 @@ row per program, appended to `results/scaling.jsonl` at once. A program takes mi
 programs that have a row are skipped, so the same command continues a run that was interrupted.
 
     python benchmarks/scaling.py                             # all fifteen and the larger slices
+    python benchmarks/scaling.py --segmenters                # the six recipes of Table 8
     python benchmarks/scaling.py --models A0 --topologies v5e:2x2
     python benchmarks/scaling.py --topologies h100x8 --largest
     python benchmarks/scaling.py --table --write             # only update the page
@@ -13,6 +14,9 @@ programs that have a row are skipped, so the same command continues a run that w
 `--largest` compiles, in addition, the largest power of two of images per device whose peak memory
 is at most 75 %, the share that JAX reserves on a GPU unless told otherwise; batch normalization is
 then over one device's images.
+
+`--segmenters` compiles the recipes of the paper's Table 8 as they are: a batch of 16 crops of 713
+pixels, over all of which batch normalization is.
 
 The settings are those of the network's recipe in configs/, or the defaults if it has none. Rows of
 other versions, or from before a network had its recipe, are ignored. Every row has the date and the
@@ -47,6 +51,15 @@ MATTER = (
 EVERY = ("v5e:16x16", "h100x8")  # compiled for all networks
 MORE = ("v4:4x4x8", "v5p:4x4x8")  # and for these
 MORE_MODELS = ("A0", "B1", "B3")
+SEGMENTERS = (
+    "cityscapes_b1g2_fast",
+    "cityscapes_r50",
+    "cityscapes_b1g2",
+    "cityscapes_b2_fast",
+    "cityscapes_r101",
+    "cityscapes_b2",
+)  # recipes, which stand for their networks
+EIGHT = ("v5e:2x4", "h100x8")  # compiled for these
 
 
 def recipe_of(model: str) -> pathlib.Path | None:
@@ -55,13 +68,31 @@ def recipe_of(model: str) -> pathlib.Path | None:
     return path if path.exists() else None
 
 
-def config_of(model: str, topology: str, images: int = IMAGES_PER_CHIP) -> Any:
-    """The recipe of `model`, or the default settings, with so many images per device."""
-    from repvgg_jax.train.config import default_config
+def images_of(model: str, topology: str) -> int:
+    """Images per device: `IMAGES_PER_CHIP`, or a segmenter's share of its recipe's batch."""
     from repvgg_jax.train.targets import Target
 
+    if model not in SEGMENTERS:
+        return IMAGES_PER_CHIP
+    return max(1, _settings(model).train.batch_size // Target.parse(topology).count)
+
+
+def _settings(model: str) -> Any:
+    """The recipe of a model, or the default settings."""
+    from repvgg_jax.train.config import default_config
+
     recipe = recipe_of(model)
-    config = runpy.run_path(str(recipe))["get_config"]() if recipe else default_config(model)
+    return runpy.run_path(str(recipe))["get_config"]() if recipe else default_config(model)
+
+
+def config_of(model: str, topology: str, images: int | None = None) -> Any:
+    """The recipe of `model`, or the default settings, with so many images per device."""
+    from repvgg_jax.train.targets import Target
+
+    config, images = _settings(model), images or images_of(model, topology)
+    if model in SEGMENTERS:
+        config.train.batch_size = images * Target.parse(topology).count
+        return config
     config.data.source = "imagenet"  # of which only the shapes are needed
     config.model.dtype = "bfloat16"
     config.bn.group_size = images
@@ -69,14 +100,13 @@ def config_of(model: str, topology: str, images: int = IMAGES_PER_CHIP) -> Any:
     return config
 
 
-def row_of(
-    model: str, topology: str, timeout: float, images: int = IMAGES_PER_CHIP
-) -> dict[str, Any]:
+def row_of(model: str, topology: str, timeout: float, images: int | None = None) -> dict[str, Any]:
     """Compiles one program and returns its row; one that fails has `error`."""
     import dataclasses
 
     from repvgg_jax.train.aot import compile_ahead
 
+    images = images or images_of(model, topology)
     row: dict[str, Any] = facts_of(model) | harness.origin()
     row |= {"model": model, "topology": topology, "images": images}
     began = time.monotonic()
@@ -114,6 +144,11 @@ def _holds(row: dict[str, Any]) -> bool:
     here, there = facts["versions"], row["versions"]
     known = [package for package in MATTER if package in here and package in there]
     return row["recipe"] == facts["recipe"] and all(here[p] == there[p] for p in known)
+
+
+def _is_usual(row: dict[str, Any]) -> bool:
+    model, topology, images = _program(row)
+    return images == images_of(model, topology)
 
 
 def _is_most(row: dict[str, Any], most: dict[tuple[str, str], tuple[str, str, int]]) -> bool:
@@ -205,6 +240,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", help="by default all")
+    parser.add_argument(
+        "--segmenters", action="store_true", help="the recipes of Table 8 instead of classifiers"
+    )
     parser.add_argument("--topologies", nargs="+", help="by default those of docs/scaling.md")
     parser.add_argument(
         "--largest", action="store_true", help="also with as many images as devices have room for"
@@ -214,7 +252,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into docs/scaling.md")
     args = parser.parse_args()
 
-    models = args.models or list(VARIANTS)
+    models = args.models or list(SEGMENTERS if args.segmenters else VARIANTS)
+    if args.segmenters and not args.topologies:
+        args.topologies = EIGHT
     if args.topologies:
         programs = [(model, topology) for topology in args.topologies for model in models]
     else:
@@ -235,18 +275,18 @@ def main() -> None:
         return done[program]
 
     if not args.table:
-        small = [compiled(*program, IMAGES_PER_CHIP) for program in programs]
+        small = [compiled(*program, images_of(*program)) for program in programs]
         for row in small if args.largest else []:
             if fits(row):
                 largest(row, functools.partial(compiled, row["model"], row["topology"]))
-    rows = sorted(stored(), key=lambda row: _order(row, list(VARIANTS)))
+    rows = sorted(stored(), key=lambda row: _order(row, [*VARIANTS, *SEGMENTERS]))
     if not rows:
         raise SystemExit(
             f"no row in {RESULTS.name} was measured with the versions installed here; the page is "
             "as it was"
         )
     most = {_program(row)[:2]: _program(row) for row in rows if fits(row)}  # ordered by images
-    rows = [row for row in rows if _program(row)[2] == IMAGES_PER_CHIP or _is_most(row, most)]
+    rows = [row for row in rows if _is_usual(row) or _is_most(row, most)]
     known = {p: row["versions"][p] for row in rows for p in MATTER if p in row["versions"]}
     facts = ", ".join(f"{name} {version}" for name, version in known.items())
     if args.write:
@@ -254,10 +294,11 @@ def main() -> None:
     print(f"{table(rows)}\n\n{facts}")
 
 
-def _order(row: dict[str, Any], models: list[str]) -> tuple[int, int, int]:
-    topologies = [*EVERY, *MORE]
+def _order(row: dict[str, Any], models: list[str]) -> tuple[bool, int, int, int]:
+    topologies = [*EVERY, *MORE, *EIGHT]
     known = row["topology"] in topologies
     return (
+        row["model"] in SEGMENTERS,
         topologies.index(row["topology"]) if known else len(topologies),
         models.index(row["model"]) if row["model"] in models else len(models),
         row.get("images", IMAGES_PER_CHIP),

@@ -208,37 +208,29 @@ class SqueezeExciteGate(nn.Module):
         )
 
 
-def conv_bn_relu(
-    head: Any, x: jax.Array, train: bool, features: int, *, stride: int = 1
-) -> jax.Array:
-    """3x3 convolution, batch normalization and ReLU of a head for training, `conv` and `bn` in it.
-
-    To be called in a method that is `nn.compact`.
+def conv_bn(network: Any, features: int, *, stride: int = 1) -> tuple[nn.Conv, BatchNorm]:
+    """A 3x3 convolution and its norm, for the fields `conv` and `bn` of a head for training.
 
     Args:
-      head: the module, with fields as `BatchNorm` and `nn.Conv` have them.
-      x: (images, height, width, channels).
-      train: as of `BatchNorm`.
+      network: a module with fields as `BatchNorm` and `nn.Conv` have them; this is in its `setup`.
       features: channels out.
       stride: of the convolution.
     """
-    x = nn.Conv(
+    conv = nn.Conv(
         features,
         (3, 3),
         strides=stride,
         padding=((1, 1), (1, 1)),
         use_bias=False,
         kernel_init=torch_kernel_init,
-        dtype=head.dtype,
-        param_dtype=head.param_dtype,
-        name="conv",
-    )(x)
-    norm = BatchNorm(
-        momentum=head.momentum,
-        epsilon=head.epsilon,
-        group_size=head.bn_group_size,
-        param_dtype=head.param_dtype,
-        axis_name=getattr(head, "axis_name", None),
-        name="bn",
+        dtype=network.dtype,
+        param_dtype=network.param_dtype,
     )
-    return nn.relu(norm(x, train))
+    norm = BatchNorm(
+        momentum=network.momentum,
+        epsilon=network.epsilon,
+        group_size=network.bn_group_size,
+        param_dtype=network.param_dtype,
+        axis_name=getattr(network, "axis_name", None),
+    )
+    return conv, norm

@@ -20,7 +20,7 @@ from flax import linen as nn
 from repvgg_jax.batch_stats import AxisName
 from repvgg_jax.block import Activation, ReparamBlock, RepVGGBlock, TrainForm, check_options
 from repvgg_jax.cpu_conv import Lowering
-from repvgg_jax.layers import ACTIVATIONS, conv_bn_relu, torch_bias_init, torch_kernel_init
+from repvgg_jax.layers import ACTIVATIONS, BatchNorm, conv_bn, torch_bias_init, torch_kernel_init
 from repvgg_jax.reparam import EPSILON, REPVGG, Geometry, fuse_params, input_channels
 from repvgg_jax.text import positive_integer
 from repvgg_jax.variants import Layer, Variant, get_variant, residual_starts
@@ -161,7 +161,9 @@ class RepVGG(nn.Module):
         if not self.deploy:
             for block, head in self._auxiliary_heads().items():
                 features = next(layer.features for layer in self.layers if layer.name == block)
-                setattr(self, head, self._auxiliary_head(features))
+                logits = _classifier(self.num_classes, features, self.param_dtype)
+                layers = conv_bn(self, features, stride=2)
+                setattr(self, head, AuxiliaryHead(*layers, logits))
         if of_blocks := self.variant.head_layer(self.num_classes):
             self.head: nn.Module = self._block(of_blocks)
         elif self.num_classes:
@@ -277,19 +279,6 @@ class RepVGG(nn.Module):
         return self.activation
 
     @nn.nowrap
-    def _auxiliary_head(self, features: int) -> "AuxiliaryHead":
-        return AuxiliaryHead(
-            features,
-            self.num_classes,
-            self.bn_group_size,
-            self.dtype,
-            self.param_dtype,
-            self.epsilon,
-            self.momentum,
-            self.axis_name,
-        )
-
-    @nn.nowrap
     def _auxiliary_heads(self) -> dict[str, str]:
         """Names of the auxiliary heads by the block they listen to."""
         if not self.num_classes:
@@ -331,35 +320,24 @@ class AuxiliaryHead(nn.Module):
     `fuse_params` drops it.
     """
 
-    features: int
-    num_classes: int
-    bn_group_size: int | None = None
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-    epsilon: float = EPSILON
-    momentum: float = 0.9
-    axis_name: AxisName | None = None
+    conv: nn.Conv
+    bn: BatchNorm
+    logits: nn.Dense
 
-    @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Logits (images, num_classes) of feature maps (images, height, width, features)."""
-        x = conv_bn_relu(self, x, train, self.features, stride=2)
-        x = _global_average(x)
-        return _classifier(self.num_classes, self.features, self.param_dtype, name="logits")(x)
+        """Logits (images, classes) of feature maps (images, height, width, features)."""
+        return self.logits(_global_average(nn.relu(self.bn(self.conv(x), train))))
 
 
 def _global_average(x: jax.Array) -> jax.Array:
     return x.mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _classifier(
-    num_classes: int, fan_in: int, param_dtype: jnp.dtype, name: str | None = None
-) -> nn.Dense:
+def _classifier(num_classes: int, fan_in: int, param_dtype: jnp.dtype) -> nn.Dense:
     """A linear layer in at least float32: it costs nothing and decides everything."""
     return nn.Dense(
         num_classes,
         kernel_init=torch_kernel_init,
         bias_init=torch_bias_init(fan_in),
         param_dtype=param_dtype,
-        name=name,
     )

@@ -41,6 +41,17 @@ def _result(speed=10.0):
     return {"images_per_second": spread, "ratio": spread, "memory_mib": 300.0}
 
 
+@pytest.mark.parametrize("deploy", [False, True])
+def test_counted_macs_of_a_classifier_are_those_of_cost(deploy):
+    """Groups and strides included; the classifier is no convolution."""
+    model = rv.create_model("B1g4", num_classes=0, deploy=deploy, lowering="plain")
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    counted = convolutions.count(jax.jit(model.apply), variables, images).macs
+    expected = rv.cost("B1g4", image_size=64, num_classes=0)
+    assert counted == (expected.macs_deploy if deploy else expected.macs_train)
+
+
 @pytest.mark.parametrize("table", ["4", "5"])
 def test_our_counts_are_the_printed_ones(table):
     """To the printed digit: parameters truncated, except EfficientNet-B3's, multiplications."""
@@ -283,6 +294,18 @@ def test_what_is_not_installed_is_said(monkeypatch):
     assert "openvino" in paper_rows.not_measurable("4", "OpenVINO")
     assert paper_rows.not_measurable("4", "onnxruntime") is None
     assert "JAX" in paper_rows.not_measurable("8", "PyTorch")
+    assert paper_rows.not_measurable("8", "JAX as trained") is None
+    assert "8" in paper_rows.not_measurable("4", "JAX as trained")
+
+
+def test_table_8_has_both_forms(monkeypatch):
+    jobs = _jobs(_parse(monkeypatch, "--table", "8", "--rows", "B2-fast", "--ahead"))
+    assert [job["runner"] for job in jobs] == ["JAX", "JAX as trained"]
+    for device in ("cpu", "gpu"):
+        assert "JAX as trained" not in paper_rows.runners_of("4", device)
+    trained, fused = (paper_rows.segmenter_of("B2-fast", deploy=form) for form in (False, True))
+    assert (trained.deploy, fused.deploy) == (False, True)
+    assert trained.auxiliary_width == fused.auxiliary_width == 0
 
 
 @pytest.mark.system

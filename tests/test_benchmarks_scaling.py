@@ -77,6 +77,20 @@ def test_one_compiler_need_not_know_the_other(scaling, monkeypatch):
     assert [scaling._holds(row) for row in rows] == [True, True, False, False]
 
 
+@pytest.mark.parametrize(("topology", "each"), [("h100x8", 2), ("v5e:2x4", 2), ("h100x4", 4)])
+def test_segmenters_are_compiled_as_their_recipes_are(scaling, topology, each):
+    assert len(scaling.SEGMENTERS) == 6
+    for model in scaling.SEGMENTERS:
+        config = scaling.config_of(model, topology)
+        assert scaling.images_of(model, topology) == each
+        assert (config.train.batch_size, config.data.train_size) == (16, 713)
+        assert config.data.source.startswith("cityscapes:")
+        assert scaling.facts_of(model)["recipe"] == f"{model}.py"
+    row = {"model": model, "topology": topology}
+    assert scaling._is_usual(row | {"images": each})
+    assert not scaling._is_usual(row | {"images": 32})
+
+
 def test_the_page_names_the_sizes_that_were_compiled(scaling):
     """Every row is at 224x224, but those of plus-L2pse, as its recipe says."""
     text = " ".join(scaling.PAGE.read_text().split())

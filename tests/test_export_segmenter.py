@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from repvgg_jax import Variant, create_segmenter
-from repvgg_jax.export import Network, Normalize, export
+from repvgg_jax.export import Network, Normalize, export, export_int8
+from repvgg_jax.export.int8 import float_layers
+from repvgg_jax.quantization import Settings, quantize
 from repvgg_jax.segmentation.resnet import ResNetVariant
 from tests.helpers import export_networks as nets
 from tests.helpers.trees import random_variables
@@ -35,18 +37,18 @@ def segmenter(kind):
 
 
 @functools.cache
-def variables(kind):
-    return random_variables(segmenter(kind), size=SIZE[0], seed=4)
+def variables(kind, seed=4):
+    return random_variables(segmenter(kind), size=SIZE[0], seed=seed)
 
 
 def images(height, width, count=3):
     return np.random.default_rng(height).integers(0, 256, (count, height, width, 3), np.uint8)
 
 
-def network(kind, **options):
+def network(kind, seed=4, params=None, **options):
     return Network(
         segmenter(kind),
-        segmenter(kind).fuse(variables(kind)),
+        {"params": params} if params else segmenter(kind).fuse(variables(kind, seed)),
         images=images(*SIZE),
         normalize=Normalize(nets.MEAN, nets.STD),
         labels=nets.LABELS,
@@ -54,11 +56,12 @@ def network(kind, **options):
     )
 
 
-def expected(kind, pixels):
+def expected(kind, pixels, seed=4):
     """Logits of the training form."""
     normalized = (pixels / 255 - np.asarray(nets.MEAN)) / np.asarray(nets.STD)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(segmenter(kind).apply(variables(kind), normalized.astype(np.float32)))
+        apply = jax.jit(segmenter(kind).apply)
+        return np.asarray(apply(variables(kind, seed), normalized.astype(np.float32)))
 
 
 OTHER_SIZES = ((9, 57), (65, 33), (8, 8))  # beside those of the artifact's own proof
@@ -107,6 +110,25 @@ def test_stablehlo_of_any_size(tmp_path):
         pixels = images(height, width, 2)
         found = np.asarray(call(made.normalize(pixels)))
         assert nets.relative(expected("repvgg", pixels), found) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "inside"), [("repvgg", True), ("resnet", False)])
+def test_int8_onnx_computes_the_simulation_in_integers(kind, inside, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    made = network(kind, seed=6)
+    settings = Settings(calibrator="max", equalize=True, bias_correction=False)
+    quantized = quantize(made.model, made.variables, made.images, settings)
+    of_int8 = network(kind, params=quantized.params, with_preprocessing=inside)
+    artifact = export_int8("onnx", of_int8, quantized, tmp_path / "model.onnx")
+    assert all(proof.relative < 0.02 for proof in artifact.proofs.values())
+    left = float_layers("onnx", "onnxruntime", artifact.path, of_int8, quantized)
+    assert left == ("head",)
+    assert len(quantized.plan.layers) == {"repvgg": 10, "resnet": 20}[kind]
+    # Equalization is part of it, and the branches as they were trained are what it is near to.
+    found = quantized(made.images)
+    assert nets.relative(expected(kind, images(*SIZE), seed=6), found) < 0.05
 
 
 @pytest.mark.slow

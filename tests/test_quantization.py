@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from repvgg_jax import SqueezeExcite, Variant, create_model, quantization
-from repvgg_jax.quantization import CALIBRATORS, TARGETS, Grid, Settings, quantize
+from repvgg_jax import SqueezeExcite, Variant, create_model, create_segmenter, quantization
+from repvgg_jax.quantization import CALIBRATORS, TARGETS, Grid, Settings, chain, chains, quantize
 from repvgg_jax.quantization.calibrators import Histogram, choose_range
 from repvgg_jax.quantization.network import plan
 from repvgg_jax.quantization.quantize import observe
+from repvgg_jax.segmentation.resnet import ResNetVariant
 from tests.helpers.trees import random_images, random_variables
 
 TINY = Variant("tiny", (1, 1), (8, 8), 8, strides=(2, 1))
@@ -158,6 +159,26 @@ class TestPlan:
             plan(model, ("stage9",))
         with pytest.raises(ValueError, match="nothing to quantize"):
             plan(model, ("*",))
+
+    def test_segmenters(self):
+        variant = Variant("tiny", (1, 2), (4, 6), 4, strides=(2, 2))
+        model = create_segmenter(variant, 5, output_stride=4, bins=(1, 3), width=8, deploy=True)
+        blocks = ("stem", "stage1_block0", "stage2_block0", "stage2_block1")
+        backbone, pyramid = tuple(f"backbone/{name}" for name in blocks), ("pyramid1", "pyramid3")
+        assert chains(model) == (backbone, ("decoder", "head"))
+        found = plan(model, ("backbone/stem/reparam", "decoder"))
+        assert found.layers == (*(f"{name}/reparam" for name in (*backbone[1:], *pyramid)), "head")
+        assert found.inputs == found.layers
+        assert found.outputs == (backbone[-1], *pyramid)  # what is pooled, resized or joined
+        assert found.float_layers == ("backbone/stem", "decoder")
+        with pytest.raises(ValueError, match="2 chains"):
+            chain(model)
+
+        model = create_segmenter(ResNetVariant("tiny", (1, 2), (2, 2), (4, 4, 6)), 5, deploy=True)
+        first = "backbone/stage1_block0"
+        assert chains(model)[1] == tuple(f"{first}/conv{i}" for i in range(3))
+        # What is added.
+        assert {f"{first}/conv2", f"{first}/shortcut"} <= set(plan(model).outputs)
 
     def test_gates_and_other_activations(self):
         gated = create_model(

@@ -2,21 +2,26 @@
 
 import dataclasses
 import json
+import sys
 
 import chex
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from repvgg_jax import Variant
+from repvgg_jax.convert.calibration import Calibrate, calibration_images, evaluation_examples
 from repvgg_jax.convert.deployed import Output, load_deployed
+from repvgg_jax.convert.int8 import Int8
 from repvgg_jax.convert.pipeline import convert
 from repvgg_jax.convert.source import from_run, from_weights
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.scenes import load_digits_scenes
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.export import parse_targets
+from repvgg_jax.quantization import Settings as Settings8
 from repvgg_jax.train.config import default_config
 from repvgg_jax.train.evaluate import evaluate_only
 from repvgg_jax.train.experiment import Experiment
@@ -227,6 +232,61 @@ def test_onnx_runtimes_agree_pixel_by_pixel(run, tmp_path):
         from_weights(str(tmp_path / "a")), Output(tmp_path / "c"), targets=parse_targets(["onnx"])
     )
     assert again.proof is None
+
+
+@pytest.mark.slow
+def test_int8_is_judged_by_miou(run, tmp_path, monkeypatch):
+    runtime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("repvgg_jax.convert.calibration.load", few_scenes)
+    monkeypatch.setattr("repvgg_jax.convert.int8.TIMED_ROUNDS", (1, 1))
+    monkeypatch.setitem(sys.modules, "openvino", None)  # as if not installed
+    source, output = from_run(run), tmp_path / "deploy"
+    done = convert(
+        source,
+        Output(output),
+        targets=parse_targets(["safetensors"]),
+        int8=Int8(Calibrate("run", 16), Settings8(equalize=False, bias_correction=False)),
+    )
+    found = load_deployed(output).proof["int8"]
+    measured = found["runtimes"]["onnx"]["onnxruntime"]
+    assert measured["float_layers"] == ["head"]  # ONNX Runtime has no integers in and floats out
+    assert found["calibration"]["images"] == 16
+
+    # Measured again, by hand.
+    labels = evaluation_examples(source).labels
+    session = runtime.InferenceSession(output / "model.int8.onnx")
+    images = source.normalize(source.images).transpose(0, 3, 1, 2)
+    (logits,) = session.run(None, {"images": images})
+    classes = logits.argmax(1)
+    ious = []
+    for label in range(11):
+        of_label, of_class = labels == label, classes == label
+        if (of_label | of_class).any():
+            ious.append((of_label & of_class).sum() / (of_label | of_class).sum())
+    assert found["int8_miou"] == pytest.approx(np.mean(ious), rel=1e-12)
+    assert found["int8_accuracy"] == pytest.approx((classes == labels).mean(), rel=1e-12)
+    assert found["float_miou"] == pytest.approx(rows(run)[-1]["final/miou"], abs=1e-3)
+    fused = np.asarray(source.model.apply(source.variables, source.normalize(source.images)))
+    agreement = (fused.argmax(-1) == classes).mean()
+    assert found["agreement"] == pytest.approx(agreement, abs=1e-3)
+    assert 0.9 < found["agreement"] < 1
+    told = done.table()
+    assert "mIoU" in told
+    assert f"{found['agreement']:.2%} of the pixels of 12 validation images" in told
+
+
+def test_files_to_calibrate_with_are_whole_with_a_border(run, tmp_path):
+    source = from_run(run)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "1.png")
+    (image,) = calibration_images(source, Calibrate(str(tmp_path))).images
+    np.testing.assert_array_equal(image[:40, :50], pixels)
+    mean = [round(255 * value) for value in source.normalize.mean]
+    assert (image[40:] == mean).all()
+    assert (image[:, 50:] == mean).all()
+    Image.fromarray(np.tile(pixels, (2, 2, 1))).save(tmp_path / "2.png")
+    with pytest.raises(ValueError, match=r"2\.png.*80x100 pixels, more than 64x64"):
+        calibration_images(source, Calibrate(str(tmp_path)))
 
 
 def test_formats_of_classifiers_refuse_a_segmenter(run, tmp_path):

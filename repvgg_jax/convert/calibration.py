@@ -6,18 +6,16 @@ import pathlib
 import numpy as np
 
 from repvgg_jax.classifier import Classifier, center_crop, find_images
-from repvgg_jax.convert.source import Source, reading_of
-from repvgg_jax.data.dataset import Dataset, load
+from repvgg_jax.convert.source import PROOF_IMAGES, Source, reading_of
+from repvgg_jax.data.dataset import BUILT_IN, Dataset, load
+from repvgg_jax.data.joint_crop import WholeImage
 from repvgg_jax.data.records import MANIFEST
 from repvgg_jax.data.settings import DataSettings
 from repvgg_jax.text import first_few, one_line, plural
 from repvgg_jax.train.proof_images import data_settings
 
 CALIBRATION_IMAGES = 256
-"""Without a number in `--calibrate`; more change ranges little."""
-
-EVALUATION_IMAGES = 1000
-"""At most, that accuracies are measured on."""
+"""Without a number in `--calibrate`, at most; more change ranges little."""
 
 RUN = "run"
 """The training images of the run that is converted."""
@@ -125,43 +123,54 @@ def _of_run(source: Source, asked: Calibrate) -> Examples:
             f"the data of the run are not there ({one_line(error)}); give another data set or a "
             "directory of images"
         ) from error
-    return _training(dataset, asked)
+    return _training(source, dataset, asked)
 
 
 def _of_data(source: Source, asked: Calibrate) -> Examples:
     shape = source.images.shape[1:]
     height, width, channels = shape
     reading = source.reading or reading_of((height, width, channels), asked.source, source.crop)
-    return _training(load(_settings(asked.source, reading, shape)), asked)
+    return _training(source, load(_settings(asked.source, reading, shape)), asked)
 
 
 def _settings(data: str, reading: DataSettings, shape: tuple[int, ...]) -> DataSettings:
     """How a data set is read; those in memory as they are, others at the network's size."""
-    size: int | tuple[int, int] = 0 if data in ("digits", "fake") else (shape[0], shape[1])
+    size: int | tuple[int, int] = 0 if data in BUILT_IN else (shape[0], shape[1])
     sized = dataclasses.replace(reading, train_size=size, eval_size=size, sizes=())
     return data_settings(data, sized)
 
 
-def _training(dataset: Dataset, asked: Calibrate) -> Examples:
-    images, _ = dataset.spread_examples(asked.count or CALIBRATION_IMAGES, training=True)
+def _training(source: Source, dataset: Dataset, asked: Calibrate) -> Examples:
+    count = asked.count or source.at_most(CALIBRATION_IMAGES)
+    images, _ = dataset.spread_examples(count, training=True)
     return Examples(images, f"{len(images):,} training images of {dataset.name}")
 
 
 def _of_directory(source: Source, asked: Calibrate) -> Examples:
     """All image files below a directory, whatever its structure."""
     files = find_images([asked.source])
-    count = min(asked.count or CALIBRATION_IMAGES, len(files))
+    count = min(asked.count or source.at_most(CALIBRATION_IMAGES), len(files))
     height, width, channels = source.images.shape[1:]
     shape = (height, width, channels)
     crop = center_crop(shape, **dataclasses.asdict(source.crop))
     reader = Classifier(
         source.model, source.variables, source.normalize, source.labels, shape, crop
     )
+    red, green, blue = (255 * np.resize(source.normalize.mean, 3)).tolist()
+    whole = WholeImage(shape[:2], (red, green, blue))
+
+    def read(path: str) -> np.ndarray:
+        """As evaluation does: cropped, or if every pixel has a class, whole with a border."""
+        if not source.per_pixel:
+            return reader.preprocess(path)
+        image = reader.whole(path)
+        return whole({"image": image, "label": image[..., 0], "name": "it"})[0]
+
     images = []
     for number in range(count):
         path = files[number * len(files) // count]
         try:
-            images.append(reader.preprocess(path))
+            images.append(read(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return Examples(np.stack(images), f"{count:,} images of {asked.source}")
@@ -171,8 +180,8 @@ def _is_records(text: str) -> bool:
     return (pathlib.Path(text) / MANIFEST).is_file()
 
 
-def evaluation_examples(source: Source, count: int = EVALUATION_IMAGES) -> Examples:
-    """Labeled images to evaluate a network on, or those of its proof.
+def evaluation_examples(source: Source) -> Examples:
+    """Labeled images to evaluate a network on, as many as in its proof, or those of its proof.
 
     They are spread over the validation images of the run, or of `--data`.
     """
@@ -187,7 +196,7 @@ def evaluation_examples(source: Source, count: int = EVALUATION_IMAGES) -> Examp
         return dataclasses.replace(plain, note=f"no labels: {one_line(error)}")
     if note := _other_classes(source, dataset.classes):
         return dataclasses.replace(plain, note=note)
-    images, labels = dataset.spread_examples(count)
+    images, labels = dataset.spread_examples(source.at_most(PROOF_IMAGES))
     if images.shape[1:] != source.images.shape[1:]:
         return dataclasses.replace(plain, note=f"images of {dataset.name} have another shape")
     return Examples(images, f"{len(images):,} validation images of {dataset.name}", labels)

@@ -6,9 +6,11 @@ import math
 import pathlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from repvgg_jax.convert.calibration import (
@@ -20,9 +22,9 @@ from repvgg_jax.convert.source import Source
 from repvgg_jax.export import INT8_FORMATS, Artifact, Network, export_int8
 from repvgg_jax.export.format import Run, size
 from repvgg_jax.export.int8 import float_layers, simulated
+from repvgg_jax.proof import Forward
 from repvgg_jax.quantization import Quantized, Settings, quantize
 from repvgg_jax.quantization.settings import TRAINED
-from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.text import plural
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,6 @@ logger = logging.getLogger(__name__)
 KEY = "int8"
 """Of the measurements in `proof.json`."""
 
-TIMED_IMAGES = 32  # at most, per call in the timing
 TIMED_ROUNDS = 3, 15  # at least, at most
 TIMED_SECONDS = 6.0  # no further round after this
 PAUSE = 0.05  # seconds before a turn, and of a turn at least
@@ -63,15 +64,15 @@ class Measured:
     """How the float and the int8 artifact of a runtime compare.
 
     Attributes:
-      accuracy: of both; None without labels.
-      agreement: share of images that get the same class from both.
+      metrics: of the task, by name, of both; none without labels.
+      agreement: share of images, or of their pixels, that get the same class from both.
       bytes: of both files; of the simulation none.
       images_per_second: of both, in batches of up to 32, in their fastest turn; of the simulation
         none.
       float_layers: those that the runtime computes in float, although they are quantized.
     """
 
-    accuracy: tuple[float, float] | None
+    metrics: Mapping[str, tuple[float, float]]
     agreement: float
     bytes: tuple[int, int] | None = None
     images_per_second: tuple[float, float] | None = None
@@ -79,10 +80,11 @@ class Measured:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for `proof.json`."""
+        pairs = {**self.metrics, "bytes": self.bytes, "images_per_second": self.images_per_second}
         found: dict[str, Any] = {"agreement": self.agreement}
-        for field in ("accuracy", "bytes", "images_per_second"):
-            for form, value in zip(("float", "int8"), getattr(self, field) or (), strict=False):
-                found[f"{form}_{field}"] = value
+        for name, pair in pairs.items():
+            for form, value in zip(("float", "int8"), pair or (), strict=False):
+                found[f"{form}_{name}"] = value
         return {**found, "float_layers": list(self.float_layers)}
 
 
@@ -98,12 +100,11 @@ class Conversion:
         """Calibrates and quantizes.
 
         Raises:
-          ValueError: a segmenter, or as `calibration_images` and `quantize`.
+          ValueError: a network without classes, or as `calibration_images` and `quantize`.
         """
-        if isinstance(source.model, Segmenter) or not source.model.num_classes:
+        if not source.model.num_classes:
             raise ValueError(
-                "--quantize int8 takes classifiers; a network without classes or with a class per "
-                "pixel has no accuracy that it could be checked by"
+                "--quantize int8 is judged by the classes that a network finds, but this one has 0"
             )
         self.asked = asked
         self.source = source
@@ -134,7 +135,15 @@ class Conversion:
         Raises:
           ValueError: as `export_int8`.
         """
-        rounded = self._network(network, self.quantized.params, network.images)
+        rounded = Network(
+            network.model,
+            {"params": self.quantized.params},
+            images=network.images,
+            normalize=network.normalize,
+            labels=network.labels,
+            with_preprocessing=network.with_preprocessing,
+            dynamic_size=network.dynamic_size,
+        )
         for name in self.asked.formats:
             path = directory / INT8_FORMATS[name].filename
             artifact = export_int8(name, rounded, self.quantized, path)
@@ -143,56 +152,62 @@ class Conversion:
         self._measured["jax"] = {"simulation": self._simulation(network)}
         return self.artifacts
 
-    def _network(self, network: Network, params: Any, images: np.ndarray) -> Network:
-        return Network(
-            network.model,
-            {"params": params},
-            images=images,
-            normalize=network.normalize,
-            labels=network.labels,
-            with_preprocessing=network.with_preprocessing,
-            dynamic_size=network.dynamic_size,
-        )
-
     def _measure(self, name: str, network: Network, artifact: Artifact) -> dict[str, Measured]:
         """Runs the float and the int8 artifact in every runtime on the evaluation images."""
         found = {}
         form = INT8_FORMATS[name].format
-        images = self.evaluation.images
-        of_float = self._network(network, network.params, images)
-        of_int8 = self._network(network, self.quantized.params, images)
+        timed = self._fed(network, slice(self.source.batch))
         with tempfile.TemporaryDirectory() as temporary:
             path = pathlib.Path(temporary, form.filename)
-            form.write(of_float, path, "float32")
+            form.write(network, path, "float32")
             for runtime in form.runtimes:
                 if runtime.name in artifact.unproven:
                     continue
-                runs = runtime.open(path, of_float), runtime.open(artifact.path, of_int8)
-                outputs = of_float.answers(runs[0]), of_int8.answers(runs[1])
+                runs = runtime.open(path, network), runtime.open(artifact.path, network)
                 found[runtime.name] = dataclasses.replace(
-                    self._compared(*outputs),
+                    self._compared(network, runs),
                     bytes=(size(path), artifact.size),
-                    images_per_second=_images_per_second(runs, of_float.images),
+                    images_per_second=_images_per_second(runs, timed),
                     float_layers=float_layers(
-                        name, runtime.name, artifact.path, of_int8, self.quantized
+                        name, runtime.name, artifact.path, network, self.quantized
                     ),
                 )
                 del runs
         return found
 
     def _simulation(self, network: Network) -> Measured:
-        images = self.evaluation.images
-        of_float = self._network(network, network.params, images)
-        of_int8 = self._network(network, self.quantized.params, images)
-        return self._compared(of_float.reference, simulated(of_int8, self.quantized))
+        batch = min(self.source.batch, len(self.evaluation.images))
+        of_float = Forward(network.apply, network.params, batch_size=batch)
+        return self._compared(
+            network, (of_float, lambda images: simulated(network, self.quantized, images))
+        )
 
-    def _compared(self, of_float: np.ndarray, of_int8: np.ndarray) -> Measured:
-        classes = of_float.argmax(-1), of_int8.argmax(-1)
-        labels = self.evaluation.labels
-        accuracy = None
+    def _fed(self, network: Network, part: slice) -> np.ndarray:
+        """Some evaluation images, as artifacts take them."""
+        images = self.evaluation.images[part]
+        return images if network.with_preprocessing else np.asarray(network.normalize(images))
+
+    def _compared(self, network: Network, runs: tuple[Run, Run]) -> Measured:
+        """The metrics of the float and the int8 form, and how often their classes agree."""
+        task, labels, count = self.source.task, self.evaluation.labels, len(self.evaluation.images)
+        sums: tuple[list[Any], list[Any]] = [], []
+        same = []
+        for start in range(0, count, self.source.batch):
+            part = slice(start, min(start + self.source.batch, count))
+            fed = self._fed(network, part)
+            outputs = [np.asarray(run(fed)) for run in runs]
+            before, after = (output.argmax(-1) for output in outputs)
+            same.append((before == after).mean((*range(1, before.ndim),)))
+            if labels is None:
+                continue
+            batch = {"label": labels[part], "mask": np.ones(len(fed), bool)}
+            for found, output in zip(sums, outputs, strict=True):
+                found.append(jax.tree.map(_exact, dict(task.evaluate(jnp.asarray(output), batch))))
+        metrics = {}
         if labels is not None:
-            accuracy = float((classes[0] == labels).mean()), float((classes[1] == labels).mean())
-        return Measured(accuracy, float((classes[0] == classes[1]).mean()))
+            before, after = map(task.means, sums)
+            metrics = {name: (float(before[name]), float(after[name])) for name in task.names}
+        return Measured(metrics, float(np.concatenate(same).mean()))
 
     @property
     def _headline(self) -> Measured:
@@ -201,11 +216,14 @@ class Conversion:
 
     def as_dict(self) -> dict[str, Any]:
         """The object `int8` of `proof.json`."""
-        accuracy = self._headline.accuracy or (None, None)
+        headline = self._headline
+        metrics: dict[str, float | None] = {}
+        for name in self.source.task.names:
+            pair = headline.metrics.get(name, (None, None))
+            metrics |= {f"float_{name}": pair[0], f"int8_{name}": pair[1]}
         return {
-            "float_accuracy": accuracy[0],
-            "int8_accuracy": accuracy[1],
-            "agreement": self._headline.agreement,
+            **metrics,
+            "agreement": headline.agreement,
             "images": len(self.evaluation.images),
             "evaluation": self.evaluation.what,
             "calibration": {
@@ -254,17 +272,19 @@ class Conversion:
     def _rows(
         self, name: str, runtime: str, measured: Measured
     ) -> list[tuple[str, str, str, str, str]]:
-        same = f"same class on {measured.agreement:.2%} of {self.evaluation.what}"
-        accuracy = measured.accuracy
-        before, after = ("–", "–") if accuracy is None else (f"{a:.2%}" for a in accuracy)
-        rows = [(runtime, "accuracy", before, after, same)]
+        task = self.source.task
+        where = "" if task.each == "image" else f"the {task.each}s of "
+        same = f"same class on {measured.agreement:.2%} of {where}{self.evaluation.what}"
+        pair = measured.metrics.get(task.headline)
+        before, after = ("–", "–") if pair is None else (f"{value:.2%}" for value in pair)
+        rows = [(runtime, task.names[task.headline], before, after, same)]
         if measured.bytes is not None:
             large, small = measured.bytes
             rows.append(("", "bytes", f"{large:,}", f"{small:,}", f"{small / large:.1%}, {name}"))
         if measured.images_per_second is not None:
             slow, fast = measured.images_per_second
             ratio = f"{fast / slow:.2f}x"
-            rows.append(("", "images/s", f"{slow:,.0f}", f"{fast:,.0f}", ratio))
+            rows.append(("", "images/s", _speed(slow), _speed(fast), ratio))
         total = len(self.quantized.plan.layers)
         if runtime != "simulation":
             left = measured.float_layers
@@ -283,13 +303,22 @@ def _calibrator(settings: Settings) -> str:
     return f"calibrator {settings.calibrator}"
 
 
-def _images_per_second(runs: Sequence[Run], images: np.ndarray) -> tuple[float, float]:
+def _exact(leaf: Any) -> np.ndarray:
+    """Sums that add up without rounding."""
+    leaf = np.asarray(leaf)
+    return leaf.astype(np.int64 if np.issubdtype(leaf.dtype, np.integer) else np.float64)
+
+
+def _speed(images_per_second: float) -> str:
+    return f"{images_per_second:,.0f}" if images_per_second >= 10 else f"{images_per_second:.2g}"
+
+
+def _images_per_second(runs: Sequence[Run], batch: np.ndarray) -> tuple[float, float]:
     """Of the fastest of several turns that both artifacts take.
 
     Threads of a runtime go on waiting for work for a while, which slows the other one down: a turn
     begins with a pause and a run that does not count.
     """
-    batch = images[: min(len(images), TIMED_IMAGES)]
     fastest = [math.inf for _ in runs]
     least, most = TIMED_ROUNDS
     began = time.perf_counter()

@@ -1,7 +1,6 @@
 """From a source to a deploy directory: fuse, prove, write."""
 
 import dataclasses
-import math
 import pathlib
 import statistics
 import time
@@ -20,8 +19,6 @@ from repvgg_jax.progress import Advance, silent
 from repvgg_jax.proof import TOLERANCE, Forward, Proof, compare_forwards
 
 ARTIFACT_IMAGES = 64  # at most, run by every runtime of every artifact
-BATCH = 32  # images at most, of the proof and of the timing
-BATCH_PIXELS = 2**21  # of a batch with a class per pixel: one image of Cityscapes
 TIMED_ROUNDS = 3, 11  # at least, at most
 TIMED_SECONDS = 10.0  # no further round after this
 
@@ -126,10 +123,7 @@ def convert(
     advance(0, "comparing both forms")
     images = source.normalize(source.images)
     deployed = source.model.clone(deploy=True)
-    fused, proof = source.variables, None
-    batch = BATCH
-    if source.per_pixel:
-        batch = max(1, min(BATCH, BATCH_PIXELS // math.prod(source.images.shape[1:3])))
+    fused, proof, batch = source.variables, None, source.batch
     forms: dict[str, Forward] = {}
     if not source.model.deploy:
         fused = source.model.fuse(source.variables)
@@ -161,7 +155,9 @@ def convert(
         target.check(network)
     if int8 is not None and network.feature_maps:
         raise ValueError(
-            "--quantize int8 is for networks that return logits, not for --outputs; convert twice"
+            "--quantize int8 is judged by the classes that a network finds, and feature maps "
+            f"(--outputs={','.join(feature_maps)}) have none: leave out one of the two, and "
+            "quantize what the maps are for, as a whole, with the tools of its runtime"
         )
     if int8 is not None:
         advance(0, "quantizing")

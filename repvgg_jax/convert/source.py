@@ -1,6 +1,7 @@
 """What a conversion starts from: a run, a deploy directory, a checkpoint file or a hub name."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_jax.convert.deployed import Crop, Metadata, is_deployment, load_deployed
+from repvgg_jax.data.dataset import BUILT_IN
 from repvgg_jax.data.settings import DataSettings, Size, height_width, parse_size
 from repvgg_jax.export import FORMATS
 from repvgg_jax.export.description import Description, read_description
@@ -18,7 +20,9 @@ from repvgg_jax.quantization import Quantized
 from repvgg_jax.quantization import Settings as QuantizationSettings
 from repvgg_jax.quantization.network import checked
 from repvgg_jax.quantization.qat import Simulation, with_ranges
+from repvgg_jax.segmentation.inference import PROTOCOLS, WHOLE, Protocol
 from repvgg_jax.segmentation.network import Segmenter
+from repvgg_jax.segmentation.task import Segmentation
 from repvgg_jax.text import first_few
 from repvgg_jax.train.experiment import network_title
 from repvgg_jax.train.proof_images import (
@@ -28,12 +32,15 @@ from repvgg_jax.train.proof_images import (
     validation_images,
 )
 from repvgg_jax.train.restore import RunWeights, Step, load_run
+from repvgg_jax.train.step import Classification, Task
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights import Weights, is_pretrained, load_file_or_pretrained
 from repvgg_jax.weights.detect import UnknownVariantError
 
 PROOF_IMAGES = 1000  # validation images in a proof, at most
 PROOF_PIXELS = 2**25  # of images in a proof of classes of pixels, at most: 16 images of Cityscapes
+BATCH = 32  # images at once, at most
+BATCH_PIXELS = 2**21  # of a batch with a class per pixel: one image of Cityscapes
 
 IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 """What the published networks were trained with."""
@@ -110,6 +117,7 @@ class Source:
       evaluation: the data set that `images` are from, which has labels; None for photographs.
       trained: its integers and their ranges, of a run of quantization-aware training.
       is_run: whether it is a run, whose training images are those of `reading`.
+      protocol: of the evaluation of a segmenter.
     """
 
     title: str
@@ -128,11 +136,32 @@ class Source:
     evaluation: DataSettings | None = None
     is_run: bool = False
     trained: Trained | None = None
+    protocol: Protocol = WHOLE
 
     @property
     def per_pixel(self) -> bool:
         """Whether the network gives every pixel a class."""
         return isinstance(self.model, Segmenter)
+
+    @property
+    def task(self) -> Task:
+        """What the network is for, and by which metrics it is judged."""
+        count = self.model.num_classes
+        if self.per_pixel:
+            return Segmentation(count, protocol=self.protocol)
+        return Classification(count)
+
+    @property
+    def batch(self) -> int:
+        """Images at once, at most: fewer if every pixel has a class."""
+        if not self.per_pixel:
+            return BATCH
+        return max(1, min(BATCH, BATCH_PIXELS // math.prod(self.images.shape[1:3])))
+
+    def at_most(self, count: int) -> int:
+        """That many images, or as many as are affordable if every pixel has a class."""
+        height, width, channels = self.images.shape[1:]
+        return min(count, _proof_images(self.model, (height, width, channels)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +242,7 @@ def from_run(path: pathlib.Path, *, step: Step = "newest", data: str | None = No
         evaluation=run.settings.data if data is None else data_settings(data, run.settings.data),
         is_run=True,
         trained=Trained.of(run),
+        protocol=PROTOCOLS[run.settings.protocol],
     )
 
 
@@ -409,7 +439,7 @@ def reading_of(
 ) -> DataSettings:
     """How a data set becomes images of that shape, without a run that says it."""
     crop = crop or Crop()
-    size = 0 if data in ("digits", "clutter", "fake", "scenes") else shape[:2]
+    size = 0 if data in BUILT_IN else shape[:2]
     return DataSettings(
         train_size=size,
         eval_size=size,

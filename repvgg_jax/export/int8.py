@@ -17,6 +17,7 @@ from repvgg_jax.export import onnx_int8, tensorflow_int8
 from repvgg_jax.export.exporting import FORMATS, run_in_runtimes
 from repvgg_jax.export.format import Artifact, Format, Run, checksums, size
 from repvgg_jax.export.network import Network
+from repvgg_jax.export.operators import RESAMPLING, operators
 from repvgg_jax.proof import Proof, compare
 from repvgg_jax.quantization.quantize import Quantized
 from repvgg_jax.text import versions
@@ -82,7 +83,7 @@ def export_int8(name: str, network: Network, quantized: Quantized, path: Path) -
       ValueError: a package is not installed, or a runtime disagrees with the simulation.
     """
     form, start = INT8_FORMATS[name], time.perf_counter()
-    expected = network.comparable(simulated(network, quantized))
+    expected = network.comparable(simulated(network, quantized, network.images))
     try:
         form.write(network, quantized, path)
     except ImportError as error:
@@ -113,9 +114,8 @@ def export_int8(name: str, network: Network, quantized: Quantized, path: Path) -
     )
 
 
-def simulated(network: Network, quantized: Quantized) -> np.ndarray:
-    """What an artifact answers to the network's images, by the simulation."""
-    images = network.images
+def simulated(network: Network, quantized: Quantized, images: np.ndarray) -> np.ndarray:
+    """What an artifact answers to images as it takes them, by the simulation."""
     logits = quantized(network.normalize(images) if network.with_preprocessing else images)
     if network.output_name == "probabilities":
         return np.asarray(jax.nn.softmax(logits))
@@ -127,6 +127,10 @@ def float_layers(
 ) -> tuple[str, ...]:
     """Layers of an artifact that should be int8 and that a runtime computes in float."""
     found = INT8_FORMATS[name].float_layers[runtime](path)
+    if network.is_segmenter:  # it interpolates by matrix products, the last one is the output
+        others = [one.name for one in operators(network) if isinstance(one, RESAMPLING)]
+        others.append(network.output_name)
+        found = tuple(one for one in found if not any(other in one for other in others))
     # A linear layer is called like the output in some runtimes.
     found = tuple("head" if one == network.output_name else one for one in found)
     return tuple(layer for layer in quantized.plan.layers if any(layer in one for one in found))

@@ -215,6 +215,9 @@ class ResampleToSize:
     wide: bool = False
 
 
+RESAMPLING = (Resample, ResampleToSize)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Widen:
     """From here on in float32."""
@@ -267,16 +270,16 @@ def operators(network: Network) -> list[Operator]:
     return found
 
 
-def _layers(model: Any, params: Any) -> Iterator[tuple[Layer, list[Operator]]]:
-    """The layers of a bound classifier or backbone, each with its operators."""
+def _layers(model: Any, params: Any, above: str = "") -> Iterator[tuple[Layer, list[Operator]]]:
+    """The layers of a bound classifier or, below a path, backbone, each with its operators."""
     starts = residual_starts(model.layers)
     for index, layer in enumerate(model.layers):
         found: list[Operator] = []
         if index in starts.values():
-            found.append(Keep(f"{layer.name}/input"))
-        found += _block(layer.name, getattr(model, layer.name), params[layer.name])
+            found.append(Keep(f"{above}{layer.name}/input"))
+        found += _block(f"{above}{layer.name}", getattr(model, layer.name), params[layer.name])
         if layer.residual:
-            found.append(Add(f"{model.layers[starts[index]].name}/input"))
+            found.append(Add(f"{above}{model.layers[starts[index]].name}/input"))
         yield layer, found
 
 
@@ -345,19 +348,25 @@ def _map_size(network: Network) -> tuple[int, int]:
 def _backbone(backbone: Any, params: Any) -> Iterator[Operator]:
     """The operators of a segmenter's backbone."""
     if not isinstance(backbone, ResNet):
-        for _, of_layer in _layers(backbone, params):
+        for _, of_layer in _layers(backbone, params, "backbone/"):
             yield from of_layer
         return
     for name in ("stem0", "stem1", "stem2"):
-        yield from _block(name, getattr(backbone, name), params[name])
+        yield from _block(f"backbone/{name}", getattr(backbone, name), params[name])
     yield MaxPool()
     for layer in backbone.layers:
-        block, of_layer = getattr(backbone, layer.name), params[layer.name]
+        name, block, of_layer = (
+            f"backbone/{layer.name}",
+            getattr(backbone, layer.name),
+            params[layer.name],
+        )
 
-        def conv(part: str, block: Any = block, layer: Any = layer) -> Iterator[Operator]:
-            return _block(f"{layer.name}/{part}", getattr(block, part), params[layer.name][part])
+        def conv(
+            part: str, name: str = name, block: Any = block, of_layer: Any = of_layer
+        ) -> Iterator[Operator]:
+            return _block(f"{name}/{part}", getattr(block, part), of_layer[part])
 
-        source, shortcut = f"{layer.name}/input", f"{layer.name}/shortcut"
+        source, shortcut = f"{name}/input", f"{name}/shortcut"
         yield Keep(source)
         if "shortcut" in of_layer:
             yield from conv("shortcut")

@@ -10,7 +10,7 @@ them together. `repvgg_jax.export` writes the result for runtimes.
 
 from repvgg_jax.quantization.calibrators import CALIBRATORS
 from repvgg_jax.quantization.grid import Grid
-from repvgg_jax.quantization.network import chain
+from repvgg_jax.quantization.network import chain, chains
 from repvgg_jax.quantization.quantize import Quantized, quantize
 from repvgg_jax.quantization.settings import TARGETS, Settings, Target
 
@@ -22,5 +22,6 @@ __all__ = [
     "Settings",
     "Target",
     "chain",
+    "chains",
     "quantize",
 ]

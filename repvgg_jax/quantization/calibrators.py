@@ -170,7 +170,7 @@ def choose_range(
         raise ValueError(
             f"activations at {where} are 0 for all calibration images, which gives an empty range; "
             "calibrate with images like those the network was trained on, or leave the layer in "
-            f"float: --float-layers={where.partition('/')[0]}"
+            f"float: --float-layers={where.removesuffix('/output').removesuffix('/se')}"
         )
     low, high = CALIBRATORS[calibrator](histogram, symmetric=symmetric, percentile=percentile)
     low, high = min(float(low), 0.0), max(float(high), 0.0)

@@ -6,15 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from repvgg_jax.model import RepVGG
 from repvgg_jax.quantization.calibrators import BINS
 from repvgg_jax.quantization.grid import Grid
 from repvgg_jax.quantization.network import (
+    HEAD,
     After,
     Before,
+    Model,
     Plan,
     forward,
     layer_of,
+    layers_of,
     of_output,
 )
 
@@ -36,7 +38,7 @@ _of_plan = functools.partial(_compiled, static=2)
 
 
 @_of_network
-def plain(model: RepVGG, params: Any, images: jax.Array) -> jax.Array:
+def plain(model: Model, params: Any, images: jax.Array) -> jax.Array:
     """Logits in float."""
     return forward(model, {"params": params}, images)
 
@@ -55,7 +57,7 @@ def _rounding(planned: Plan, grids: dict[str, Grid]) -> tuple[dict[str, Before],
 
 @_of_plan
 def rounded(
-    model: RepVGG, planned: Plan, grids: dict[str, Grid], variables: Any, images: jax.Array
+    model: Model, planned: Plan, grids: dict[str, Grid], variables: Any, images: jax.Array
 ) -> jax.Array:
     """Logits with activations on their grids."""
     before, after = _rounding(planned, grids)
@@ -63,9 +65,9 @@ def rounded(
 
 
 @_of_plan
-def extremes(model: RepVGG, planned: Plan, params: Any, images: jax.Array) -> Any:
+def extremes(model: Model, planned: Plan, params: Any, images: jax.Array) -> Any:
     """Least and largest value, 0 included, and sum by tensor; largest |output| by block."""
-    blocks = [layer.name for layer in model.layers]
+    blocks = [layer.name for layer in layers_of(model) if layer.name != HEAD]
     seen: dict[str, Any] = {}
     channels: dict[str, Any] = {}
 
@@ -86,7 +88,7 @@ def extremes(model: RepVGG, planned: Plan, params: Any, images: jax.Array) -> An
 
 @_of_plan
 def counts(
-    model: RepVGG, planned: Plan, ranges: dict[str, Any], params: Any, images: jax.Array
+    model: Model, planned: Plan, ranges: dict[str, Any], params: Any, images: jax.Array
 ) -> dict[str, jax.Array]:
     """By tensor, how many values are in each bin of its range, and last how many are exactly 0."""
     found: dict[str, Any] = {}
@@ -112,7 +114,7 @@ def _mean(y: jax.Array) -> jax.Array:
 
 
 @_of_plan
-def means(model: RepVGG, planned: Plan, params: Any, images: jax.Array) -> dict[str, jax.Array]:
+def means(model: Model, planned: Plan, params: Any, images: jax.Array) -> dict[str, jax.Array]:
     """The mean of each output channel of every layer."""
     found: dict[str, Any] = {}
 
@@ -126,7 +128,7 @@ def means(model: RepVGG, planned: Plan, params: Any, images: jax.Array) -> dict[
 
 @_of_plan
 def shifts(
-    model: RepVGG,
+    model: Model,
     planned: Plan,
     grids: dict[str, Grid],
     variables: Any,
@@ -149,7 +151,7 @@ def shifts(
 
 @_of_plan
 def changes(
-    model: RepVGG,
+    model: Model,
     planned: Plan,
     grids: dict[str, Grid],
     params: Any,

@@ -33,7 +33,13 @@ from repvgg_jax.quantization.network import (
     plan,
     with_layers,
 )
-from repvgg_jax.quantization.quantize import MEASURED, Quantized, batches, layer_noise, weight_grids
+from repvgg_jax.quantization.quantize import (
+    Quantized,
+    batches,
+    layer_noise,
+    measured,
+    weight_grids,
+)
 from repvgg_jax.quantization.settings import TARGETS, TRAINED, Settings
 
 RANGES = "quantization"
@@ -126,7 +132,7 @@ class Simulation:
         )
         if images is None:
             return found
-        shown = np.asarray(images[:MEASURED], np.float32)
+        shown = np.asarray(measured(images), np.float32)
         parts = [passes.plain(self.model, params, part) for part in batches(shown)]
         floats = np.concatenate([np.asarray(part) for part in parts])
         error = np.sqrt(((found(shown) - floats) ** 2).mean() / (floats**2).mean())

@@ -1,6 +1,7 @@
 """Quantizes a deployed network after training, from some images and no labels."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repvgg_jax.model import RepVGG
 from repvgg_jax.quantization import passes
 from repvgg_jax.quantization.calibrators import BINS, CALIBRATORS, Histogram, choose_range
 from repvgg_jax.quantization.grid import Grid
 from repvgg_jax.quantization.network import (
+    Model,
     Plan,
-    chain,
+    chains,
     checked,
     commutes,
     layer_of,
@@ -25,11 +26,11 @@ from repvgg_jax.quantization.settings import TRAINED, Settings
 from repvgg_jax.reparam import equalize
 from repvgg_jax.text import named_leaves, plural
 
-BATCH = 32
-"""Images at once."""
+BATCH, BATCH_PIXELS = 32, 2**21
+"""Images at once, at most, and pixels: one image of Cityscapes."""
 
-MEASURED = 64
-"""Calibration images at most that noise and gains are measured on."""
+MEASURED, MEASURED_PIXELS = 64, 2**23
+"""Calibration images, and their pixels, that noise and gains are measured on, at most."""
 
 NOISY = 0.05
 """Noise of a layer, relative to the variance of its outputs, that deserves a warning: 13 dB."""
@@ -53,7 +54,7 @@ class Quantized:
         before and after every step that was tried, in order.
     """
 
-    model: RepVGG
+    model: Model
     params: Any
     plan: Plan
     activations: Mapping[str, Grid]
@@ -105,7 +106,7 @@ class Quantized:
         remedies = [] if tried else ["equalize its channels (--equalize)"]
         remedies += [
             "train a QARepVGG (docs/family.md) or with quantization-aware training",
-            f"leave these layers in float (--float-layers={bad[0].partition('/')[0]})",
+            f"leave these layers in float (--float-layers={bad[0]})",
         ]
         return (
             f"int8 does not fit {plural(len(bad), 'layer')}: rounding changes the outputs by more "
@@ -114,15 +115,15 @@ class Quantized:
 
 
 def quantize(
-    model: RepVGG, variables: Any, images: np.ndarray, settings: Settings | None = None
+    model: Model, variables: Any, images: np.ndarray, settings: Settings | None = None
 ) -> Quantized:
-    """Quantizes a deployed classifier, from images without labels.
+    """Quantizes a deployed classifier or segmenter, from images without labels.
 
     Args:
       model: in deploy form.
       variables: its deploy-form variables, `{"params": …}`, NumPy or JAX.
       images: normalized, float (images, height, width, channels); 100 to 500 of those that the
-        network was trained on. More change little.
+        network was trained on, or a dozen large ones with a class per pixel. More change little.
       settings: how; default: for x86 processors, with ranges of least error.
 
     Returns:
@@ -141,10 +142,10 @@ def quantize(
     model = checked(model)
     planned = plan(model, settings.float_layers)
     images = check_images(images)
-    params = _params_of(model, variables)
+    params = _params_of(model, variables, images)
     wanted = settings.equalize or (settings.equalize is None and commutes(model))
-    order = chain(model) if wanted else ()
-    shown = images[:MEASURED]
+    orders = chains(model) if wanted else ()
+    shown = measured(images)
     expected = np.concatenate(
         [np.asarray(passes.plain(model, params, part)) for part in batches(shown)]
     )
@@ -162,9 +163,11 @@ def quantize(
         return kept
 
     equalized = corrected = False
-    if order:
+    if orders:
         _, channels = observe(model, params, images, planned)
-        scaled = equalize(params, order, activations=channels)
+        scaled = params
+        for order in orders:
+            scaled = equalize(scaled, order, activations=channels)
         other = rounded(model, scaled, planned, images, settings)
         if equalized := better(other, "equalized", settings.equalize):
             found = other
@@ -201,30 +204,33 @@ def check_images(images: Any) -> np.ndarray:
     return images.astype(np.float32)
 
 
-def _params_of(model: RepVGG, variables: Any) -> Any:
+def _params_of(model: Model, variables: Any, images: np.ndarray) -> Any:
     """The parameters, float32 NumPy arrays, compared in name and shape."""
     given = variables.get("params") if isinstance(variables, Mapping) else None
     if not isinstance(given, Mapping):
         raise ValueError("quantization takes deploy-form variables, {'params': …}")
-    stem = given.get("stem", {}).get(model.layers[0].block.deploy, {})
-    kernel = stem.get("kernel") if isinstance(stem, Mapping) else None
-    if kernel is None:
-        raise ValueError(
-            f"the variables of {model.variant.name} are in training form; quantization takes the "
-            "deploy form: pass them through fuse_params first"
-        )
-    channels = kernel.shape[-2] * model.layers[0].groups
-    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    shapes = [{n: leaf.shape for n, leaf in named_leaves(tree).items()} for tree in (wanted, given)]
-    if shapes[0] != shapes[1]:
-        name, shape = sorted(shapes[0].items() ^ shapes[1].items())[0]
+    image = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.float32)
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        return {name: leaf.shape for name, leaf in named_leaves(tree).items()}
+
+    def of(form: Any) -> dict[str, tuple[int, ...]]:
+        return shapes(jax.eval_shape(form.init, jax.random.key(0), image)["params"])
+
+    wanted, found = of(model), shapes(given)
+    if wanted != found:
+        if found.keys() & of(model.clone(deploy=False)).keys() - wanted.keys():
+            raise ValueError(
+                f"the variables of {model.variant.name} are in training form; quantization takes "
+                "the deploy form: pass them through fuse_params first"
+            )
+        name, shape = sorted(wanted.items() ^ found.items())[0]
         raise ValueError(f"these are not the variables of {model.variant.name}: {name} {shape}")
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(given))
 
 
 def rounded(
-    model: RepVGG, params: Any, planned: Plan, images: np.ndarray, settings: Settings
+    model: Model, params: Any, planned: Plan, images: np.ndarray, settings: Settings
 ) -> Quantized:
     """The network with a grid for every tensor."""
     activations = {}
@@ -252,7 +258,7 @@ def weight_grids(params: Any, planned: Plan, activations: Mapping[str, Grid]) ->
 
 
 def observe(
-    model: RepVGG, params: Any, images: np.ndarray, planned: Plan
+    model: Model, params: Any, images: np.ndarray, planned: Plan
 ) -> tuple[dict[str, tuple[float, float]], dict[str, np.ndarray]]:
     """Smallest and largest value of every tensor, and the largest |output| per channel of blocks.
 
@@ -267,12 +273,11 @@ def observe(
         if not np.isfinite(total).all():
             low = high = np.array([np.nan if np.isnan(total).any() else np.inf])
         ranges[name] = float(low.min()), float(high.max())
-    blocks = [layer.name for layer in model.layers]
-    return ranges, {name: np.max([part[1][name] for part in parts], axis=0) for name in blocks}
+    return ranges, {name: np.max([part[1][name] for part in parts], axis=0) for name in parts[0][1]}
 
 
 def histograms(
-    model: RepVGG, params: Any, images: np.ndarray, planned: Plan
+    model: Model, params: Any, images: np.ndarray, planned: Plan
 ) -> dict[str, Histogram]:
     """The values of every tensor that is quantized, in two passes over the images."""
     ranges, _ = observe(model, params, images, planned)
@@ -339,6 +344,16 @@ def _relative(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 def batches(images: np.ndarray) -> Iterator[np.ndarray]:
-    """Images in portions of `BATCH`."""
-    for start in range(0, len(images), BATCH):
-        yield images[start : start + BATCH]
+    """Images in portions of at most `BATCH` images and `BATCH_PIXELS` pixels, or of one."""
+    size = _at_most(BATCH, BATCH_PIXELS, images)
+    for start in range(0, len(images), size):
+        yield images[start : start + size]
+
+
+def measured(images: np.ndarray) -> np.ndarray:
+    """The calibration images that noise and gains are measured on."""
+    return images[: _at_most(MEASURED, MEASURED_PIXELS, images)]
+
+
+def _at_most(count: int, pixels: int, images: np.ndarray) -> int:
+    return max(1, min(count, pixels // math.prod(images.shape[1:3])))

@@ -57,9 +57,10 @@ def equalize(
     Args:
       variables: deploy-form variables, `{"params": …}`, or such parameters alone.
       order: paths of the layers as the data pass them, e.g. `("stem", "stage1_block0", …, "head")`;
-        `repvgg_jax.quantization.chain(model)` gives a network's. A layer is a mapping with a
-        kernel (height, width, channels in / groups, channels out) or (channels in, channels out)
-        and a bias, or a block in deploy form, which contains one such mapping.
+        `repvgg_jax.quantization.chain(model)` gives a classifier's, and `chains(model)` the several
+        of a segmenter. A layer is a mapping with a kernel (height, width, channels in / groups,
+        channels out) or (channels in, channels out) and a bias, or a block in deploy form, which
+        contains one such mapping.
       activations: by layer, the largest |activation| of each of its output channels, float
         (channels,): r1 is then this instead of the largest |weight|, which suits weights that are
         quantized per channel. Layers that it lacks use weights.

@@ -21,7 +21,7 @@ from flax import linen as nn
 
 from repvgg_jax.block import Activation, TrainForm, check_options
 from repvgg_jax.cpu_conv import Lowering
-from repvgg_jax.layers import conv_bn_relu, torch_bias_init, torch_kernel_init
+from repvgg_jax.layers import BatchNorm, conv_bn, torch_bias_init, torch_kernel_init
 from repvgg_jax.meshes import on_auto_axes
 from repvgg_jax.model import RematPolicy, RepVGG, create_model, own_activation
 from repvgg_jax.reparam import CONV_BN, EPSILON, fuse_params
@@ -182,16 +182,9 @@ class Segmenter(nn.Module):
         self.head = _pixel_classifier(self.num_classes, self.width, self.param_dtype)
         self.drop = _channel_dropout(self.dropout)
         if self.auxiliary_width and not self.deploy:
-            self.aux_backbone = PixelHead(
-                self.auxiliary_width,
-                self.num_classes,
-                self.dropout,
-                self.bn_group_size,
-                self.dtype,
-                self.param_dtype,
-                self.epsilon,
-                self.momentum,
-            )
+            width = self.auxiliary_width
+            logits = _pixel_classifier(self.num_classes, width, self.param_dtype)
+            self.aux_backbone = PixelHead(*conv_bn(self, width), logits, self.dropout)
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Class scores of every pixel.
@@ -259,21 +252,16 @@ class PixelHead(nn.Module):
     drops it.
     """
 
-    width: int
-    num_classes: int
+    conv: nn.Conv
+    bn: BatchNorm
+    logits: nn.Conv
     dropout: float
-    bn_group_size: int | None = None
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-    epsilon: float = EPSILON
-    momentum: float = 0.9
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Logits (images, height, width, num_classes) of feature maps of the same size."""
-        x = conv_bn_relu(self, x, train, self.width)
-        x = _channel_dropout(self.dropout)(x, not train)
-        return _pixel_classifier(self.num_classes, self.width, self.param_dtype, name="logits")(x)
+        """Logits (images, height, width, classes) of feature maps of the same size."""
+        x = nn.relu(self.bn(self.conv(x), train))
+        return self.logits(_channel_dropout(self.dropout)(x, not train))
 
 
 class Dropout(nn.Dropout):
@@ -354,9 +342,7 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _pixel_classifier(
-    num_classes: int, fan_in: int, param_dtype: jnp.dtype, name: str | None = None
-) -> nn.Conv:
+def _pixel_classifier(num_classes: int, fan_in: int, param_dtype: jnp.dtype) -> nn.Conv:
     """A 1x1 convolution in at least float32: it costs little and decides everything."""
     return nn.Conv(
         num_classes,
@@ -365,5 +351,4 @@ def _pixel_classifier(
         kernel_init=torch_kernel_init,
         bias_init=torch_bias_init(fan_in),
         param_dtype=param_dtype,
-        name=name,
     )

@@ -44,6 +44,9 @@ class Segmentation:
     ignore: int = IGNORE
     protocol: Protocol = WHOLE
 
+    each = "pixel"
+    """What has a class."""
+
     headline = "miou"
     """The metric that says how good a network is."""
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from repvgg_jax.data.dataset import Dataset, load
+from repvgg_jax.data.dataset import BUILT_IN, Dataset, load
 from repvgg_jax.data.settings import height_width
 from repvgg_jax.data.sources import ArraySource
 from repvgg_jax.train import hlo, resume
@@ -30,8 +30,6 @@ from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.state import data_mesh
 from repvgg_jax.train.targets import Target
 from repvgg_jax.train.validate import check_batches, check_compiler_options
-
-_BUILT_IN = ("digits", "clutter", "fake", "scenes")  # sources that come with the package
 
 _COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -207,7 +205,7 @@ def _flops(run: Experiment) -> float:
 
 def _dataset(settings: Settings) -> Dataset:
     """The data set, or a blank one; with the number of images and classes of ImageNet."""
-    if settings.data.source in _BUILT_IN:
+    if settings.data.source in BUILT_IN:
         return load(settings.data)
     size = settings.data.train_size or 224
     shape = (*height_width(size), 3)

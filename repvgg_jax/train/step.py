@@ -35,6 +35,10 @@ class Task(Protocol):
         """Number of classes."""
 
     @property
+    def each(self) -> str:
+        """What has a class: an image or a pixel."""
+
+    @property
     def headline(self) -> str:
         """The metric that says how good a network is."""
 
@@ -86,6 +90,9 @@ class Classification:
     label_smoothing: float = 0.0
     auxiliary_weight: float = 0.0
     class_weights: tuple[float, ...] = ()
+
+    each = "image"
+    """What has a class."""
 
     headline = "accuracy"
     """The metric that says how good a network is."""
