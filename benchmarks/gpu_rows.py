@@ -208,7 +208,7 @@ def _jax_logits(row: Row, images: np.ndarray, _: np.ndarray, dtype: Any) -> Runn
     with jax.default_device(jax.devices("cpu")[0]):
         variables = jax.jit(exact.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
         expected = jax.device_get(jax.jit(exact.apply)(variables, images))
-        variables = jax.device_get(rv.fuse_params(variables))
+        variables = exact.fuse(jax.device_get(variables))
     model = rv.create_model(row.model, deploy=True, dtype=dtype)
     x = jax.device_put(repeated(images, row.batch).astype(dtype))
     # Rounded once, instead of in every call.

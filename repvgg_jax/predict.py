@@ -115,7 +115,8 @@ def _open(model: str, step: str | None, *, constant_weights: bool) -> Any:
       ValueError: there is none.
     """
     from repvgg_jax.classifier import Classifier, center_crop
-    from repvgg_jax.convert.deployed import is_deployment, load_deployed
+    from repvgg_jax.convert.deployed import load_deployed
+    from repvgg_jax.convert.metadata import is_deployment
     from repvgg_jax.convert.source import crop_of, from_weights
     from repvgg_jax.train.restore import load_run, parse_step
 

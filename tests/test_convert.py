@@ -21,7 +21,8 @@ from flax import linen as nn
 
 from repvgg_jax import create_model, files, fuse_params, load_weights, save_weights, to_state_dict
 from repvgg_jax.convert import command
-from repvgg_jax.convert.deployed import Output, load_deployed
+from repvgg_jax.convert.deployed import load_deployed
+from repvgg_jax.convert.output import Output
 from repvgg_jax.convert.pipeline import convert
 from repvgg_jax.convert.source import Facts, from_run, from_weights
 from repvgg_jax.export import FORMATS, Normalize, Target, parse_targets

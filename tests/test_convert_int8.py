@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from repvgg_jax.convert.calibration import Calibrate, calibration_images, evaluation_examples
-from repvgg_jax.convert.deployed import Output, load_deployed
+from repvgg_jax.convert.deployed import load_deployed
 from repvgg_jax.convert.int8 import Int8
+from repvgg_jax.convert.output import Output
 from repvgg_jax.convert.pipeline import convert
 from repvgg_jax.convert.source import from_run, from_weights, reading_of
 from repvgg_jax.export import parse_targets

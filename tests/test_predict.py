@@ -12,7 +12,8 @@ from PIL import Image
 
 import repvgg_jax as rv
 from repvgg_jax.classifier import Classifier, center_crop, find_images
-from repvgg_jax.convert.deployed import Output, load_deployed
+from repvgg_jax.convert.deployed import load_deployed
+from repvgg_jax.convert.output import Output
 from repvgg_jax.convert.pipeline import convert
 from repvgg_jax.convert.source import from_run
 from repvgg_jax.data.dataset import load

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from repvgg_jax import fuse_params, save_weights
-from repvgg_jax.convert.deployed import Output
+from repvgg_jax.convert.output import Output
 from repvgg_jax.convert.pipeline import convert
 from repvgg_jax.convert.source import from_run
 from repvgg_jax.data.identity import (

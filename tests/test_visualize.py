@@ -12,7 +12,7 @@ from PIL import Image
 
 import repvgg_jax as rv
 from repvgg_jax import reparam
-from repvgg_jax.convert.deployed import Output
+from repvgg_jax.convert.output import Output
 from repvgg_jax.convert.pipeline import convert
 from repvgg_jax.convert.source import from_run
 from repvgg_jax.export import parse_targets

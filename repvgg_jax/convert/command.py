@@ -152,7 +152,7 @@ def main(_: Sequence[str]) -> int:
         raise ValueError(f"--{given[0]} is for --quantize int8, which is not given")
     if OUTPUT.value is None:
         raise ValueError("give --output, the directory to write")
-    from repvgg_jax.convert.deployed import Output
+    from repvgg_jax.convert.output import Output
     from repvgg_jax.convert.pipeline import convert, steps
     from repvgg_jax.convert.source import Facts, from_run, from_weights
     from repvgg_jax.export import parse_targets

@@ -1,4 +1,4 @@
-"""The deploy directory: what a converted network is on disk, written completely or not at all.
+"""The deploy directory: what a converted network is on disk, and reading it.
 
 metadata.json        architecture, classes, normalization, source, versions
 proof.json           how its logits compare with those of its source; SHA-256 of every file, and
@@ -8,15 +8,11 @@ orbax/               the same, for Orbax
 model.onnx, …        what `--format` asks for
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
-import json
-import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -24,51 +20,21 @@ import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
 from repvgg_jax import files
-from repvgg_jax._version import __version__
-from repvgg_jax.convert.earlier import WEIGHTS, Kept, take_over, weights_digest
-from repvgg_jax.export import FORMATS, Artifact, Network
-from repvgg_jax.export.operators import ACTIVATIONS, activation_kind
+from repvgg_jax.convert.earlier import ARTIFACTS
+from repvgg_jax.convert.metadata import Metadata, SegmenterForm, is_deployment
+from repvgg_jax.export import FORMATS
+from repvgg_jax.export.operators import ACTIVATIONS
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.proof import Proof
 from repvgg_jax.segmentation.network import Segmenter, create_segmenter
 from repvgg_jax.segmentation.resnet import RESNETS
-from repvgg_jax.text import first_few, named_leaves, one_line, versions
+from repvgg_jax.text import first_few, named_leaves, one_line
 from repvgg_jax.typed import typed
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights import load_weights
 
 if TYPE_CHECKING:
     from repvgg_jax.classifier import Classifier
-
-KIND = "repvgg_jax deployment"
-
-# Keys of the two files; files on disk have them, so spellings stay.
-_ARTIFACTS = "artefacts"
-
-_FORMAT = 2  # of the directory: proof.json has a digest of itself
-_MOST = 10_000_000  # classes, or pixels of a side: anything above is damage
-
-
-@dataclasses.dataclass(frozen=True)
-class Crop:
-    """How evaluation turned image files into pixels; see `config.data`.
-
-    Attributes:
-      fraction: of the side that just covers the crop, that remains.
-      background: color behind transparent pixels.
-      white: what becomes 255 in images of more than 8 bits; 0: their type's largest.
-    """
-
-    fraction: float = 0.875
-    background: tuple[int, int, int] = (255, 255, 255)
-    white: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction={self.fraction} must be above 0, up to 1")
-        if not all(0 <= value <= 255 for value in self.background) or not self.white >= 0:
-            raise ValueError(f"background={self.background} or white={self.white} is no color")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +99,7 @@ class Deployment:
         normalize, run = Normalize(found.mean, found.std), None
         if runtime is not None:
             choice = Choice.parse(runtime)
-            artifact = choice.find(self.proof.get(_ARTIFACTS, ()), self.path)
+            artifact = choice.find(self.proof.get(ARTIFACTS, ()), self.path)
             run = choice.open(self.path, artifact, self.model, self.variables, normalize)
         return Classifier(
             self.model,
@@ -198,7 +164,7 @@ def load_deployed(path: str | pathlib.Path, *, verify: bool = True) -> Deploymen
 
 
 def _read_segmenter(
-    metadata: "Metadata", form: "SegmenterForm", weights: pathlib.Path
+    metadata: Metadata, form: SegmenterForm, weights: pathlib.Path
 ) -> tuple[Segmenter, dict[str, Any]]:
     """The network that `metadata.json` describes, and its variables, compared in name and shape."""
     backbone = RESNETS.get(form.backbone, metadata.variant)
@@ -234,102 +200,6 @@ def _read_segmenter(
 def _interrupted(path: pathlib.Path) -> str:
     old = files.interrupted(path.absolute())
     return "" if old is None else f"; a conversion was killed, and {old} was there before it"
-
-
-def is_deployment(path: pathlib.Path) -> bool:
-    """Whether `convert.py` wrote this directory."""
-    try:
-        content = files.read_json(path / "metadata.json")
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == KIND
-
-
-@dataclasses.dataclass(frozen=True)
-class SegmenterForm:
-    """What a segmenter adds to its backbone, as in `create_segmenter`.
-
-    Attributes:
-      backbone: its name.
-      fast: which layers are dilated.
-      output_stride: pixels of an image per pixel of the last map.
-      bins: windows of the pyramid.
-      width: channels of the decoder.
-    """
-
-    backbone: str
-    fast: bool
-    output_stride: int
-    bins: tuple[int, ...]
-    width: int
-
-    @classmethod
-    def of(cls, model: Segmenter) -> Self:
-        """That of a network."""
-        return cls(model.variant.name, model.fast, model.output_stride, model.bins, model.width)
-
-
-@dataclasses.dataclass(frozen=True)
-class Metadata:
-    """The fields of `metadata.json` that using a network takes; each is checked.
-
-    Attributes:
-      variant: the architecture; None for a segmenter on a ResNet.
-      num_classes: 0 for pooled features.
-      activation: of its blocks, one of `ACTIVATIONS`.
-      classes: names, by label; empty if unknown.
-      image_shape: (height, width, channels) of its images.
-      mean: per channel or a single one, of pixels scaled to 0 … 1.
-      std: the same.
-      with_preprocessing: whether its graphs take uint8 images.
-      format: version of the directory; 2 has a digest of `proof.json`.
-      segmentation: None for a classifier.
-      crop: how its images were read; earlier versions do not say.
-    """
-
-    variant: Variant | None
-    num_classes: int
-    classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    activation: str | None = "relu"
-    with_preprocessing: bool = False
-    format: int = 1
-    segmentation: SegmenterForm | None = None
-    crop: Crop = Crop()
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.format <= _FORMAT:
-            raise ValueError(
-                f"format={self.format} is of a later version, this one reads up to {_FORMAT}"
-            )
-        if self.variant is None and (
-            self.segmentation is None or self.segmentation.backbone not in RESNETS
-        ):
-            raise ValueError("variant is missing")
-        if not 0 <= self.num_classes <= _MOST:
-            raise ValueError(f"num_classes={self.num_classes} must be from 0 to {_MOST:,}")
-        if self.activation not in ACTIVATIONS:
-            known = ", ".join(map(str, ACTIVATIONS))
-            raise ValueError(f"activation={one_line(self.activation, 60)!r} must be one of {known}")
-        if self.classes and len(self.classes) != self.num_classes:
-            raise ValueError(f"{len(self.classes)} classes have names, of {self.num_classes}")
-        if not all(0 < size <= _MOST for size in self.image_shape):
-            raise ValueError(f"image_shape={list(self.image_shape)} must be from 1 to {_MOST:,}")
-        if len(Normalize(self.mean, self.std).mean) not in (1, self.image_shape[-1]):
-            raise ValueError(f"{len(self.mean)} means for {self.image_shape[-1]} channels")
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Reads `metadata.json`; later versions may add fields.
-
-        Raises:
-          ValueError: a field is missing, or its type or value is not allowed.
-        """
-        fields = {field.name for field in dataclasses.fields(cls)}
-        known = {key: value for key, value in content.items() if key in fields}
-        return typed(cls, known, "metadata")
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
@@ -368,145 +238,3 @@ def _verify(
         )
     if (fused or {}).get("holds") is False:
         raise ValueError(f"{where} records that the fused network differs; convert again")
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """Where a conversion may write: nothing there yet, or an earlier conversion to replace.
-
-    Raises:
-      ValueError: something else is there.
-    """
-
-    path: pathlib.Path
-
-    def __post_init__(self) -> None:
-        if self.path.is_symlink():  # what it names is replaced, and not the link
-            object.__setattr__(self, "path", self.path.resolve())
-        path = self.path
-        if not path.exists() or is_deployment(path):
-            return
-        if not path.is_dir():
-            raise ValueError(f"{path} is a file; --output must be a directory to create")
-        if others := sorted(entry.name for entry in path.iterdir()):
-            raise ValueError(
-                f"{path} contains {first_few(others)}, which is not an earlier conversion; "
-                "choose another --output"
-            )
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[pathlib.Path]:
-        """A temporary directory that takes its place if nothing fails.
-
-        Raises:
-          OSError: it cannot be written.
-        """
-        with files.replacing(self.path) as temporary, contextlib.ExitStack() as stack:
-            for left in files.leftovers(self.path.absolute()):
-                with _locked(left) as dead:
-                    if dead:
-                        files.remove(left)
-            temporary.mkdir()
-            stack.enter_context(_locked(temporary))
-            yield temporary
-
-
-@contextlib.contextmanager
-def _locked(directory: pathlib.Path) -> Iterator[bool]:
-    """A context in which other processes see that a directory is being written.
-
-    Yields:
-      False if another process holds it, or if it cannot be locked.
-    """
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
-
-
-def _architecture(model: Any) -> dict[str, Any]:
-    variant = model.variant
-    if not isinstance(model, Segmenter):
-        return {"variant": variant.as_dict()}
-    return {
-        "variant": variant.as_dict() if isinstance(variant, Variant) else None,
-        "segmentation": dataclasses.asdict(SegmenterForm.of(model)),
-    }
-
-
-def write_description(
-    directory: pathlib.Path,
-    network: Network,
-    artifacts: Sequence[Artifact],
-    *,
-    proof: Proof | None,
-    source: Mapping[str, Any],
-    crop: Crop = Crop(),
-    earlier: pathlib.Path | None = None,
-    int8: Mapping[str, Any] | None = None,
-) -> Kept:
-    """Writes `metadata.json` and `proof.json` next to the artifacts.
-
-    Args:
-      directory: the deploy directory.
-      network: what was written.
-      artifacts: what was written there.
-      proof: that it computes what its source does; None if the source is in deploy form.
-      source: where the network comes from.
-      crop: how images were read.
-      earlier: the directory whose place this one takes.
-      int8: what was measured of quantized artifacts.
-
-    Returns:
-      What was taken over from `earlier`.
-
-    Raises:
-      ValueError: a file there that would be lost, see `earlier.take_over`.
-    """
-    installed = {"repvgg-jax": __version__, **versions("jax", "jaxlib", "flax", "numpy")}
-    metadata = {
-        "kind": KIND,
-        "format": _FORMAT,
-        **_architecture(network.model),
-        "num_classes": network.model.num_classes,
-        "activation": activation_kind(network.model.activation, network.model.variant.name),
-        "classes": list(network.labels),
-        "image_shape": list(network.image_shape),
-        "mean": list(network.normalize.mean),
-        "std": list(network.normalize.std),
-        "crop": dataclasses.asdict(crop),
-        "with_preprocessing": network.with_preprocessing,
-        WEIGHTS: weights_digest(network.params),
-        "source": dict(source),
-        "versions": installed,
-    }
-    path = directory / "metadata.json"
-    text = json.dumps(metadata, indent=2) + "\n"
-    kept = Kept()
-    if earlier is not None:
-        kept = take_over(earlier, directory, json.loads(text), artifacts)
-    path.write_text(text)
-    checksums = {path.name: files.sha256(path), **kept.checksums}
-    for artifact in artifacts:
-        checksums |= artifact.checksums
-    int8 = int8 or kept.int8
-    content: dict[str, Any] = {
-        "fused": None if proof is None else proof.as_dict(),
-        **({} if int8 is None else {"int8": dict(int8)}),
-        _ARTIFACTS: [*(artifact.as_dict() for artifact in artifacts), *kept.artifacts],
-        "sha256": dict(sorted(checksums.items())),
-        "versions": installed,
-    }
-    content["digest"] = files.json_digest(content)
-    (directory / "proof.json").write_text(json.dumps(content, indent=2) + "\n")
-    return kept

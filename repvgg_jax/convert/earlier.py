@@ -26,6 +26,9 @@ from repvgg_jax.variants import Variant
 WEIGHTS = "weights_sha256"
 """Key of `weights_digest` in `metadata.json`."""
 
+ARTIFACTS = "artefacts"
+"""Key of `proof.json`; files on disk have it, so its spelling stays."""
+
 _DESCRIPTIONS = ("metadata.json", "proof.json")
 _OF_THE_NETWORK = ("num_classes", "classes", "image_shape", "mean", "std")
 
@@ -84,7 +87,7 @@ def take_over(
     written = {artifact.path.name for artifact in artifacts}
     found, lines = [], []
     checksums: dict[str, str] = {}
-    for entry in proof.get("artefacts") or ():
+    for entry in proof.get(ARTIFACTS) or ():
         name = _name_of(entry)
         if name is None or name in written or name not in _top_level(listed):
             continue

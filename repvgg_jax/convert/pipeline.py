@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from repvgg_jax.convert import int8 as quantized
-from repvgg_jax.convert.deployed import Output, write_description
+from repvgg_jax.convert.output import Output, write_description
 from repvgg_jax.convert.source import Source
 from repvgg_jax.export import Network, Target
 from repvgg_jax.export.operators import activation_kind

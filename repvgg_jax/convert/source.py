@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from repvgg_jax.convert.deployed import Crop, Metadata, is_deployment, load_deployed
+from repvgg_jax.convert.deployed import load_deployed
+from repvgg_jax.convert.metadata import Crop, Metadata, is_deployment
 from repvgg_jax.data.dataset import BUILT_IN
 from repvgg_jax.data.settings import DataSettings, Size, height_width, parse_size
 from repvgg_jax.export import FORMATS

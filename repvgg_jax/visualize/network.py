@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from repvgg_jax.convert.deployed import Deployment, is_deployment, load_deployed
+from repvgg_jax.convert.deployed import Deployment, load_deployed
+from repvgg_jax.convert.metadata import is_deployment
 from repvgg_jax.convert.source import from_weights
 from repvgg_jax.text import one_line
 from repvgg_jax.train.experiment import network_title
