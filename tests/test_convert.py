@@ -498,7 +498,7 @@ class TestLoadDeployed:
             ("variant.groups", {}, "groups={}"),
             ("num_classes", -1, "num_classes=-1"),
             ("num_classes", True, "num_classes=True"),
-            ("activation", "gelu", "gelu"),
+            ("activation", "selu", "selu"),
             ("activation", [], "activation"),
             ("classes", ["a"], "1 classes"),
             ("classes", {"a": 0}, "classes"),
