@@ -67,12 +67,16 @@ class Classifier:
           OSError: the file cannot be read.
           ValueError: it is not an image, or has other channels.
         """
-        if isinstance(image, np.ndarray):
-            pixels = self.crop({"image": image})
-        else:
+        if isinstance(image, (str, os.PathLike, bytes)):
             encoded = image if isinstance(image, bytes) else read_file(image)
-            pixels = self.crop({"encoded": encoded})
-        return self._with_channels(pixels)
+            return self._with_channels(self.crop({"encoded": encoded}))
+        pixels = np.asarray(image)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or not pixels.size:
+            raise ValueError(
+                "an image must be a path, the content of a file, or uint8 pixels (height, width, "
+                f"channels), got {type(image).__name__} {pixels.dtype} {pixels.shape}"
+            )
+        return self._with_channels(self.crop({"image": pixels}))
 
     def whole(self, path: str | os.PathLike) -> np.ndarray:
         """All pixels of an image file, uint8 (height, width, channels): what segmenters take.
@@ -103,13 +107,22 @@ class Classifier:
           float32 (images, classes); of a segmenter (images, height, width, classes).
 
         Raises:
-          ValueError: images of another type or rank.
+          ValueError: images of another type, rank or number of channels, or without pixels.
         """
-        images = np.asarray(images)
-        if images.dtype != np.uint8 or images.ndim != 4:
+        try:
+            images = np.asarray(images)
+        except ValueError as error:
+            raise ValueError("images must have one size; predict them one after another") from error
+        channels = self.image_shape[-1]
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 4
+            or images.shape[-1] != channels
+            or not all(images.shape[1:])
+        ):
             raise ValueError(
-                f"images must be uint8 (images, height, width, channels), as `preprocess` returns "
-                f"them, got {images.dtype} {images.shape}"
+                f"images must be uint8 (images, height, width, {channels}), as `preprocess` "
+                f"returns them, got {images.dtype} {images.shape}"
             )
         parts = [
             np.asarray(self._probabilities(images[start : start + BATCH]))

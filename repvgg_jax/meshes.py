@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax._src.core import get_axis_env
 from jax.sharding import NamedSharding, PartitionSpec
 
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]
@@ -45,8 +46,9 @@ def on_auto_axes(function: Callable[..., Any], x: jax.Array, *args: Any) -> Any:
 
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (x, args))
     x_shape, args_shapes = shapes
-    out = jax.eval_shape(function, x_shape, *args_shapes)
-    return jax.sharding.auto_axes(function, out_sharding=jax.tree.map(sharding, out))(x, *args)
+    out = jax.tree.map(sharding, jax.eval_shape(function, x_shape, *args_shapes))
+    axes = mesh.explicit_axes  # without those of a `jax.shard_map` around
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)(x, *args)
 
 
 def grouped_convolution(
@@ -90,9 +92,15 @@ def grouped_convolution(
 
 
 def _image_axes(x: jax.Array, kernel: jax.Array) -> tuple[Any, tuple[str, ...]]:
-    """The mesh around a convolution, and its axes of more than one device to split images over."""
+    """The mesh around a convolution, and its axes of more than one device to split images over.
+
+    None inside a `jax.vmap` over an axis of a mesh, which cannot map what `jax.shard_map` splits.
+    """
     sharding = jax.typeof(x).sharding
     mesh, (images, *rest) = sharding.mesh, sharding.spec
+    around = get_axis_env()
+    if around.spmd_axis_names or around.explicit_mesh_axis_names:
+        return mesh, ()
     if not mesh.explicit_axes:
         return mesh, tuple(name for name in mesh.auto_axes if mesh.shape[name] > 1)
     if images is None or any((*rest, *jax.typeof(kernel).sharding.spec)):

@@ -815,6 +815,7 @@ class TestCommand:
                 "did you mean 'arm'",
             ),
             (["--workdir=x", "--output=y", "--quantize=int8", "--calibrate=run:0"], "SOURCE:N"),
+            (["--workdir=x", "--output=y", "--quantize=int8", "--calibrate="], "SOURCE:N"),
         ],
     )
     def test_what_is_missing_is_named(self, arguments, message):

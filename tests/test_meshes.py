@@ -97,6 +97,42 @@ def test_channel_groups_where_images_are_on_one_axis_of_two(kind, form):
         close(expected, quick_jit(training_step(block))(*arguments), tolerance=1e-12)
 
 
+def lowered_for(platform, function, *arguments):
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "options"),
+    [
+        (AxisType.Auto, "branches", {"spmd_axis_name": "data"}),
+        (AxisType.Explicit, "covariance", {}),
+    ],
+)
+def test_blocks_in_channel_groups_are_mapped_over_an_axis_of_a_mesh(kind, form, options):
+    """`jax.shard_map` cannot split images inside; several blocks of one size train at once."""
+    block = rv.RepVGGBlock(8, train_form=form, **GROUPS)
+    images = random_images((8, 4, 6, 6, 8))
+    variables = randomize(jax.eval_shape(block.init, jax.random.key(0), images[0]))
+    mapped = jax.vmap(training_step(block), (None, 0), **options)
+    assert "convolution" in lowered_for("cuda", mapped, *placed(mesh_of(kind), variables, images))
+
+
+@pytest.mark.parametrize("form", ["branches", "covariance"])
+def test_shard_map_over_one_of_two_explicit_axes(form):
+    mesh = mesh_of_two_axes(AxisType.Explicit)
+    block = rv.RepVGGBlock(8, train_form=form, **GROUPS)
+    images = random_images((16, 6, 6, 8))
+    variables = randomize(jax.eval_shape(block.init, jax.random.key(0), images))
+    mapped = jax.shard_map(
+        lambda variables, images: training_step(block, "data")(variables, images)[0][0],
+        mesh=mesh,
+        in_specs=(EVERYWHERE, OVER_BATCH),
+        out_specs=EVERYWHERE,
+        axis_names={"data"},
+    )
+    assert jax.jit(mapped).trace(*placed(mesh, variables, images)).out_info.shape == ()
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("form", ["branches", "covariance", "deploy"])
 def test_gpus_compute_their_own_images_in_channel_groups(form, kind):

@@ -74,11 +74,30 @@ def test_variable_weights_give_the_same(deployed, images):
     [
         (np.zeros((8, 8, 1), np.uint8), "must be uint8"),
         (np.zeros((2, 8, 8, 1), np.float32), "must be uint8"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"width, 1\).*\(2, 8, 8, 3\)"),
+        (np.zeros((2, 0, 8, 1), np.uint8), r"\(2, 0, 8, 1\)"),
+        ([np.zeros((8, 8, 1)), np.zeros((9, 8, 1))], "one size"),
     ],
 )
 def test_images_of_another_kind(deployed, bad, message):
     with pytest.raises(ValueError, match=message):
         load_deployed(deployed).predict(bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.full((9, 9, 1), np.nan, np.float32),
+        np.zeros((9, 9, 1), np.uint16),
+        np.zeros((9, 9), np.uint8),
+        np.zeros((0, 9, 1), np.uint8),
+        None,
+    ],
+    ids=lambda bad: "none" if bad is None else f"{bad.dtype}, {bad.ndim} axes, {bad.size} pixels",
+)
+def test_pixels_of_another_kind(deployed, bad):
+    with pytest.raises(ValueError, match=r"uint8 pixels .*got"):
+        load_deployed(deployed).preprocess(bad)
 
 
 def test_how_images_are_read_is_stored(deployed, small_run):

@@ -466,6 +466,35 @@ class TestFuseLinear:
         with pytest.raises(ValueError, match=message):
             fuse_linear(function, in_channels=2, max_kernel=5)
 
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
+            (lambda x: x.mean((1, 2), keepdims=True), "gives 1 of 12 pixels"),
+            (lambda x: x[:, ::6, ::6], "gives 2 of 12 pixels"),
+            (lambda x: x[:1], r"shape \(1, .*2 images"),
+            (lambda x: 1j * x, "gives complex64"),
+            (lambda x: (x, x), "gives tuple"),
+        ],
+    )
+    def test_outputs_of_other_kinds(self, function, message):
+        with pytest.raises(ValueError, match=message):
+            fuse_linear(function, in_channels=2, max_kernel=5)
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ({"max_kernel": -3}, "max_kernel=-3"),
+            ({"max_kernel": 2.5}, r"max_kernel=2\.5"),
+            ({"spatial_dims": 0}, "spatial_dims=0"),
+            ({"in_channels": 0}, "in_channels=0"),
+            ({"dtype": jnp.int32}, "floating point"),
+            ({"tolerance": np.nan}, "tolerance=nan"),
+        ],
+    )
+    def test_numbers_that_are_not_allowed(self, option, message):
+        with pytest.raises(ValueError, match=message):
+            fuse_linear(lambda x: x, **{"in_channels": 2, "max_kernel": 5, **option})
+
     def test_half_precision_has_its_own_tolerance(self):
         found = fuse_linear(lambda x: 3 * x + 1, in_channels=2, dtype=jnp.bfloat16)
         np.testing.assert_allclose(found.kernel[0, 0].astype(np.float32), 3 * np.eye(2))

@@ -23,6 +23,13 @@ from tests.helpers.trees import TINY, random_variables, randomize
 
 IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
+TWINS = reparam.Sum((reparam.Conv("a", (3, 3)), reparam.Conv("b", (3, 3)), reparam.Identity()))
+NORM_BEHIND_TWINS = reparam.BlockSpec("twins", reparam.Chain((TWINS, reparam.Norm("z"))))
+NORM_BEFORE_IDENTITIES = reparam.BlockSpec(
+    "identities",
+    reparam.Chain((reparam.Norm("z"), reparam.Sum((TWINS, reparam.Identity())))),
+)
+
 
 def random_block(spec, *, channels=4, **options):
     """A block's geometry and random variables, float64."""
@@ -48,6 +55,12 @@ def random_block(spec, *, channels=4, **options):
         ),
         (reparam.dilated_reparam(7), {"groups": 4}, None),
         (reparam.conv_bn(3), {}, ["3x3"]),
+        (NORM_BEHIND_TWINS, {}, ["3x3 (a)", "3x3 (b)", "identity"]),
+        (
+            NORM_BEFORE_IDENTITIES,
+            {},
+            ["3x3 (a)", "3x3 (b)", "identity (1)", "identity (2)"],
+        ),
     ],
 )
 def test_branches_add_up_to_the_fused_kernel(spec, options, branches):

@@ -214,7 +214,7 @@ def _int8(workdir: str | None) -> Any:
         )
     asked = {text.partition(":")[0] for text in FORMAT.value}
     return Int8(
-        Calibrate.parse(CALIBRATE.value or RUN),
+        Calibrate.parse(RUN if CALIBRATE.value is None else CALIBRATE.value),
         Settings(
             target=TARGET.value,
             calibrator=CALIBRATOR.value,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repvgg_jax.reparam.algebra import Affine
+from repvgg_jax.text import plural
 
 
 def fuse_linear(
@@ -45,8 +46,14 @@ def fuse_linear(
 
     Raises:
       ValueError: the function is not affine, or depends on the position, or its kernel is
-        larger than `max_kernel`, or it treats borders unlike a zero-padded convolution.
+        larger than `max_kernel`, or it treats borders unlike a zero-padded convolution; or an
+        argument is not a number that is allowed.
     """
+    _check_numbers(in_channels=in_channels, spatial_dims=spatial_dims, max_kernel=max_kernel)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"fuse_linear: dtype={dtype} must be a floating point type")
+    if not tolerance >= 0:
+        raise ValueError(f"fuse_linear: tolerance={tolerance} must be 0 or more")
     reach = max_kernel // 2
     size = 4 * max(reach, 1) + 4
     image = (size,) * spatial_dims
@@ -58,6 +65,16 @@ def fuse_linear(
             raise ValueError(
                 "fuse_linear reads values, but the function uses arrays that are being traced; "
                 "call it outside of jax.jit, or fuse_params inside"
+            )
+        if not isinstance(y, (jax.Array, np.ndarray)) or not jnp.issubdtype(y.dtype, jnp.floating):
+            raise ValueError(
+                f"the function gives {getattr(y, 'dtype', type(y).__name__)}, expected one array "
+                "of floating point numbers"
+            )
+        if y.shape[:1] != (len(x),):
+            raise ValueError(
+                f"the function gives an output of shape {y.shape} for {plural(len(x), 'image')}, "
+                "expected one for each image"
             )
         return np.asarray(y, np.float64)
 
@@ -76,6 +93,11 @@ def fuse_linear(
     middle = center * up // stride
     bias = at_zero[(0, *(middle,) * spatial_dims)]
     taps = range(-reach, reach + 1)
+    if middle + (reach + stride - 1) // stride >= out:  # the outermost tap would show outside
+        raise ValueError(
+            f"the function gives {out} of {size} pixels: it is no convolution, or "
+            f"max_kernel={max_kernel} is too small for its stride"
+        )
     kernel = np.zeros((*(len(taps),) * spatial_dims, in_channels, bias.size))
     channels = np.arange(in_channels)
     # An impulse at distance d from a pixel under an output shows one tap per output pixel.
@@ -92,6 +114,12 @@ def fuse_linear(
     rounding = 8 * float(jnp.finfo(dtype).eps)
     _check(run, Affine(kernel, bias), (stride, up), (*image, in_channels), tolerance, rounding)
     return Affine(kernel.astype(np.dtype(dtype)), bias.astype(np.dtype(dtype)))
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"fuse_linear: {name}={value!r} must be an integer from 1")
 
 
 def _trimmed(kernel: np.ndarray, spatial_dims: int) -> np.ndarray:

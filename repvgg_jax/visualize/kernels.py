@@ -66,7 +66,7 @@ def branch_kernels(
 
     Branches are the terms of the sum in the block's expression; what is behind the sum is part of
     each. They are called by what they do, e.g. `3x3`, `1x1` and `identity`; several that do the
-    same also by a child, e.g. `3x3 (conv_0)`.
+    same also by a child of their own, e.g. `3x3 (conv_0)`, or by number if they have none.
 
     Args:
       spec: of the block.
@@ -94,9 +94,12 @@ def branch_kernels(
     if any(m.kernel.ndim != 4 for m in maps):
         raise ValueError(f"block {spec.name} is a stack of blocks; give one of them")
     frame = Affine(np.zeros((*shape, *maps[0].kernel.shape[2:])), np.zeros_like(maps[0].bias))
+    children = [names(term) for term in terms]
     kernels = {}
-    for name, term, one in zip(called, terms, maps, strict=True):
-        unique = name if called.count(name) == 1 else f"{name} ({max(names(term))})"
+    for place, (name, one) in enumerate(zip(called, maps, strict=True)):
+        others = frozenset().union(*children[:place], *children[place + 1 :])
+        own = max(children[place] - others, default=str(called[:place].count(name) + 1))
+        unique = name if called.count(name) == 1 else f"{name} ({own})"
         kernels[unique] = parallel([one, frame]).kernel
     return kernels
 
