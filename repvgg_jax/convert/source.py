@@ -20,7 +20,7 @@ from repvgg_jax.quantization.network import checked
 from repvgg_jax.quantization.qat import Simulation, with_ranges
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.text import first_few
-from repvgg_jax.train.experiment import network_title
+from repvgg_jax.train.experiment import network_title, variant_title
 from repvgg_jax.train.proof_images import (
     data_images,
     data_settings,
@@ -300,7 +300,7 @@ def _from_own_file(path: pathlib.Path, description: Description, data: str | Non
     loaded = _load(str(path), {"variant": description.variant})
     images, image_source = _images(description.image_shape, data)
     return Source(
-        title=f"RepVGG {loaded} of {path}",
+        title=_title(loaded, str(path)),
         model=_model(loaded, description),
         variables=loaded.variables,
         images=images,
@@ -348,7 +348,7 @@ def _from_foreign(name: str, facts: Facts, data: str | None) -> Source:
         notes.append(f"left out of {name}: {first_few(loaded.unused)}")
     images, image_source = _images((*size, channels), data)
     return Source(
-        title=f"RepVGG {loaded} of {name}",
+        title=_title(loaded, name),
         model=_model(loaded),
         variables=loaded.variables,
         images=images,
@@ -371,6 +371,11 @@ def _load(name: str, options: Mapping[str, Any]) -> Weights:
             f"{name} is none of the official architectures ({error.architecture}): give the "
             f"directory that convert.py wrote, --from {directory}, or the run, --workdir RUN"
         ) from error
+
+
+def _title(loaded: Weights, file: str) -> str:
+    title = str(loaded).replace(loaded.variant, variant_title(loaded.variant), 1)
+    return f"{title} of {file}"
 
 
 def _model(loaded: Weights, description: Description | None = None) -> RepVGG:
