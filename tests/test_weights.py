@@ -106,6 +106,11 @@ def test_mmpretrain_names():
     assert shapes["head.fc.weight"] == (1000, 2560)
 
 
+def test_a_family_without_names_for_a_network_is_told_those_that_have_them():
+    with pytest.raises(ValueError, match="use family='timm' or 'flax'"):
+        naming_for("official", rv.FAMILY["repvit_m0_9"])
+
+
 @FORMS
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["A0", "B1g4", "D2se", "plus-L2pse"])

@@ -25,7 +25,7 @@ from repvgg_jax.segmentation.inference import PROTOCOLS, WHOLE, Protocol
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.segmentation.task import Segmentation
 from repvgg_jax.text import first_few
-from repvgg_jax.train.experiment import network_title
+from repvgg_jax.train.experiment import network_title, variant_title
 from repvgg_jax.train.proof_images import (
     data_images,
     data_settings,
@@ -331,7 +331,7 @@ def _from_own_file(path: pathlib.Path, description: Description, data: str | Non
     loaded = _load(str(path), {"variant": description.variant})
     images, image_source = _images(description.image_shape, data)
     return Source(
-        title=f"RepVGG {loaded} of {path}",
+        title=_title(loaded, str(path)),
         model=_model(loaded, description),
         variables=loaded.variables,
         images=images,
@@ -379,7 +379,7 @@ def _from_foreign(name: str, facts: Facts, data: str | None) -> Source:
         notes.append(f"left out of {name}: {first_few(loaded.unused)}")
     images, image_source = _images((*size, channels), data)
     return Source(
-        title=f"RepVGG {loaded} of {name}",
+        title=_title(loaded, name),
         model=_model(loaded),
         variables=loaded.variables,
         images=images,
@@ -402,6 +402,11 @@ def _load(name: str, options: Mapping[str, Any]) -> Weights:
             f"{name} is none of the official architectures ({error.architecture}): give the "
             f"directory that convert.py wrote, --from {directory}, or the run, --workdir RUN"
         ) from error
+
+
+def _title(loaded: Weights, file: str) -> str:
+    title = str(loaded).replace(loaded.variant, variant_title(loaded.variant), 1)
+    return f"{title} of {file}"
 
 
 def _model(loaded: Weights, description: Description | None = None) -> RepVGG:

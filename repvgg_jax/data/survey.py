@@ -135,7 +135,7 @@ def survey(
     }
     if both:
         names = [seen.name for seen in splits["val"] if seen.digest in both and not seen.bad]
-        lines.append(f"{plural(len(names), 'image')} of val are in train too: {first_few(names)}")
+        lines.append(f"{plural(len(names), 'image')} of val also in train: {first_few(names)}")
     return Report(tuple(lines), tuple(problems))
 
 

@@ -141,7 +141,9 @@ class Artifact:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def __str__(self) -> str:
-        head = f"{self.format}: {self.path.name} ({self.dtype}, {self.size / 1e6:.1f} MB)"
+        small = self.size < 100_000
+        size = f"{self.size / 1e3:.1f} kB" if small else f"{self.size / 1e6:.1f} MB"
+        head = f"{self.format}: {self.path.name} ({self.dtype}, {size})"
         if self.identical:
             return f"{head}, read back bitwise identical"
         lines = [

@@ -35,7 +35,7 @@ from repvgg_jax.train.state import (
     state_sharding,
 )
 from repvgg_jax.train.step import Classification, Task, TrainStep
-from repvgg_jax.variants import Variant
+from repvgg_jax.variants import FAMILY, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +71,16 @@ def build_model(settings: Settings, num_classes: int) -> Model:
     return create_model(settings.model.variant, num_classes=num_classes, **options)
 
 
+def variant_title(name: str) -> str:
+    """A classifier in words: `RepVGG A0`, but `mobileone_s0`, whose name says what it is."""
+    return name if name in FAMILY else f"RepVGG {name}"
+
+
 def network_title(model: Model) -> str:
     """A network in words, e.g. `RepVGG A0` or `PSPNet on RepVGG A0`."""
     name = model.variant.name
     if not isinstance(model, Segmenter):
-        return f"RepVGG {name}"
+        return variant_title(name)
     fast = "-fast" if model.fast else ""
     return f"PSPNet on {'RepVGG ' if isinstance(model.variant, Variant) else ''}{name}{fast}"
 

@@ -345,7 +345,9 @@ def _write_pth(path: pathlib.Path, state: dict[str, np.ndarray]) -> None:
             f"{how_to_install(extra='torch')}, or write .safetensors, which PyTorch projects read"
         ) from error
     try:
-        torch.save({key: torch.from_numpy(array) for key, array in state.items()}, path)
+        # a copy of what is read-only, e.g. an array of JAX, about which PyTorch would warn
+        writable = {key: np.require(array, requirements="W") for key, array in state.items()}
+        torch.save({key: torch.from_numpy(array) for key, array in writable.items()}, path)
     except RuntimeError as error:  # PyTorch's zip writer if the disk is full
         raise OSError(str(error).splitlines()[0]) from error
 

@@ -119,7 +119,8 @@ def naming_for(family: str, variant: Variant) -> Naming:
     for naming in NAMINGS:
         if naming.family == family and naming.covers(variant):
             return naming
+    others = dict.fromkeys(naming.family for naming in NAMINGS if naming.covers(variant))
     raise ValueError(
         f"{family} has no names for the blocks, the squeeze-and-excite after the ReLU or the "
-        f"auxiliary heads of {variant.name}; use family='official' or 'flax'"
+        f"auxiliary heads of {variant.name}; use family={' or '.join(map(repr, others))}"
     )
