@@ -816,6 +816,7 @@ class TestCommand:
             ),
             (["--workdir=x", "--output=y", "--quantize=int8", "--calibrate=run:0"], "SOURCE:N"),
             (["--workdir=x", "--output=y", "--quantize=int8", "--calibrate="], "SOURCE:N"),
+            (["--workdir=x", "--output=y", "--quantize=int8", "--percentile=99"], "not mse"),
         ],
     )
     def test_what_is_missing_is_named(self, arguments, message):

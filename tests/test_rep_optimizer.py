@@ -202,6 +202,30 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"has .*\(8,\).*expected .*\(4,\)"):
             reparam.rep_init(SEARCH, wider, plain()["params"], jax.random.key(0))
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda own: {"scale": own["scale"] * np.nan}, "scale_3x3 must hold finite numbers"),
+            (lambda own: {"scale": own["scale"].astype(str)}, "scale_3x3 must hold finite numbers"),
+            (lambda own: own["scale"], "scales of another network"),
+        ],
+    )
+    def test_scales_that_are_none(self, change, message):
+        stem = {**scales()["stem"], "scale_3x3": change(scales()["stem"]["scale_3x3"])}
+        broken = {**scales(), "stem": stem}
+        with pytest.raises(ValueError, match=message):
+            reparam.rep_optimizer(SEARCH, broken).init(plain()["params"])
+
+    def test_a_scale_of_an_identity_that_cannot_be(self):
+        wrong = {**scales(), "stem": scales()["stage1_block0"]}
+        with pytest.raises(ValueError, match=r"stem has .*3 -> 4 channels"):
+            reparam.rep_optimizer(SEARCH, wrong).init(plain()["params"])
+
+    @pytest.mark.parametrize("optimizer", [5, optax.MultiSteps(optax.sgd(0.1), 2)])
+    def test_what_is_no_transformation(self, optimizer):
+        with pytest.raises(ValueError, match="GradientTransformation, got"):
+            reparam.rep_optimizer(SEARCH, scales(), optimizer)
+
     def test_branches_with_norms(self):
         with pytest.raises(ValueError, match=r"RepVGG .*norms belong behind the sum"):
             reparam.rep_optimizer(reparam.REPVGG, scales())

@@ -98,12 +98,13 @@ def test_masks_are_gray_or_palettes(rng):
     [
         (encoded(np.array([[0, 7], [7, 1]], np.uint8)), ("7 (2 pixels)", "0 … 4")),
         (encoded(np.array([[0, 300]], np.uint16)), ("300", "16-bit")),
+        (encoded(np.array([[0, -256]], np.int32), "TIFF"), ("-256", "32-bit")),
         (encoded(np.zeros((2, 2, 3), np.uint8)), ("RGB", "colors")),
         (encoded(np.zeros((8, 8), np.uint8), "JPEG"), ("JPEG", "PNG")),
         (b"nonsense", ("format",)),
         (encoded(np.zeros((64, 64), np.uint8))[:50], ()),
     ],
-    ids=["label", "16 bit", "RGB", "JPEG", "nonsense", "cut"],
+    ids=["label", "16 bit", "negative", "RGB", "JPEG", "nonsense", "cut"],
 )
 def test_masks_that_are_none(data, keywords):
     with pytest.raises(UndecodableError) as caught:
@@ -165,6 +166,36 @@ def test_what_a_folder_lacks_is_named(pairs):
         load_pairs(pairs)
     with pytest.raises(ValueError, match="train/images"):
         load_pairs(pairs / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("straße\nsky\n".encode("latin-1"), r"classes\.txt is not UTF-8"),
+        (b"road\nsky\nroad\n", "repeats road"),
+    ],
+)
+def test_class_names_that_are_none(pairs, names, message):
+    (pairs / "classes.txt").write_bytes(names)
+    with pytest.raises(ValueError, match=message):
+        load_pairs(pairs)
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_name(pairs):
+    (pairs / "classes.txt").write_text("road\nsky\n", "utf-8-sig")
+    assert load_pairs(pairs)[2] == ("road", "sky")
+
+
+def test_an_image_has_one_mask(pairs):
+    write(pairs / "train/masks/a.bmp", encoded(np.zeros((5, 6), np.uint8), "BMP"))
+    with pytest.raises(ValueError, match=r"a\.bmp and .*a\.png are two masks"):
+        load_pairs(pairs)
+
+
+def test_a_folder_without_images_is_named(pairs):
+    (pairs / "val/images/c.jpg").rename(pairs / "val/images/c.txt")
+    with pytest.raises(ValueError, match="val/images holds no images"):
+        load_pairs(pairs)
 
 
 def test_cityscapes_as_it_is_unpacked(tmp_path, rng):

@@ -212,6 +212,11 @@ def _int8(workdir: str | None) -> Any:
             "--quantize int8 takes images to calibrate with; give --calibrate, a directory of "
             "images or a data set, e.g. --calibrate /images:256"
         )
+    if PERCENTILE.present and CALIBRATOR.value != "percentile":
+        raise ValueError(
+            f"--percentile={PERCENTILE.value} is for --calibrator percentile, not "
+            f"{CALIBRATOR.value}; give both"
+        )
     asked = {text.partition(":")[0] for text in FORMAT.value}
     return Int8(
         Calibrate.parse(RUN if CALIBRATE.value is None else CALIBRATE.value),

@@ -69,11 +69,12 @@ def read_mask(
       UndecodableError: not a mask, or labels outside the classes; with value, count and file.
     """
     values = _mask_values(encoded, name)
-    if values.max(initial=0) > 255:
-        found, counts = np.unique(values[values > 255], return_counts=True)
+    if values.max(initial=0) > 255 or values.min(initial=0) < 0:
+        found, counts = np.unique(values[(values > 255) | (values < 0)], return_counts=True)
         raise UndecodableError(
             f"{name}: a label of {num_classes} classes is 0 … {num_classes - 1} or {IGNORE}, but "
-            f"{plural(int(counts[0]), 'pixel')} of this 16-bit mask have {found[0]}"
+            f"{plural(int(counts[0]), 'pixel')} of this {8 * values.itemsize}-bit mask have "
+            f"{found[0]}"
         )
     labels = values.astype(np.uint8)
     mapped = labels if table is None else table[labels]
@@ -255,25 +256,20 @@ def load_pairs(root: pathlib.Path, decoder: Decoder = decode) -> Splits:
       ValueError: folders, class names, images or masks are missing.
     """
     _require_directory(root, *_PAIR_FOLDERS)
-    listed = root / "classes.txt"
-    if not listed.is_file():
-        raise ValueError(
-            f"{root} has no classes.txt; write the name of every class into it, one per line, "
-            "label 0 first"
-        )
-    classes = tuple(line.strip() for line in listed.read_text().splitlines() if line.strip())
-    if not 2 <= len(classes) <= IGNORE - 1:
-        raise ValueError(f"{listed} has {len(classes)} names; give 2 to {IGNORE - 1}")
+    classes = _class_names(root)
     sources = []
     for split in _SPLITS:
-        images = [
-            path
-            for path in _files(root, pathlib.Path(split) / "images", "*")
-            if path.lower().endswith(SUFFIXES)
-        ]
-        by_stem = {
-            pathlib.Path(p).stem: p for p in _files(root, pathlib.Path(split) / "masks", "*")
-        }
+        below = pathlib.Path(split) / "images"
+        images = [path for path in _files(root, below, "*") if path.lower().endswith(SUFFIXES)]
+        if not images:
+            raise ValueError(
+                f"{root / below} holds no images; their names end in {first_few(SUFFIXES)}"
+            )
+        by_stem: dict[str, str] = {}
+        for path in _files(root, pathlib.Path(split) / "masks", "*"):
+            other = by_stem.setdefault(pathlib.Path(path).stem, path)
+            if other != path:
+                raise ValueError(f"{root}: {other} and {path} are two masks of one image")
         masks = [
             by_stem.get(pathlib.Path(path).stem, f"{split}/masks/{pathlib.Path(path).stem}.png")
             for path in images
@@ -281,6 +277,26 @@ def load_pairs(root: pathlib.Path, decoder: Decoder = decode) -> Splits:
         pairs = PairDecoder(len(classes), decoder=decoder)
         sources.append(PairSource(_paired(root, images, masks), pairs))
     return sources[0], sources[1], classes
+
+
+def _class_names(root: pathlib.Path) -> tuple[str, ...]:
+    """The names in `classes.txt`, by label."""
+    listed = root / "classes.txt"
+    if not listed.is_file():
+        raise ValueError(
+            f"{root} has no classes.txt; write the name of every class into it, one per line, "
+            "label 0 first"
+        )
+    try:
+        text = listed.read_text("utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"{listed} is not UTF-8: {error}") from error
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not 2 <= len(names) <= IGNORE - 1:
+        raise ValueError(f"{listed} has {len(names)} names; give 2 to {IGNORE - 1}")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{listed} repeats {first_few(twice)}; two labels need two names")
+    return names
 
 
 def _paired(root: pathlib.Path, images: list[str], masks: list[str]) -> PairFiles:

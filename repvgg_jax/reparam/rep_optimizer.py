@@ -104,12 +104,18 @@ def rep_optimizer(
 
     Raises:
       ValueError: `optimizer` clips gradients, which would differ between the two networks; or
-        `spec` is of another kind. When it is initialized: scales of another network.
+        `spec` is of another kind. When it is initialized: scales of another network, or that
+        are not finite.
     """
     import optax
 
     if rule not in ("sgd", "adamw"):
         raise ValueError(f"rule={rule!r} must be 'sgd' or 'adamw'")
+    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
+        raise ValueError(
+            f"rep_optimizer takes an optax.GradientTransformation, got {optimizer!r:.60}; of "
+            "optax.MultiSteps give .gradient_transformation()"
+        )
     clipping = None if optimizer is None else _clipping(optimizer)
     if optimizer is not None and clipping is None and rule == "sgd" and not _is_linear(optimizer):
         clipping = "an optimizer that is not linear in the gradients"
@@ -264,11 +270,23 @@ def _pairs(
             for leaf in leaves(_inner(spec, geometry.has_same_shape), geometry)
             if leaf.leaf == "scale"
         }
-        shapes = {name: np.shape(child.get("scale")) for name, child in given[path].items()}
-        if shapes != expected:
+        found = {
+            name: child.get("scale") if isinstance(child, Mapping) else None
+            for name, child in given[path].items()
+        }
+        shapes = {name: np.shape(scale) for name, scale in found.items()}
+        per_group, features = kernel.shape[-2:]
+        if shapes != expected or (geometry.has_same_shape and features % per_group):
             raise ValueError(
-                f"scales of another network: {path_name(path)} has {shapes}, expected {expected}"
+                f"scales of another network: {path_name(path)} has {shapes}, expected {expected} "
+                f"for a kernel of {per_group} -> {features} channels"
             )
+        for name, scale in found.items():
+            if not jnp.issubdtype(scale.dtype, jnp.floating) or not np.isfinite(scale).all():
+                raise ValueError(
+                    f"scales of {path_name(path)}: {name} must hold finite numbers, has "
+                    f"{scale.dtype} {first_few(map(str, np.unique(scale)), 3)}"
+                )
         yield path, kernel, given[path]
 
 
