@@ -270,7 +270,7 @@ def _pairs(
             for leaf in leaves(_inner(spec, geometry.has_same_shape), geometry)
             if leaf.leaf == "scale"
         }
-        found = {
+        found: dict[str, Any] = {
             name: child.get("scale") if isinstance(child, Mapping) else None
             for name, child in given[path].items()
         }
