@@ -22,6 +22,7 @@ from repvgg_jax.data.images import CenterCrop
 from repvgg_jax.data.sources import SUFFIXES
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.segmentation.labels import class_colors
+from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.segmentation.pictures import overlay
 from repvgg_jax.text import first_few
 
@@ -128,7 +129,10 @@ class Classifier:
             np.asarray(self._probabilities(images[start : start + BATCH]))
             for start in range(0, len(images), BATCH)
         ]
-        return np.concatenate(parts) if parts else np.zeros((0, self._num_classes), np.float32)
+        if parts:
+            return np.concatenate(parts)
+        pixels = images.shape[1:3] if isinstance(self.model, Segmenter) else ()
+        return np.zeros((0, *pixels, self._num_classes), np.float32)
 
     def predict_files(
         self, paths: Sequence[str | os.PathLike]

@@ -178,6 +178,7 @@ def test_masks_of_a_segmenter(tmp_path):
     segmenter = Classifier(
         network.clone(deploy=True), rv.fuse_params(variables), normalize, (), (33, 33, 3), crop
     )
+    assert segmenter.predict(np.zeros((0, 4, 5, 3), np.uint8)).shape == (0, 4, 5, 3)
     mask_path, overlay_path, mask = segmenter.write_mask(tmp_path / "street.png", tmp_path)
     ranked = np.sort(np.asarray(logits[0]), axis=-1)
     clear = ranked[..., -1] - ranked[..., -2] > 1e-4
