@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src.core import get_axis_env
+from jax._src import core
 from jax.sharding import NamedSharding, PartitionSpec
 
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]
@@ -98,14 +98,22 @@ def _image_axes(x: jax.Array, kernel: jax.Array) -> tuple[Any, tuple[str, ...]]:
     """
     sharding = jax.typeof(x).sharding
     mesh, (images, *rest) = sharding.mesh, sharding.spec
-    around = get_axis_env()
-    if around.spmd_axis_names or around.explicit_mesh_axis_names:
+    if _mapped_over_a_mesh():
         return mesh, ()
     if not mesh.explicit_axes:
         return mesh, tuple(name for name in mesh.auto_axes if mesh.shape[name] > 1)
     if images is None or any((*rest, *jax.typeof(kernel).sharding.spec)):
         return mesh, ()  # with sharded kernels, pixels or channels, JAX itself decides
     return mesh, images if isinstance(images, tuple) else (images,)
+
+
+def _mapped_over_a_mesh() -> bool:
+    """Whether a `jax.vmap` over an axis of a mesh is around; jax has no public way to ask."""
+    try:
+        around: Any = core.get_axis_env()
+        return bool(around.spmd_axis_names or around.explicit_mesh_axis_names)
+    except AttributeError:  # another version of jax
+        return False
 
 
 def varying_alike(tree: Any) -> Any:
