@@ -207,7 +207,7 @@ class TestRestoring:
             pytest.param("emptied", marks=pytest.mark.slow),
             pytest.param("halved", marks=pytest.mark.slow),
             pytest.param("removed", marks=pytest.mark.slow),
-            "flipped",
+            pytest.param("flipped", marks=pytest.mark.slow),
         ],
     )
     def test_damage_to_any_one_file(self, path, saved, restore, caplog, damage):

@@ -204,6 +204,7 @@ def test_quiet(digits_run, tmp_path):
     assert (tmp_path / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_directory_explains_itself(digits_run):
     """Every file that is there, and how to go on."""
     text = (digits_run / "runs" / "digits" / "README.txt").read_text()

@@ -61,6 +61,7 @@ def test_fusing_gives_the_same_kernels(variant):
     assert max(jax.tree.leaves(jax.tree.map(relative, old, fused))) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_a_run_converts(variant, recorded, tmp_path):
     shutil.copytree(OLD / "run", tmp_path / "run")

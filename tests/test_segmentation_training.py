@@ -80,6 +80,7 @@ def run(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_reports_miou_of_both_forms_and_draws_examples(run):
     *_, last = rows(run)
     assert 0 < last["final/miou"] < 1
@@ -109,6 +110,7 @@ def test_an_interrupted_run_ends_bitwise_the_same(run, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_evaluation_alone_finds_what_the_run_did(run, tmp_path):
     found = evaluate_only(tiny_config(), run)
     last = rows(run)[-1]
@@ -200,6 +202,7 @@ def test_poly_falls_with_the_power_of_the_steps_left():
     np.testing.assert_allclose(rates, [0.01, 0.01 * 0.5**0.9], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_is_converted_proven_and_read_back(run, tmp_path):
     source = from_run(run)
     targets = parse_targets(["safetensors", "orbax", "stablehlo"])
@@ -217,6 +220,7 @@ def test_a_run_is_converted_proven_and_read_back(run, tmp_path):
     np.testing.assert_allclose(again, trained, atol=1e-5 * float(np.abs(trained).max()))
 
 
+@pytest.mark.slow
 def test_onnx_runtimes_agree_pixel_by_pixel(run, tmp_path):
     pytest.importorskip("onnxruntime")
     source = from_run(run)
@@ -276,6 +280,7 @@ def test_int8_is_judged_by_miou(run, tmp_path, monkeypatch):
     assert f"{found['agreement']:.2%} of the pixels of 12 validation images" in told
 
 
+@pytest.mark.slow
 def test_files_to_calibrate_with_are_whole_with_a_border(run, tmp_path):
     source = from_run(run)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
@@ -290,6 +295,7 @@ def test_files_to_calibrate_with_are_whole_with_a_border(run, tmp_path):
         calibration_images(source, Calibrate(str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_formats_of_classifiers_refuse_a_segmenter(run, tmp_path):
     with pytest.raises(ValueError, match="holds classifiers"):
         convert(from_run(run), Output(tmp_path / "d"), targets=parse_targets(["torch-timm"]))

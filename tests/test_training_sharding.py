@@ -49,12 +49,14 @@ def _batch(seed):
     }
 
 
+@pytest.mark.slow
 def test_the_arithmetic_is_the_same(runs):
     (*_, whole, metrics), (*_, shared, other) = runs[False], runs[True]
     assert_same(whole, shared)
     assert_same(metrics, other)
 
 
+@pytest.mark.slow
 def test_so_are_the_averages_of_parameters_and_statistics(runs):
     (*_, whole, _), (*_, shared, _) = runs[False], runs[True]
     for tree in ("params", "batch_stats"):
@@ -72,6 +74,7 @@ def test_so_are_the_averages_of_parameters_and_statistics(runs):
     assert all(leaf.addressable_shards[0].data.size == leaf.size // 8 for leaf in kernels)
 
 
+@pytest.mark.slow
 def test_every_device_holds_its_share_of_the_optimizer_and_all_of_the_rest(runs):
     *_, state, _ = runs[True]
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.variables))
@@ -81,6 +84,7 @@ def test_every_device_holds_its_share_of_the_optimizer_and_all_of_the_rest(runs)
         assert leaf.addressable_shards[0].data.size == leaf.size // 8
 
 
+@pytest.mark.slow
 def test_memory_shrinks_by_the_shares_of_seven_devices(runs):
     """As the compiler counts it: bytes of a step's arguments on one device."""
     bytes_of = {
@@ -93,6 +97,7 @@ def test_memory_shrinks_by_the_shares_of_seven_devices(runs):
     assert bytes_of[False] - bytes_of[True] == split - split // 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [False, True])
 def test_checkpoints_do_not_know_where_arrays_lay(runs, tmp_path, saved):
     *_, state, _ = runs[saved]

@@ -286,6 +286,7 @@ class TestOptimizer:
 
 
 class TestEquivalentL2:
+    @pytest.mark.slow
     def test_by_hand_and_in_the_step(self):
         """The gradient is added to that of the loss, and ordinary decay spares the branches."""
         settings = {"weight_decay": 0.3, "warmup_epochs": 0.0, "momentum": 0.0}
@@ -507,7 +508,12 @@ class TestFreezing:
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("policy", REMAT_POLICIES)
+ONE, *OTHERS = REMAT_POLICIES
+
+
+@pytest.mark.parametrize(
+    "policy", [ONE, *(pytest.param(policy, marks=pytest.mark.slow) for policy in OTHERS)]
+)
 def test_remat_policies_change_nothing_but_rounding(policy):
     runs = in_float64(
         small_experiment(), small_experiment(model__remat=True, model__remat_policy=policy)
