@@ -106,16 +106,13 @@ def _replaced(
         and tuple(settings["rhs_dilation"]) == (1, 1)
         and window_strides[0] == window_strides[1]
     )
-    groups, fast = settings["feature_group_count"], None
+    fast = None
     if usual:
+        groups = settings["feature_group_count"]
         fast = choose(x.shape, kernel.shape, window_strides[0], groups)
 
     def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        if groups > 1:
-            return grouped_convolution(plain, x, kernel, cpu=fast)
-        if fast is None:
-            return plain(x, kernel)
-        return lax.platform_dependent(x, kernel, cpu=fast, default=plain)
+        return grouped_convolution(plain, x, kernel, cpu=fast)
 
     return compute(x, kernel) if fast is None else on_auto_axes(compute, x, kernel)
 

@@ -54,14 +54,14 @@ def on_auto_axes(function: Callable[..., Any], x: jax.Array, *args: Any) -> Any:
 def grouped_convolution(
     convolve: Convolution, x: jax.Array, kernel: jax.Array, cpu: Convolution | None = None
 ) -> jax.Array:
-    """`convolve(x, kernel)`, in channel groups, of which every GPU computes its own images.
+    """`convolve(x, kernel)`; if it is in channel groups, every GPU computes its own images.
 
     XLA's partitioner, unless it is that for TPUs, splits such convolutions along channels only:
     every device receives the whole batch and computes all of it. Where the images are sharded over
     one of several axes of a mesh, it sums the kernel's gradient over the others, too. Therefore
     `jax.shard_map` splits the images: on GPUs, and on meshes of several axes everywhere. It
     splits them along all axes of type Auto, or along those of type Explicit that they are sharded
-    over. Without a mesh, and if the images cannot be split evenly, this is only a call.
+    over. Without groups or a mesh, and if the images cannot be split evenly, this is only a call.
 
     Args:
       convolve: the convolution.
@@ -76,6 +76,8 @@ def grouped_convolution(
             return convolve(x, kernel)
         return jax.lax.platform_dependent(x, kernel, **by_platform, default=convolve)
 
+    if x.shape[-1] == kernel.shape[-2]:  # no groups
+        return compute(x, kernel)
     mesh, axes = _image_axes(x, kernel)
     devices = _devices(mesh, axes)
     if devices == 1 or x.shape[0] % devices:
@@ -94,7 +96,7 @@ def grouped_convolution(
 def _image_axes(x: jax.Array, kernel: jax.Array) -> tuple[Any, tuple[str, ...]]:
     """The mesh around a convolution, and its axes of more than one device to split images over.
 
-    None inside a `jax.vmap` over an axis of a mesh, which cannot map what `jax.shard_map` splits.
+    No axes inside a `jax.vmap` over an axis of a mesh: it cannot map what `jax.shard_map` splits.
     """
     sharding = jax.typeof(x).sharding
     mesh, (images, *rest) = sharding.mesh, sharding.spec

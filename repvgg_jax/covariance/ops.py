@@ -80,9 +80,7 @@ def conv3x3(settings: BlockSettings, x: jax.Array, kernel: jax.Array, **options:
         feature_group_count=settings.groups,
         **options,
     )
-    if settings.groups > 1:
-        return grouped_convolution(convolve, x, kernel)
-    return convolve(x, kernel)
+    return grouped_convolution(convolve, x, kernel)
 
 
 def conv1x1(
@@ -106,7 +104,7 @@ def conv1x1(
             feature_group_count=groups,
             preferred_element_type=dtype,
         )
-        return grouped_convolution(convolve, x, kernel) if groups > 1 else convolve(x, kernel)
+        return grouped_convolution(convolve, x, kernel)
     n, h, w, _ = x.shape
     parts = x.reshape(image_groups, -1, h, w, groups, kernels.shape[2])
     out = jnp.einsum("gnhwki,gkio->gnhwko", parts, kernels, preferred_element_type=dtype)

@@ -53,8 +53,7 @@ def online_train(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=settings.groups,
     )
-    kernel = kernel.astype(x.dtype)
-    y = grouped_convolution(convolve, x, kernel) if settings.groups > 1 else convolve(x, kernel)
+    y = grouped_convolution(convolve, x, kernel.astype(x.dtype))
     wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
     mean, var = moments(wide, settings.image_groups)
     factor = jax.lax.rsqrt(var + settings.epsilon) * own["scale"][None]
