@@ -96,7 +96,7 @@ def create_model(
         bn_group_size = positive_integer("create_model", "bn_group_size", bn_group_size)
     if not (isinstance(remat, bool) or callable(remat)):
         raise ValueError(f"remat={remat!r} must be True, False or a policy, e.g. keep_convolutions")
-    activation = own_activation(variant, activation)
+    activation = resolve_activation(variant.activation, activation)
     check_options(train_form, lowering, activation, epsilon, momentum)
     return RepVGG(
         variant=variant,
@@ -117,12 +117,12 @@ def create_model(
     )
 
 
-def own_activation(
-    variant: Variant, activation: Activation | Literal["auto"] | None
+def resolve_activation(
+    own: str, activation: Activation | Literal["auto"] | None
 ) -> Activation | None:
-    """The activation of a variant's blocks where "auto" is asked for, else what is asked for."""
+    """The activation of a variant, by its name `own`, if "auto" is asked for; else what is."""
     if isinstance(activation, str) and activation == "auto":
-        return ACTIVATIONS[variant.activation]
+        return ACTIVATIONS[own]
     return activation
 
 

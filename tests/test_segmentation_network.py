@@ -433,3 +433,9 @@ def test_names_of_a_resnet_never_change():
     convolutions += [f"stage4_block0/conv{index}" for index in range(3)]
     convolutions += [f"stage{stage}_block0/shortcut" for stage in (1, 2, 3, 4)]
     assert sorted(kernels) == sorted(f"{name}/conv_single/kernel" for name in convolutions)
+
+
+@pytest.mark.parametrize("backbone", ["A0", "ResNet-50"])
+def test_the_name_of_an_activation_is_refused(backbone):
+    with pytest.raises(ValueError, match="activation='silu' must be a function"):
+        rv.create_segmenter(backbone, num_classes=3, activation="silu")

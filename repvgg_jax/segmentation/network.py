@@ -23,7 +23,7 @@ from repvgg_jax.block import Activation, TrainForm, check_options
 from repvgg_jax.cpu_conv import Lowering
 from repvgg_jax.layers import BatchNorm, conv_bn, torch_bias_init, torch_kernel_init
 from repvgg_jax.meshes import on_auto_axes
-from repvgg_jax.model import RematPolicy, RepVGG, create_model, own_activation
+from repvgg_jax.model import RematPolicy, RepVGG, create_model, resolve_activation
 from repvgg_jax.reparam import CONV_BN, EPSILON, fuse_params
 from repvgg_jax.segmentation.resize import adaptive_average_pool, resize_bilinear, upsample
 from repvgg_jax.segmentation.resnet import RESNETS, ResNet, ResNetVariant, conv_bn_block
@@ -98,10 +98,7 @@ def create_segmenter(
         raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
     if len(variant.depths) < 2:
         raise ValueError(f"{variant.name} has one stage; the auxiliary head needs one before it")
-    if isinstance(variant, Variant):
-        activation = own_activation(variant, activation)
-    elif isinstance(activation, str):  # a ResNet has its own
-        activation = nn.relu
+    activation = resolve_activation(variant.activation, activation)
     check_options(train_form, lowering, activation, epsilon, momentum)
     segmenter = Segmenter(
         variant=variant,

@@ -39,6 +39,9 @@ class ResNetVariant:
     channels: tuple[int, ...] = (64, 128, 256, 512)
     stem_channels: tuple[int, int, int] = (64, 64, 128)
 
+    activation = "relu"
+    """As of a `Variant`, but the same for all of them."""
+
     @property
     def total_stride(self) -> int:
         """Images' pixels per pixel of the last feature map: 32 for the usual four stages."""
