@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repvgg_jax.reparam.algebra import Affine
-from repvgg_jax.text import plural
+from repvgg_jax.text import plural, positive_integer
 
 
 def fuse_linear(
@@ -49,7 +49,9 @@ def fuse_linear(
         larger than `max_kernel`, or it treats borders unlike a zero-padded convolution; or an
         argument is not a number that is allowed.
     """
-    _check_numbers(in_channels=in_channels, spatial_dims=spatial_dims, max_kernel=max_kernel)
+    numbers = {"in_channels": in_channels, "spatial_dims": spatial_dims, "max_kernel": max_kernel}
+    for name, number in numbers.items():
+        positive_integer("fuse_linear", name, number)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"fuse_linear: dtype={dtype} must be a floating point type")
     if not tolerance >= 0:
@@ -114,12 +116,6 @@ def fuse_linear(
     rounding = 8 * float(jnp.finfo(dtype).eps)
     _check(run, Affine(kernel, bias), (stride, up), (*image, in_channels), tolerance, rounding)
     return Affine(kernel.astype(np.dtype(dtype)), bias.astype(np.dtype(dtype)))
-
-
-def _check_numbers(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"fuse_linear: {name}={value!r} must be an integer from 1")
 
 
 def _trimmed(kernel: np.ndarray, spatial_dims: int) -> np.ndarray:
