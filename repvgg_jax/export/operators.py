@@ -26,7 +26,7 @@ from repvgg_jax.variants import Layer, residual_starts
 
 ACTIVATIONS: dict[str | None, Callable | None] = {
     None: None,
-    **FUNCTIONS,
+    **dict(FUNCTIONS.items()),
 }
 """Activations of blocks that exports know, by the name in `Activation.kind`."""
 
