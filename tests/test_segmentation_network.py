@@ -13,6 +13,7 @@ from repvgg_jax.segmentation.network import dilations, make_backbone
 from repvgg_jax.segmentation.resnet import RESNETS, ResNetVariant
 from repvgg_jax.segmentation.weights import load_resnet, start_from_classifier
 from repvgg_jax.text import named_leaves
+from repvgg_jax.train.experiment import network_title
 from tests.helpers.jit import quick_jit
 from tests.helpers.pth_writer import write_zip
 from tests.helpers.trees import paths, random_images, random_variables
@@ -439,3 +440,16 @@ def test_names_of_a_resnet_never_change():
 def test_the_name_of_an_activation_is_refused(backbone):
     with pytest.raises(ValueError, match="activation='silu' must be a function"):
         rv.create_segmenter(backbone, num_classes=3, activation="silu")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "title"),
+    [
+        ("A0", "PSPNet on RepVGG A0-fast"),
+        ("mobileone_s0", "PSPNet on mobileone_s0-fast"),
+        ("ResNet-50", "PSPNet on ResNet-50"),
+    ],
+)
+def test_a_title_is_that_of_the_backbone(backbone, title):
+    fast = backbone != "ResNet-50"
+    assert network_title(rv.create_segmenter(backbone, num_classes=3, fast=fast)) == title

@@ -405,8 +405,7 @@ def _load(name: str, options: Mapping[str, Any]) -> Weights:
 
 
 def _title(loaded: Weights, file: str) -> str:
-    title = str(loaded).replace(loaded.variant, variant_title(loaded.variant), 1)
-    return f"{title} of {file}"
+    return f"{variant_title(loaded.variant)}{str(loaded).removeprefix(loaded.variant)} of {file}"
 
 
 def _model(loaded: Weights, description: Description | None = None) -> RepVGG:

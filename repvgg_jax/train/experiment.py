@@ -78,11 +78,11 @@ def variant_title(name: str) -> str:
 
 def network_title(model: Model) -> str:
     """A network in words, e.g. `RepVGG A0` or `PSPNet on RepVGG A0`."""
-    name = model.variant.name
+    variant = model.variant
+    title = variant_title(variant.name) if isinstance(variant, Variant) else variant.name
     if not isinstance(model, Segmenter):
-        return variant_title(name)
-    fast = "-fast" if model.fast else ""
-    return f"PSPNet on {'RepVGG ' if isinstance(model.variant, Variant) else ''}{name}{fast}"
+        return title
+    return f"PSPNet on {title}{'-fast' if model.fast else ''}"
 
 
 def build_task(settings: Settings, dataset: Dataset, *, training: bool = True) -> Task:
