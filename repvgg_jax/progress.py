@@ -6,8 +6,10 @@ Nothing is shown unless the logger of this package lets INFO through, as the com
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -61,6 +63,18 @@ def progress(title: str, total: int, unit: str = "images") -> Iterator[Advance]:
                 bar.update(task, what=what)
 
         yield advance
+
+
+@contextlib.contextmanager
+def announced(message: str, *args: Any) -> Iterator[None]:
+    """A context that logs a message, like `logger.info`, if it takes more than `EVERY` seconds."""
+    note = threading.Timer(EVERY, logger.info, (message, *args))
+    note.daemon = True
+    note.start()
+    try:
+        yield
+    finally:
+        note.cancel()
 
 
 class _Lines:

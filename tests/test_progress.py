@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -86,3 +87,14 @@ def test_a_bar_on_a_terminal():
     assert "[38;5;" not in plain
     assert "[3" not in plain.replace("[3A", "")
     assert on_a_terminal("WARNING") == ""
+
+
+@pytest.mark.parametrize("every", [0.0, 60.0])
+def test_what_takes_long_is_announced(every, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "EVERY", every)
+    caplog.set_level("INFO", progress.logger.name)
+    written = threading.Event()
+    monkeypatch.setattr(caplog.handler, "emit", lambda _: written.set())
+    with progress.announced("compiling for %dx%d", 8, 16):
+        assert written.wait(10) if every == 0 else not written.is_set()
+    assert written.is_set() == (every == 0)

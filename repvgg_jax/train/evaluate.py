@@ -17,7 +17,7 @@ from repvgg_jax.data.batches import eval_batches
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.sources import Source
 from repvgg_jax.data.splits import Subset
-from repvgg_jax.progress import Advance, progress, silent
+from repvgg_jax.progress import Advance, announced, progress, silent
 from repvgg_jax.segmentation.task import EXAMPLES
 from repvgg_jax.text import differences, plural
 from repvgg_jax.train import findings, memory
@@ -156,7 +156,8 @@ class Evaluator:
                 self._experiment.replicated,
                 per_image,
             )
-            self._steps[key] = jax.jit(step).lower(variables, batch).compile()
+            with announced("compiling the evaluation for %dx%d", *batch["image"].shape[1:3]):
+                self._steps[key] = jax.jit(step).lower(variables, batch).compile()
             consensus.barrier(f"compiled evaluation {len(self._steps)}")
         return self._steps[key]
 

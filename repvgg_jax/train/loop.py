@@ -6,7 +6,6 @@ import logging
 import math
 import pathlib
 import signal
-import threading
 import time
 
 import jax
@@ -16,7 +15,7 @@ from repvgg_jax.cluster import consensus, watchdog
 from repvgg_jax.data.batches import train_batches
 from repvgg_jax.data.dataset import Dataset, load
 from repvgg_jax.data.identity import DataIdentity
-from repvgg_jax.progress import EVERY
+from repvgg_jax.progress import announced
 from repvgg_jax.train import memory, resume, scales
 from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.checkpoint import Checkpoints
@@ -284,13 +283,8 @@ class CompiledStep:
         """The step for images of this height and width."""
         if size not in self._compiled:
             began = time.monotonic()
-            note = threading.Timer(EVERY, logger.info, ("compiling for %dx%d", *size))
-            note.daemon = True
-            note.start()
-            try:
+            with announced("compiling for %dx%d", *size):
                 self._compiled[size] = self._experiment.lower_step(size).compile()
-            finally:
-                note.cancel()
             logger.info("compiled for %dx%d in %.1f s", *size, time.monotonic() - began)
             consensus.barrier(f"compiled {size}")
         return self._compiled[size]
