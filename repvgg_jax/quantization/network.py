@@ -33,7 +33,7 @@ After = Callable[[str, jax.Array, nn.Module], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class QuantizableLayer:
     """A convolution or linear layer, and what takes its output; names are paths of Linen modules.
 
     Attributes:
@@ -104,14 +104,14 @@ def checked(model: Any) -> Any:
     return model.clone(lowering="plain", remat=False, dtype="float32")
 
 
-def layers_of(model: Model) -> tuple[Layer, ...]:
+def layers_of(model: Model) -> tuple[QuantizableLayer, ...]:
     """All layers of a network in deploy form that can be quantized, in order."""
     if isinstance(model, Segmenter):
         return tuple(_of_segmenter(model))
     return tuple(_of_repvgg(model))
 
 
-def _of_repvgg(model: RepVGG, above: str = "") -> Iterator[Layer]:
+def _of_repvgg(model: RepVGG, above: str = "") -> Iterator[QuantizableLayer]:
     """Those of a classifier or, below the path `above`, of a backbone."""
     following = [*(f"{above}{layer.name}" for layer in model.layers[1:]), None]
     if model.num_classes:
@@ -120,7 +120,7 @@ def _of_repvgg(model: RepVGG, above: str = "") -> Iterator[Layer]:
     for index, layer in enumerate(model.layers):
         name, then = f"{above}{layer.name}", following[index]
         activation = model.activation if layer.activate else None
-        yield Layer(
+        yield QuantizableLayer(
             name,
             f"{name}/{layer.block.deploy}",
             None if index in branching else then,
@@ -130,10 +130,10 @@ def _of_repvgg(model: RepVGG, above: str = "") -> Iterator[Layer]:
         )
     if model.num_classes:
         head = model.variant.head_layer(model.num_classes)
-        yield Layer(HEAD, f"{HEAD}/{head.block.deploy}" if head else HEAD)
+        yield QuantizableLayer(HEAD, f"{HEAD}/{head.block.deploy}" if head else HEAD)
 
 
-def _of_segmenter(model: Segmenter) -> Iterator[Layer]:
+def _of_segmenter(model: Segmenter) -> Iterator[QuantizableLayer]:
     network, above = model.bind({}), "backbone/"
     backbone: Any = network.backbone
     yield from (
@@ -141,14 +141,14 @@ def _of_segmenter(model: Segmenter) -> Iterator[Layer]:
     )
     for name in (*(f"pyramid{windows}" for windows in model.bins), "decoder"):
         then = HEAD if name == "decoder" else None
-        yield Layer(name, f"{name}/{getattr(network, name).spec.deploy}", then)
-    yield Layer(HEAD, HEAD)
+        yield QuantizableLayer(name, f"{name}/{getattr(network, name).spec.deploy}", then)
+    yield QuantizableLayer(HEAD, HEAD)
 
 
-def _of_resnet(backbone: ResNet, above: str) -> Iterator[Layer]:
-    def chain(names: list[str], block: Any) -> Iterator[Layer]:
+def _of_resnet(backbone: ResNet, above: str) -> Iterator[QuantizableLayer]:
+    def chain(names: list[str], block: Any) -> Iterator[QuantizableLayer]:
         for name, then in zip(names, [*names[1:], None], strict=True):
-            yield Layer(name, f"{name}/{block.spec.deploy}", then)
+            yield QuantizableLayer(name, f"{name}/{block.spec.deploy}", then)
 
     yield from chain([f"{above}stem{index}" for index in range(3)], backbone.stem0)
     for layer in backbone.layers:
