@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,6 +24,7 @@ from repvgg_jax.export.int8 import float_layers, simulated
 from repvgg_jax.proof import Forward
 from repvgg_jax.quantization import Quantized, Settings, quantize
 from repvgg_jax.quantization.settings import TRAINED
+from repvgg_jax.segmentation.task import exact_type
 from repvgg_jax.text import plural
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,8 @@ class Conversion:
                 continue
             batch = {"label": labels[part], "mask": np.ones(len(fed), bool)}
             for found, output in zip(sums, outputs, strict=True):
-                found.append(jax.tree.map(_exact, dict(task.evaluate(jnp.asarray(output), batch))))
+                of_batch = task.evaluate(jnp.asarray(output), batch)
+                found.append({n: np.asarray(one, exact_type(one)) for n, one in of_batch.items()})
         metrics = {}
         if labels is not None:
             before, after = map(task.means, sums)
@@ -301,12 +302,6 @@ def _calibrator(settings: Settings) -> str:
     if settings.calibrator == "percentile":
         return f"calibrator percentile {settings.percentile:g}"
     return f"calibrator {settings.calibrator}"
-
-
-def _exact(leaf: Any) -> np.ndarray:
-    """Sums that add up without rounding."""
-    leaf = np.asarray(leaf)
-    return leaf.astype(np.int64 if np.issubdtype(leaf.dtype, np.integer) else np.float64)
 
 
 def _speed(images_per_second: float) -> str:

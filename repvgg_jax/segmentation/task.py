@@ -127,7 +127,7 @@ class Segmentation:
           pixels.
         """
         total = {
-            name: np.sum([np.asarray(part[name], _wide(part[name])) for part in parts], axis=0)
+            name: np.sum([np.asarray(part[name], exact_type(part[name])) for part in parts], axis=0)
             for name in parts[0]
         }
         found = Scores(total["confusion"])
@@ -165,5 +165,6 @@ class Segmentation:
         return draw
 
 
-def _wide(values: Any) -> type:
+def exact_type(values: Any) -> type:
+    """The type in which sums of a batch, counts or others, are added up over a data set."""
     return np.int64 if np.issubdtype(np.asarray(values).dtype, np.integer) else np.float64
