@@ -1,7 +1,8 @@
 """The proof that two networks are the same function: their logits on the same images."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -17,6 +18,14 @@ PIXEL_LOGIT = "logit of a pixel"
 
 TOLERANCE = 1e-5
 """Largest |Δlogit| allowed, relative to the largest |logit|, in float32."""
+
+BATCH, BATCH_PIXELS = 32, 2**21
+"""Images at once, at most, and pixels: one image of Cityscapes."""
+
+
+def at_most(count: int, pixels: int, size: Sequence[int]) -> int:
+    """As many images of a height and width as have that many pixels: 1 to `count`."""
+    return max(1, min(count, pixels // math.prod(size)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """What a conversion starts from: a run, a deploy directory, a checkpoint file or a hub name."""
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from repvgg_jax.export import FORMATS
 from repvgg_jax.export.description import Description, read_description
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.proof import Proof
+from repvgg_jax.proof import BATCH, BATCH_PIXELS, Proof, at_most
 from repvgg_jax.quantization import Quantized
 from repvgg_jax.quantization import Settings as QuantizationSettings
 from repvgg_jax.quantization.network import checked
@@ -40,8 +39,6 @@ from repvgg_jax.weights.detect import UnknownVariantError
 
 PROOF_IMAGES = 1000  # validation images in a proof, at most
 PROOF_PIXELS = 2**25  # of images in a proof of classes of pixels, at most: 16 images of Cityscapes
-BATCH = 32  # images at once, at most
-BATCH_PIXELS = 2**21  # of a batch with a class per pixel: one image of Cityscapes
 
 IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 """What the published networks were trained with."""
@@ -157,7 +154,7 @@ class Source:
         """Images at once, at most: fewer if every pixel has a class."""
         if not self.per_pixel:
             return BATCH
-        return max(1, min(BATCH, BATCH_PIXELS // math.prod(self.images.shape[1:3])))
+        return at_most(BATCH, BATCH_PIXELS, self.images.shape[1:3])
 
     def at_most(self, count: int) -> int:
         """That many images, or as many as are affordable if every pixel has a class."""
@@ -427,7 +424,7 @@ def _proof_images(model: RepVGG | Segmenter, shape: tuple[int, int, int]) -> int
     """The number of images in a proof, at most."""
     if not isinstance(model, Segmenter):
         return PROOF_IMAGES
-    return max(4, min(PROOF_IMAGES, PROOF_PIXELS // (shape[0] * shape[1])))
+    return max(4, at_most(PROOF_IMAGES, PROOF_PIXELS, shape[:2]))
 
 
 def _images(

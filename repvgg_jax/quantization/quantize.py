@@ -1,7 +1,6 @@
 """Quantizes a deployed network after training, from some images and no labels."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repvgg_jax.proof import BATCH, BATCH_PIXELS, at_most
 from repvgg_jax.quantization import passes
 from repvgg_jax.quantization.calibrators import BINS, CALIBRATORS, Histogram, choose_range
 from repvgg_jax.quantization.grid import Grid
@@ -25,9 +25,6 @@ from repvgg_jax.quantization.network import (
 from repvgg_jax.quantization.settings import TRAINED, Settings
 from repvgg_jax.reparam import equalize
 from repvgg_jax.text import named_leaves, plural
-
-BATCH, BATCH_PIXELS = 32, 2**21
-"""Images at once, at most, and pixels: one image of Cityscapes."""
 
 MEASURED, MEASURED_PIXELS = 64, 2**23
 """Calibration images, and their pixels, that noise and gains are measured on, at most."""
@@ -345,15 +342,11 @@ def _relative(expected: np.ndarray, found: np.ndarray) -> float:
 
 def batches(images: np.ndarray) -> Iterator[np.ndarray]:
     """Images in portions of at most `BATCH` images and `BATCH_PIXELS` pixels, or of one."""
-    size = _at_most(BATCH, BATCH_PIXELS, images)
+    size = at_most(BATCH, BATCH_PIXELS, images.shape[1:3])
     for start in range(0, len(images), size):
         yield images[start : start + size]
 
 
 def measured(images: np.ndarray) -> np.ndarray:
     """The calibration images that noise and gains are measured on."""
-    return images[: _at_most(MEASURED, MEASURED_PIXELS, images)]
-
-
-def _at_most(count: int, pixels: int, images: np.ndarray) -> int:
-    return max(1, min(count, pixels // math.prod(images.shape[1:3])))
+    return images[: at_most(MEASURED, MEASURED_PIXELS, images.shape[1:3])]
