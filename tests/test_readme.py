@@ -104,20 +104,34 @@ def test_every_command_is_tested():
     }
 
 
+def demo(place: pathlib.Path) -> list[str]:
+    """The lines that `make demo` prints; what it writes is in `place` afterwards.
+
+    Where .ci/run has run it in this checkout, the digits are not trained a second time.
+    """
+    if printed := os.environ.get("DEMO_OUTPUT"):
+        for name in ("runs", "deploy"):
+            shutil.copytree(ROOT / name, place / name)
+        out = pathlib.Path(printed).read_text()
+    else:
+        out = shell("python train.py --config configs/digits.py", place)
+        out += shell("python convert.py --workdir runs/digits --output deploy", place)
+    return [" ".join(line.split()) for line in out.splitlines()]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_scripts_then_the_python_blocks(place):
     """In the order of the README."""
-    out = shell("python train.py --config configs/digits.py", place)
-    accuracy = float(re.search(r"validation accuracy: ([\d.]+)% as trained", out)[1])
-    assert accuracy >= 98.5
-    out = shell("python convert.py --workdir runs/digits --output deploy", place)
-    out = re.sub(r"^converting: .*\n", "", out, flags=re.M)  # on a slow machine
-    told = next(block for block in blocks("text") if "as trained" in block)
-    for line, found in zip(told.splitlines()[:3], out.splitlines()[:3], strict=True):
-        assert line.split() == found.split()
-    for line in told.splitlines()[-3:-1]:
-        assert line in out.splitlines()
+    lines = demo(place)
+    (share,) = re.findall(r"^validation accuracy: ([\d.]+)% as trained", "\n".join(lines), re.M)
+    assert float(share) >= 98.5
+    told = next(block for block in blocks("text") if "as trained" in block).splitlines()
+    told = [" ".join(line.split()) for line in told]
+    begin = lines.index(told[0])
+    assert lines[begin : begin + 3] == told[:3]
+    for line in told[-3:-1]:
+        assert line in lines
     program = "\n".join(blocks("python"))
     (place / "readme.py").write_text(program)
     out = shell("python readme.py", place)
@@ -164,12 +178,13 @@ def test_make_runs_the_same_commands(place, target, lines):
     ]
     assert found == lines
     ci = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert f"make {target}" in ci
+    assert any(re.match(rf"make {target}\b", line) for line in ci)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("pip")])
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("pip") and "cuda" in c])
 def test_requirements_resolve(place, command):
+    """Those that .ci/run does not install."""
     shell(command.replace("install", "install --dry-run --quiet"), place)
 
 
