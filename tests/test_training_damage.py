@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from repvgg_jax.cluster import lock
-from repvgg_jax.train import evaluate, loop, report
+from repvgg_jax.train import by_class, evaluate, loop, report
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.manifest import Manifest
@@ -22,7 +22,7 @@ from tests.helpers.runs import final_state, numbers, rows, small_config, small_e
 from tests.helpers.states import make_state
 
 OTHERS = (None, -1, 10**30, 10**400, 1.5, "x", [], {}, [[]], [1, "x"], {"x": 1}, True)
-SAMPLED = 110  # of some 210 instants of a run; resuming takes about a second
+SAMPLED = 50  # of some 210 instants of a run; resuming takes up to two seconds
 OWNER = {"host": "a", "machine": "b", "pid": 7, "began": "2026", "beat": "000000000001"}
 
 
@@ -165,6 +165,7 @@ class TestKilled:
         monkeypatch.setattr(loop, "CompiledStep", lambda experiment: step)
         monkeypatch.setattr(loop, "Evaluator", lambda experiment: evaluator)
         monkeypatch.setattr(report, "draw_curves", _draw)
+        monkeypatch.setattr(by_class.ByClass, "draw", lambda self, path: _draw(None, path, None))
         monkeypatch.setattr(lock, "TIMEOUT", 0.1)
 
     @pytest.mark.slow
