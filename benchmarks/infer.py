@@ -6,13 +6,16 @@ Ours runs in JAX and, where `repvgg_jax.export` and the runtime are installed, e
 ONNX and run by onnxruntime and OpenVINO. "deploy plain" leaves every convolution to XLA
 (`lowering="plain"`). In "deploy constant" and under `torch.compile` with freezing the weights are
 constants of the program; "deploy measured" is "deploy constant" with `lowering="measured"`. On a
-GPU everything is bfloat16, on a CPU float32.
+GPU everything is bfloat16, on a CPU float32. `--isa AVX2` limits JAX and PyTorch to what processors
+without AVX-512 have; the other runtimes cannot be limited and are left out.
 
     python benchmarks/infer.py --models A0 B1 B1g4 --batch 1 8 32 --write
     python benchmarks/infer.py --runners deploy "torch compile" "timm compile" --batch 256
+    python benchmarks/infer.py --isa AVX2 --runners "deploy constant" "torch compile"
 """
 
 import multiprocessing
+import os
 import pathlib
 import tempfile
 import types
@@ -29,6 +32,14 @@ RUNNERS = (
     "torch", "torch channels_last", "torch compile", "torch compile freezing",
     "torch train form", "timm channels_last", "timm compile",
 )  # fmt: skip
+ISAS = {
+    "AVX2": {
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    }
+}
+"""Instruction sets, and what limits XLA, PyTorch and the oneDNN inside PyTorch to them."""
 
 
 def missing(kind: str) -> str | None:
@@ -142,8 +153,16 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224, help="pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--runners", nargs="+", choices=RUNNERS, default=list(RUNNERS))
+    parser.add_argument("--isa", choices=ISAS, help="the processor's own if not given")
     args = parser.parse_args()
     absent = {kind: package for kind in args.runners if (package := missing(kind))}
+    if args.isa:
+        os.environ |= ISAS[args.isa]
+        absent |= {
+            kind: f"{args.isa} to be its limit"
+            for kind in args.runners
+            if kind in ("onnxruntime", "openvino")
+        }
     kinds = [kind for kind in args.runners if kind not in absent]
     rows = []
     for name in args.models:
@@ -172,6 +191,7 @@ def main() -> None:
         write=args.write,
         image_size=args.image_size,
         rounds=args.rounds,
+        isa=args.isa or "the processor's own",
         skipped=", ".join(f"{kind} (needs {package})" for kind, package in absent.items())
         or "none",
     )
