@@ -4,10 +4,12 @@ XLA's CPU backend hands convolutions to Eigen, which is slow at some kinds of th
 substitutes are the same mathematics in float32. The deploy form's, measured on 2 cores at
 batch 8 (`benchmarks/infer.py` times whole networks):
 
+    1x1, one group           a matrix product, after a slice at stride 2
     stride 1, one group      Winograd F(2x2, 3x3): 16 multiplications do the work of 36
     stride 1, groups         the same for each group; split groups above 28x28 pixels
     stride 2, one group      a matrix product with the patches, up to 56x56 pixels
     stride 2, groups         one convolution for each group
+    a group per channel      a sum of shifted products, for any kernel, stride and dilation
 
 In training a kernel's gradient counts too, and Eigen is slowest at it. The training form's,
 measured on 2 cores at batch 32 (`benchmarks/train_step.py`), all differentiated as written:
@@ -15,6 +17,7 @@ measured on 2 cores at batch 32 (`benchmarks/train_step.py`), all differentiated
     1x1, one group           a matrix product, after a slice at stride 2
     stride 1, one group      Winograd, whose derivative is Winograd's too
     stride 2, one group      a matrix product with the patches, at 14x14 pixels and more
+    a group per channel      a sum of shifted products
 
 The tables are of two processors. With `lowering="measured"` the deploy form's choice is timed on
 this machine (`repvgg_jax.cpu_measured`).
@@ -24,6 +27,7 @@ it as `repvgg_jax.meshes.grouped_convolution` does it. `jax.lax.platform_depende
 chooses when a program is lowered, so programs for several platforms stay right.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -44,6 +48,7 @@ _GROUPS = 64
 _WINOGRAD_SIDES = range(14, 57)
 _GROUPED_WINOGRAD_SIDES = range(14, 29)
 _PATCHES_SIDES = range(14, 57)
+_TAPS = 49  # of a kernel of one channel, in one loop
 
 
 def check(lowering: str) -> None:
@@ -60,7 +65,8 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated`, replaced on CPUs where something faster is known.
 
     For `flax.linen.Conv(conv_general_dilated=…)` in inference. Replaced are float32
-    convolutions with a 3x3 kernel, padded by one, without dilation, that are large enough.
+    convolutions with a 3x3 kernel, padded by one, without dilation, that are large enough, 1x1
+    convolutions, and depthwise ones of any kind, these in float64, too.
     Arguments, result and derivatives are those of the original.
 
     Args:
@@ -83,7 +89,7 @@ def measured_conv_general_dilated(
 def training_conv_general_dilated(
     x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
 ) -> jax.Array:
-    """`conv_general_dilated` for training, where the derivative counts too, and also for 1x1."""
+    """`conv_general_dilated` for training, where the derivative counts too."""
     return _replaced(_for_training, x, kernel, window_strides, padding, settings)
 
 
@@ -106,8 +112,12 @@ def _replaced(
         and tuple(settings["rhs_dilation"]) == (1, 1)
         and window_strides[0] == window_strides[1]
     )
-    fast = None
-    if usual:
+    fast: Convolution | None = None
+    if _is_depthwise(x, kernel, settings):
+        fast = functools.partial(
+            depthwise, strides=window_strides, padding=padding, dilation=settings["rhs_dilation"]
+        )
+    elif usual:
         groups = settings["feature_group_count"]
         fast = choose(x.shape, kernel.shape, window_strides[0], groups)
 
@@ -117,13 +127,25 @@ def _replaced(
     return compute(x, kernel) if fast is None else on_auto_axes(compute, x, kernel)
 
 
+def _is_depthwise(x: jax.Array, kernel: jax.Array, settings: dict[str, Any]) -> bool:
+    """Whether every channel has a filter of its own, and `depthwise` is as exact."""
+    return (
+        x.dtype == kernel.dtype
+        and x.dtype in (jnp.float32, jnp.float64)
+        and x.shape[-1] == kernel.shape[-1] == settings["feature_group_count"] > 1
+        and x.ndim == 4
+    )
+
+
 def _for_inference(
     shape: tuple[int, ...], kernel: tuple[int, ...], stride: int, groups: int
 ) -> Convolution | None:
     """What to do in the deploy form instead of the plain convolution, if anything."""
     sides = set(shape[1:3])
-    if kernel[0] == 1 or kernel[2] == 1 or groups > _GROUPS:
-        return None  # depthwise or nearly so: many convolutions take long to compile and to run
+    if kernel[0] == 1:
+        return (lambda x, kernel: pointwise(x, kernel, stride)) if groups == 1 else None
+    if kernel[2] == 1 or groups > _GROUPS:
+        return None  # many convolutions take long to compile and to run
     if kernel[2] < _CHANNELS:
         return None if groups == 1 else _by_group(lambda x, k: _convolution(x, k, stride), groups)
     if stride == 1:
@@ -258,6 +280,63 @@ def patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     matrix = jnp.concatenate(taps, axis=-1).reshape(outputs, 9 * x.shape[-1])
     y = matrix @ kernel.reshape(matrix.shape[-1], features)
     return y.reshape(x.shape[0], height, width, features)
+
+
+def depthwise(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: Sequence[int],
+    padding: Sequence[Sequence[int]],
+    dilation: Sequence[int],
+) -> jax.Array:
+    """A convolution of every channel on its own, as a sum of shifted products.
+
+    XLA fuses the taps of up to `_TAPS` rows and columns into one loop over the output. Of larger
+    kernels, it computes one row at a time.
+
+    Args:
+      x: (images, height, width, channels).
+      kernel: (height, width, 1, channels).
+      strides: of both axes.
+      padding: of both axes, low and high.
+      dilation: of both axes.
+
+    Returns:
+      (images, rows, columns, channels).
+    """
+    rows, columns = kernel.shape[:2]
+    kernel = kernel[:, :, None, None]  # each tap broadcasts over images and pixels
+    x = jnp.pad(x, ((0, 0), *map(tuple, padding), (0, 0)))
+    x = lax.optimization_barrier(x)  # else the loop asks of every tap whether it is a border
+    # The last pixel that a tap reads, counted from its first one, and one more.
+    ends = [
+        (side - d * (size - 1) - 1) // stride * stride + 1
+        for side, size, stride, d in zip(
+            x.shape[1:3], (rows, columns), strides, dilation, strict=True
+        )
+    ]
+
+    def row(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The taps of one row: pixels (images, ends[0], width, channels), a kernel of one row."""
+
+        def tap(j: int) -> jax.Array:
+            first = j * dilation[1]
+            return x[:, :: strides[0], first : first + ends[1] : strides[1]] * kernel[j]
+
+        return sum(map(tap, range(1, columns)), tap(0))
+
+    def pixels(i: int | jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, i * dilation[0], ends[0], axis=1)
+
+    y = row(pixels(0), kernel[0])
+    if rows * columns <= _TAPS:
+        for i in range(1, rows):
+            y += row(pixels(i), kernel[i])
+        return y
+    # The gradient computes the pixels of a row anew, instead of keeping those of all rows.
+    step = jax.checkpoint(lambda y, i: (y + row(pixels(i), kernel[i]), None))
+    return lax.scan(step, y, jnp.arange(1, rows))[0]
 
 
 def _by_group(convolution: Convolution, groups: int) -> Convolution:

@@ -80,17 +80,21 @@ def test_derivatives():
 
 
 @pytest.mark.parametrize(
-    ("size", "channels", "features", "stride", "height", "width"),
+    ("function", "size", "channels", "features", "stride", "height", "width"),
     [
-        (3, 48, 40, 1, 14, 17),  # Winograd, with an odd side
-        (3, 3, 40, 2, 17, 14),  # patches
-        (3, 48, 40, 2, 14, 15),
-        (1, 48, 40, 1, 5, 4),
-        (1, 48, 40, 2, 5, 4),
+        # Winograd, with an odd side
+        (training_conv_general_dilated, 3, 48, 40, 1, 14, 17),
+        # patches
+        (training_conv_general_dilated, 3, 3, 40, 2, 17, 14),
+        (training_conv_general_dilated, 3, 48, 40, 2, 14, 15),
+        # matrix products
+        (training_conv_general_dilated, 1, 48, 40, 1, 5, 4),
+        (training_conv_general_dilated, 1, 48, 40, 2, 5, 4),
+        (conv_general_dilated, 1, 24, 40, 2, 5, 4),
     ],
 )
-def test_training_substitutes_and_their_gradients_are_as_exact(
-    size, channels, features, stride, height, width
+def test_substitutes_and_their_gradients_are_as_exact(
+    function, size, channels, features, stride, height, width
 ):
     x, kernel = operands(channels, features, 1, height, width)
     kernel = kernel[:size, :size]
@@ -104,7 +108,7 @@ def test_training_substitutes_and_their_gradients_are_as_exact(
 
         return jax.jit(compute)
 
-    fast, plain = all_of(training_conv_general_dilated), all_of(jax.lax.conv_general_dilated)
+    fast, plain = all_of(function), all_of(jax.lax.conv_general_dilated)
     assert "platform_index" in str(jax.make_jaxpr(fast)(x, kernel, dy))
     with jax.enable_x64(True):
         truth = plain(np.float64(x), np.float64(kernel), np.float64(dy))
@@ -112,6 +116,55 @@ def test_training_substitutes_and_their_gradients_are_as_exact(
         errors = [float(np.sqrt(np.square(part - np.asarray(exact)).mean())) for part in (a, b)]
         assert errors[0] <= 4 * errors[1]
         assert errors[1] <= 1e-6 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("function", [conv_general_dilated, training_conv_general_dilated])
+@pytest.mark.parametrize(
+    ("size", "stride", "dilation", "height", "width"),
+    [
+        (3, 1, 1, 5, 4),
+        (3, 2, 1, 7, 6),
+        (5, 2, 3, 9, 14),
+        (9, 1, 1, 6, 11),  # row by row
+        (9, 2, 2, 8, 5),
+    ],
+)
+def test_depthwise_convolutions_and_their_gradients_are_as_exact(
+    function, size, stride, dilation, height, width
+):
+    x = random_images((2, height, width, 6))
+    kernel = random_images((size, size, 1, 6), seed=1)
+    dy = random_images((2, -(-height // stride), -(-width // stride), 6), seed=2)
+    pad = size // 2 * dilation
+
+    def all_of(function):
+        def convolve(x, kernel):
+            return function(
+                x,
+                kernel,
+                (stride, stride),
+                [(pad, pad), (pad, pad)],
+                rhs_dilation=(dilation, dilation),
+                feature_group_count=6,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+
+        def compute(x, kernel, dy):
+            y, pull = jax.vjp(convolve, x, kernel)
+            return y, *pull(dy)
+
+        return compute
+
+    fast, plain = all_of(function), quick_jit(all_of(jax.lax.conv_general_dilated))
+    assert "platform_index" in str(jax.make_jaxpr(fast)(x, kernel, dy))
+    fast = quick_jit(fast)
+    with jax.enable_x64(True):
+        wide = np.float64(x), np.float64(kernel), np.float64(dy)
+        truth, double = plain(*wide), fast(*wide)
+    for a, b, exact in zip(double, fast(x, kernel, dy), truth, strict=True):
+        assert a.dtype == np.float64
+        np.testing.assert_allclose(a, exact, rtol=0, atol=1e-13 * np.abs(exact).max())
+        np.testing.assert_allclose(b, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize(("groups", "side"), [(2, 14), (1, 12)])
