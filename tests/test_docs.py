@@ -23,6 +23,7 @@ import repvgg_jax
 from repvgg_jax import ReparamBlock, reparam
 from repvgg_jax.data.augment import __main__ as picture
 from tests.helpers.commands import run
+from tests.helpers.jit import unoptimized
 from tests.helpers.pages import DOCS, ROOT, commands, python, shell, text
 from tests.helpers.pictures import images, write_tars
 from tests.helpers.processes import RECIPE
@@ -60,11 +61,15 @@ def test_every_page_with_code_is_tested():
     "page", [PYTHON_HERE[0], *(pytest.param(p, marks=pytest.mark.slow) for p in PYTHON_HERE[1:])]
 )
 def test_python_runs(page, tmp_path, monkeypatch):
-    """Top to bottom, in one namespace; `config` is what a recipe has."""
+    """Top to bottom, in one namespace; `config` is what a recipe has.
+
+    It takes longer to compile than to run, so it is compiled without optimizations.
+    """
     from repvgg_jax.train.config import default_config
 
     monkeypatch.chdir(tmp_path)
-    exec(compile(python(page), page, "exec"), {"__name__": page, "config": default_config()})
+    with unoptimized():
+        exec(compile(python(page), page, "exec"), {"__name__": page, "config": default_config()})
 
 
 @pytest.mark.core
