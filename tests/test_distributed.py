@@ -170,9 +170,12 @@ class TestFourProcesses:
 
     @pytest.mark.parametrize("lost", [0, 2])
     def test_the_others_stop_when_one_is_killed_and_a_restart_is_right(self, alone, tmp_path, lost):
-        """Process 0 holds the store, so its loss is noticed in another way."""
-        path = tmp_path / "run"
-        with started(tmp_path, 4, recipe=FLOAT64) as run:
+        """Process 0 holds the store, so its loss is noticed in another way.
+
+        The optimizer state is sharded over all devices.
+        """
+        path, sharded = tmp_path / "run", "--config.train.shard_optimizer=True"
+        with started(tmp_path, 4, sharded, recipe=FLOAT64) as run:
             # A checkpoint is complete, the run is not.
             run.wait_until(lambda: (path / "checkpoints" / "8").is_dir())
             run.processes[lost].kill()
@@ -187,16 +190,15 @@ class TestFourProcesses:
         assert not (path / "checkpoints" / "16").exists()
         if lost == 0:
             return  # a restart needs what is on disk, which does not depend on who was killed
-        with started(tmp_path, 1, devices=8, recipe=FLOAT64) as run:
+        with started(tmp_path, 1, sharded, devices=8, recipe=FLOAT64) as run:
             assert run.wait() == [0]
         assert "resuming from step 8 of 16" in run.out(0)
         assert_same_run(alone, path)
 
     def test_they_continue_what_one_began_and_one_reads_what_they_saved(self, alone, tmp_path):
-        """With the optimizer state sharded; two processes begin in the test above."""
         shutil.copytree(alone, tmp_path / "run")
         shutil.rmtree(tmp_path / "run" / "checkpoints" / "16")
-        with started(tmp_path, 4, "--config.train.shard_optimizer=True", recipe=FLOAT64) as run:
+        with started(tmp_path, 4, recipe=FLOAT64) as run:
             assert run.wait() == [0] * 4
         assert "resuming from step 8 of 16" in run.out(0)
         assert_same_run(alone, tmp_path / "run")
