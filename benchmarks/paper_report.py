@@ -18,18 +18,28 @@ _MODES = {
     "light": {"background": "#ffffff", "text": "#1f2328", "grid": "#d8dee4", "rest": "#6e7781"},
     "dark": {"background": "#0d1117", "text": "#e6edf3", "grid": "#30363d", "rest": "#9198a1"},
 }
-_SERIES = (  # of the picture: rows joined by a line, its color, and where their names stand
-    (("A0", "A1", "A2"), "#d1495b", "above"),
-    (("B0", "B1", "B2", "B3"), "#d1495b", "above"),
-    (("B1g4", "B2g4", "B3g4"), "#e08e45", "above"),
-    (("B1g2",), "#e08e45", "above"),
-    (("B1g2-fast", "B2-fast"), "#e08e45", "above"),
-    (("ResNet-18", "ResNet-34", "ResNet-50", "ResNet-101", "ResNet-152"), "#3d7ebd", "below"),
+_SERIES = (  # of the picture: rows joined by a line, and its color
+    (("A0", "A1", "A2"), "#d1495b"),
+    (("B0", "B1", "B2", "B3"), "#d1495b"),
+    (("B1g4", "B2g4", "B3g4"), "#e08e45"),
+    (("B1g2",), "#e08e45"),
+    (("B1g2-fast", "B2-fast"), "#e08e45"),
+    (("ResNet-18", "ResNet-34", "ResNet-50", "ResNet-101", "ResNet-152"), "#3d7ebd"),
 )
-_OFFSETS: dict[str, dict[str, Any]] = {
-    "above": {"xytext": (3, 3), "ha": "left", "va": "bottom"},
-    "below": {"xytext": (-4, -3), "ha": "right", "va": "top"},
-}
+_SPOTS: tuple[dict[str, Any], ...] = (  # where a name may stand, best first, around its point
+    {"xytext": (3, 3), "ha": "left", "va": "bottom"},
+    {"xytext": (-4, -3), "ha": "right", "va": "top"},
+    {"xytext": (4, -3), "ha": "left", "va": "top"},
+    {"xytext": (-4, 3), "ha": "right", "va": "bottom"},
+    {"xytext": (6, 0), "ha": "left", "va": "center"},
+    {"xytext": (-6, 0), "ha": "right", "va": "center"},
+    {"xytext": (0, 6), "ha": "center", "va": "bottom"},
+    {"xytext": (0, -6), "ha": "center", "va": "top"},
+    {"xytext": (8, 8), "ha": "left", "va": "bottom"},
+    {"xytext": (-8, -8), "ha": "right", "va": "top"},
+    {"xytext": (8, -8), "ha": "left", "va": "top"},
+    {"xytext": (-8, 8), "ha": "right", "va": "bottom"},
+)
 
 
 def write(
@@ -105,10 +115,15 @@ def draw(folder: pathlib.Path, table: str, timed: Sequence[Record]) -> bool:
                 facecolor=colors["background"],
             )
             axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
-            for axis, (title, points) in zip(axes, panels.items(), strict=False):
-                _panel(axis, title, points, table, colors)
             for axis in axes[len(panels) :]:
                 axis.remove()
+            drawn = [
+                (axis, _panel(axis, title, points, table, colors))
+                for axis, (title, points) in zip(axes, panels.items(), strict=False)
+            ]
+            figure.draw_without_rendering()  # where points are is known from here on
+            for axis, names in drawn:
+                _annotate(axis, names)
             with replacing(folder / f"table{table}-{mode}.svg") as path:
                 figure.savefig(path, format="svg", metadata={"Date": None})
     return True
@@ -116,22 +131,20 @@ def draw(folder: pathlib.Path, table: str, timed: Sequence[Record]) -> bool:
 
 def _panel(
     axis: Any, title: str, points: dict[str, float], table: str, colors: dict[str, str]
-) -> None:
+) -> dict[str, tuple[Any, str]]:
+    """Draws all but the names of the points; returns their places and colors."""
     from matplotlib import ticker
 
     printed = paper.TABLES[table].rows
     places = {row: (speed, printed[row].accuracy) for row, speed in points.items()}
-    looks = {}
-    for rows, color, side in _SERIES:
+    names = {row: (place, colors["rest"]) for row, place in places.items()}
+    for rows, color in _SERIES:
         there = [row for row in rows if row in places]
-        looks |= dict.fromkeys(there, (color, side))
+        names |= {row: (places[row], color) for row in there}
         if there:
             axis.plot(*zip(*(places[row] for row in there), strict=True), color=color)
-    for row, place in places.items():
-        color, side = looks.get(row, (colors["rest"], "below"))
+    for place, color in names.values():
         axis.plot(*place, "o", color=color, markersize=4)
-        offset = _OFFSETS[side]
-        axis.annotate(row, place, textcoords="offset points", fontsize=7, color=color, **offset)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
@@ -142,6 +155,33 @@ def _panel(
     axis.set_title(title)
     axis.set_xlabel("images/s")
     axis.set_ylabel(paper.TABLES[table].measure)
+    return names
+
+
+def _annotate(axis: Any, names: dict[str, tuple[Any, str]]) -> None:
+    """Writes every name where it covers the fewest points and other names."""
+    from matplotlib.transforms import Bbox
+
+    taken = [
+        Bbox.from_bounds(x - 3, y - 3, 6, 6)
+        for x, y in axis.transData.transform([place for place, _ in names.values()])
+    ]
+    for name, (place, color) in names.items():
+
+        def written(
+            spot: dict[str, Any], name: str = name, place: Any = place, c: str = color
+        ) -> Any:
+            options = {"textcoords": "offset points", "fontsize": 7, "color": c}
+            return axis.annotate(name, place, **options, **spot)
+
+        def covered(spot: dict[str, Any]) -> int:
+            text = written(spot)
+            box = text.get_window_extent()
+            text.remove()
+            inside = axis.bbox.contains(*box.min) and axis.bbox.contains(*box.max)
+            return box.count_overlaps(taken) + 10 * (not inside)
+
+        taken.append(written(min(_SPOTS, key=covered)).get_window_extent())
 
 
 def _picture(table: str) -> str:
