@@ -102,7 +102,7 @@ train, validation = load()
 model = Detector(rv.create_model(TINY, num_classes=0))
 data = scenes(1500, train, seed=0)
 variables = jax.jit(model.init)(jax.random.key(0), data[0][:1])
-variables = fit(loss, variables, data, steps=450, batch_size=32, learning_rate=5e-3)
+variables = fit(loss, variables, data, steps=300, batch_size=32, learning_rate=5e-3)
 
 deployed = rv.fuse_params(jax.device_get(variables), expect=len(TINY.layers()) + 2)
 fused = model.clone(deploy=True, backbone=model.backbone.clone(deploy=True))
