@@ -306,7 +306,7 @@ def depthwise(
       (images, rows, columns, channels).
     """
     rows, columns = kernel.shape[:2]
-    kernel = kernel[:, :, None, None]  # each tap broadcasts over images and pixels
+    kernel = jnp.asarray(kernel)[:, :, None, None]  # each tap broadcasts over images and pixels
     x = jnp.pad(x, ((0, 0), *map(tuple, padding), (0, 0)))
     x = lax.optimization_barrier(x)  # else the loop asks of every tap whether it is a border
     # The last pixel that a tap reads, counted from its first one, and one more.
