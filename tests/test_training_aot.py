@@ -18,9 +18,14 @@ LIBTPU = importlib.util.find_spec("libtpu") is not None
 CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
 
 
+@pytest.fixture(scope="module")
+def program():
+    """A step for four TPUs."""
+    return compile_ahead(small_config(), "v5e:2x2", timeout=300)
+
+
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu")
-def test_the_step_compiles_for_a_slice_of_tpus():
-    program = compile_ahead(small_config(), "v5e:2x2", timeout=300)
+def test_the_step_compiles_for_a_slice_of_tpus(program):
     assert program.devices == 4
     assert program.title.startswith("RepVGG small (float32) on v5e:2x2: 4 devices in 1 process,")
     assert program.batch.startswith("global batch 128 = 128/process = 32/device")
@@ -32,12 +37,11 @@ def test_the_step_compiles_for_a_slice_of_tpus():
 
 
 @pytest.mark.skipif(not LIBTPU, reason="needs libtpu")
-def test_options_reach_the_compiler():
+def test_options_reach_the_compiler(program):
     """Arrays that stay out of the fast memory are not copied there, which the count shows."""
     config = small_config()
-    as_it_is = compile_ahead(config, "v5e:2x2", timeout=300)
     config.train.compiler_options = ("xla_vf_vmem_memory_space_assignment=false",)
-    assert compile_ahead(config, "v5e:2x2", timeout=300).accessed < as_it_is.accessed
+    assert compile_ahead(config, "v5e:2x2", timeout=300).accessed < program.accessed
     config.train.compiler_options = ("xla_vf_vmem_no_such=false",)
     with pytest.raises(
         ValueError, match=r"on tpu: .*No such compile option: 'xla_vf_vmem_no_such'"
