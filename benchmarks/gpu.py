@@ -51,6 +51,7 @@ _TRAIN = (
     "timm compile channels_last",
     "branches",
     "plain",
+    "covariance_pallas",
     "timm channels_last",
     "timm",
 )
@@ -67,7 +68,7 @@ def plan(batches: Sequence[int] = (256, 32, 1)) -> list[Row]:
         rows += [Row("train", model, large, runner) for runner in _TRAIN[:2]]
         rows += [Row("deploy", model, large, runner) for runner in _DEPLOY[:2]]
     for model in ("A0", "B1"):  # which form is best, against what
-        rows += [Row("train", model, large, runner) for runner in _TRAIN[2:4]]
+        rows += [Row("train", model, large, runner) for runner in _TRAIN[2:5]]
     for model in ("B0", "B1g4", "B3"):
         rows += [Row("train", model, large, runner) for runner in _TRAIN[:4]]
     for batch in smaller:

@@ -41,6 +41,7 @@ from repvgg_jax.train.settings import FEWER_COPIES, TrainSettings
 from repvgg_jax.train.targets import Target
 
 FORMS = ("plain", "branches", "covariance")
+OPTIONS = ("covariance_pallas",)  # not timed, so by request only
 DEPLOY_FORMS = ("deploy", "deploy stored", "deploy constant")
 
 
@@ -188,7 +189,7 @@ def main() -> None:
     """Compiles what the flags select, one process each, and reports."""
     parser = harness.arguments(__doc__)
     parser.add_argument("--models", nargs="*", default=["A0"], help="whole train steps")
-    parser.add_argument("--forms", nargs="+", choices=FORMS + DEPLOY_FORMS, default=FORMS)
+    parser.add_argument("--forms", nargs="+", choices=FORMS + OPTIONS + DEPLOY_FORMS, default=FORMS)
     parser.add_argument(
         "--compiler-options",
         nargs="*",

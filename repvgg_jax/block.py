@@ -61,7 +61,7 @@ from repvgg_jax.reparam.linear import present
 from repvgg_jax.text import positive_integer
 from repvgg_jax.variants import SqueezeExcite
 
-TrainForm = Literal["auto", "branches", "covariance"]
+TrainForm = Literal["auto", "branches", "covariance", "covariance_pallas"]
 Activation = Callable[[jax.Array], jax.Array]
 Response = Callable[[], jax.Array]  # computed only where something has to be padded with it
 
@@ -101,8 +101,9 @@ class ReparamBlock(nn.Module):
       train: whether it trains, if that is not said when it is called, as in Flax's
         `use_running_average`; e.g. inside `nn.Sequential`.
       train_form: how training computes the expression: "branches" term by term, "covariance",
-        the same function by the block's fast training pass (`repvgg_jax.covariance`), or "auto",
-        which `best_train_form` says.
+        the same function by the block's fast training pass (`repvgg_jax.covariance`),
+        "covariance_pallas", on NVIDIA GPUs with a kernel that was never timed, or "auto", which
+        `best_train_form` says.
       lowering: how convolutions are computed: "auto", on CPUs in the way that was measured to be
         fastest (`repvgg_jax.cpu_conv`); "measured", in deploy form in the way that is fastest on
         this CPU, timed once per machine; or "plain", the same way everywhere.
@@ -175,7 +176,7 @@ class ReparamBlock(nn.Module):
         if form == "auto":
             possible = self.spec.fast_train is not None and self.axis_name is None
             form = best_train_form() if possible else "branches"
-        if train and form == "covariance" and not self.is_initializing():
+        if train and form != "branches" and not self.is_initializing():
             return self._fast_train(x)
         term = present(self.spec.train, self.geometry(x).has_same_shape)
         assert term is not None, "checked above"
@@ -361,6 +362,7 @@ class ReparamBlock(nn.Module):
             activation=None if self._activates_itself else self.activation,
             image_groups=groups,
             epsilon=self.epsilon,
+            pallas=self.train_form == "covariance_pallas",
         )
         kept = self.spec.keep
         params = {n: child for n, child in self.variables["params"].items() if n not in kept}

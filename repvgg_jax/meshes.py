@@ -6,7 +6,7 @@ decides, as on axes of type Auto. It decides badly about convolutions in channel
 `grouped_convolution` is for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -91,6 +91,41 @@ def grouped_convolution(
         axis_names=set(axes),
     )
     return compute(x, kernel, cuda=split, rocm=split) if one_axis else split(x, kernel)
+
+
+def on_own_images(
+    function: Callable[..., jax.Array],
+    images: Sequence[jax.Array],
+    weights: Sequence[jax.Array],
+    otherwise: Callable[..., jax.Array],
+) -> jax.Array:
+    """`function(*images, *weights)`, computed by every device for its own images.
+
+    For what the compiler cannot split, such as a kernel written for one device.
+
+    Args:
+      function: of feature maps and weights; the result has the images on its first axis, too.
+      images: feature maps, each with the images on its first axis.
+      weights: the other arguments.
+      otherwise: computes the same where `jax.shard_map` cannot split the images: on meshes of
+        several axes, and if the devices do not divide the images.
+    """
+    mesh, axes = _image_axes(images[0], weights[0])
+    devices, all_devices = (
+        _devices(mesh, names) for names in (axes, (*mesh.auto_axes, *mesh.explicit_axes))
+    )
+    if all_devices == 1:
+        return function(*images, *weights)
+    if devices != all_devices or len(axes) > 1 or images[0].shape[0] % devices:
+        return otherwise(*images, *weights)
+    split = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(*(PartitionSpec(axes) for _ in images), *(PartitionSpec() for _ in weights)),
+        out_specs=PartitionSpec(axes),
+        axis_names=set(axes),
+    )
+    return split(*images, *weights)
 
 
 def _image_axes(x: jax.Array, kernel: jax.Array) -> tuple[Any, tuple[str, ...]]:

@@ -66,8 +66,9 @@ def create_model(
       bn_group_size: images that share batch statistics in training; None for the whole batch.
       train_form: "branches" trains the three branches as they are drawn; "covariance"
         computes the same function, statistics and gradients without ever holding two of the
-        three (`docs/covariance.md`), in reverse mode only; "auto" is what is best on JAX's
-        default backend (`repvgg_jax.block.best_train_form`). Variables are the same.
+        three (`docs/covariance.md`), in reverse mode only; "covariance_pallas" does so on NVIDIA
+        GPUs with a kernel that was never timed; "auto" is what is best on JAX's default backend
+        (`repvgg_jax.block.best_train_form`). Variables are the same.
       lowering: "auto" computes float32 convolutions on CPUs in ways they are good at
         (`repvgg_jax.cpu_conv`); "measured" times the possible ways on this CPU, once per shape
         and machine, in deploy form (`repvgg_jax.cpu_measured`); "plain" leaves convolutions as

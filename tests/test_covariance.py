@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from repvgg_jax import RepVGGBlock, SqueezeExcite, Variant, create_model, fuse_params
-from repvgg_jax.covariance import BlockSettings
+from repvgg_jax.covariance import BlockSettings, pallas_gpu
 from tests.helpers.jit import quick_jit
 
 pytestmark = pytest.mark.core
@@ -150,6 +150,23 @@ def as_on_gpus(monkeypatch):
 )
 def test_the_arrangement_for_gpus_computes_the_same(channels, options, dtype, tolerance, rng):
     check_same(rng, (IMAGES, 7, 10, channels), options, dtype, tolerance)
+
+
+@pytest.mark.usefixtures("as_on_gpus")
+@pytest.mark.parametrize(
+    ("channels", "options"), [pytest.param(*CASES[i].values, id=CASES[i].id) for i in (0, 2)]
+)
+def test_with_the_kernel_for_gpus_the_same(channels, options, rng, monkeypatch):
+    calls = []
+
+    def interpreted(*args):
+        calls.append(args)
+        return pallas_gpu.one_pass(*args, interpret=True)
+
+    monkeypatch.setattr(pallas_gpu, "input_gradient", interpreted)
+    monkeypatch.setattr(pallas_gpu, "serves", lambda settings, x, y: True)
+    check_same(rng, (IMAGES, 7, 10, channels), options, "float64", 1e-12)
+    assert calls
 
 
 def test_variables_and_evaluation_are_the_same(rng):

@@ -88,7 +88,8 @@ ENTRY %main.1 (x.1: bf16[2,4,4,8], k.1: bf16[8,3,3,8]) -> (bf16[2,4,4,8], f32[8]
   %loop_add_fusion.7 = bf16[2,4,4,8]{3,2,1,0} fusion(%get-tuple-element.1, %x.1), kind=kLoop, calls=%inner
   %loop_add_fusion = bf16[2,4,4,8]{3,2,1,0} fusion(%loop_add_fusion.7), kind=kLoop, calls=%inner
   %input_reduce_fusion.2 = f32[8]{0} fusion(%loop_add_fusion), kind=kInput, calls=%inner
-  ROOT %tuple.1 = (bf16[2,4,4,8]{3,2,1,0}, f32[8]{0}) tuple(%loop_add_fusion, %input_reduce_fusion.2)
+  %pallas_call.3 = bf16[2,4,4,8]{3,2,1,0} custom-call(%loop_add_fusion, %x.1, %x.1, /*index=3*/%input_reduce_fusion.2), custom_call_target="__gpu$xla.gpu.triton"
+  ROOT %tuple.1 = (bf16[2,4,4,8]{3,2,1,0}, f32[8]{0}) tuple(%pallas_call.3, %input_reduce_fusion.2)
 }
 """  # noqa: E501
 
@@ -96,15 +97,17 @@ ENTRY %main.1 (x.1: bf16[2,4,4,8], k.1: bf16[8,3,3,8]) -> (bf16[2,4,4,8], f32[8]
 def test_counts_kernels() -> None:
     """Every call and fusion of a GPU's program is a kernel that reads and writes main memory.
 
-    The scratch memory of a call, here 64 bytes, is only what it may use.
+    The scratch memory of a call, here 64 bytes, is only what it may use. A kernel of Pallas reads
+    its operands and writes its result.
     """
     counted = hlo.count(_GPU_PROGRAM)
     maps, kernel = 2 * 2 * 4 * 4 * 8, 2 * 8 * 3 * 3 * 8
-    assert counted.kernels == 4
+    assert counted.kernels == 5
     assert counted.kinds == {
         "__cudnn$convForward": (1, 2 * maps + kernel),
         "loop_add_fusion": (2, 3 * maps + 2 * maps),
         "input_reduce_fusion": (1, maps + 4 * 8),
+        "__gpu$xla.gpu.triton": (1, 4 * maps + 4 * 8),
     }
     assert next(iter(counted.kinds)) == "loop_add_fusion"  # the most first
     assert counted.touched == counted.hbm == sum(size for _, size in counted.kinds.values())

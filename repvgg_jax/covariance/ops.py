@@ -35,6 +35,7 @@ class BlockSettings:
       epsilon: added to the variances.
       on_gpu: arranged for GPUs, where every product and convolution writes its result to the main
         memory, instead of for TPUs, where what comes after a convolution is attached to it.
+      pallas: on NVIDIA GPUs, with a kernel for the gradient of x (`pallas_gpu.py`).
     """
 
     stride: int
@@ -45,6 +46,7 @@ class BlockSettings:
     image_groups: int
     epsilon: float
     on_gpu: bool = False
+    pallas: bool = False
 
     @property
     def relu(self) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from repvgg_jax.batch_stats import per_image, values_per_channel
+from repvgg_jax.covariance import pallas_gpu
 from repvgg_jax.covariance.first_layer import from_patches
 from repvgg_jax.covariance.ops import (
     BlockSettings,
@@ -203,11 +204,16 @@ def _backward_on(settings: BlockSettings, residuals: Any, cotangents: Any) -> tu
         dcovariance += on_diagonal(settings, dmoments.var)
     slope = rounded(dcovariance * (2 / count), x.dtype)
     level = less_apply(settings, dmoments.mean / count, shift.x + moments.mean, slope)
-    dseen = conv1x1_of_two(settings, dz, folded.kernel.swapaxes(-1, -2), seen, slope)
-    dseen += per_image(seen, level)
-    if folded.skip is not None:
-        dseen += per_image(dz, folded.skip) * dz
-    dx = _spread(settings, dy3, kernel, dseen, x)
+    to_dz = folded.kernel.swapaxes(-1, -2)
+    if pallas_gpu.serves(settings, x, y3):
+        transposed = _transpose(settings, kernel, dy3, x)
+        dx = pallas_gpu.input_gradient(transposed, dz, x, to_dz[0, 0], slope[0, 0], level[0])
+    else:
+        dseen = conv1x1_of_two(settings, dz, to_dz, seen, slope)
+        dseen += per_image(seen, level)
+        if folded.skip is not None:
+            dseen += per_image(dz, folded.skip) * dz
+        dx = _spread(settings, dy3, kernel, dseen, x)
 
     if settings.on_gpu:
         # Into the parameters' order before the optimizer reads it. Otherwise XLA attaches the
@@ -313,18 +319,13 @@ def _spread(
     settings: BlockSettings, dy3: jax.Array, kernel: jax.Array, dseen: jax.Array, x: jax.Array
 ) -> jax.Array:
     """What `dy3` is under the 3x3 convolution's transpose, plus `dseen` where it was seen."""
-
-    def transpose(kernel: jax.Array, dy: jax.Array) -> jax.Array:
-        (dx,) = jax.linear_transpose(lambda x: conv3x3(settings, x, kernel), x)(dy)
-        return dx
-
     if settings.stride == 1:
-        return (transpose(kernel, dy3) + dseen).astype(x.dtype)
+        return (_transpose(settings, kernel, dy3, x) + dseen).astype(x.dtype)
     if settings.on_gpu:  # the zeros are not written: the sum is attached to what comes after it
         beyond = [(size - 1) % settings.stride for size in x.shape[1:3]]
         spread = [(0, rest, settings.stride - 1) for rest in beyond]
         dseen = lax.pad(dseen, jnp.zeros((), dseen.dtype), [(0, 0, 0), *spread, (0, 0, 0)])
-        return (transpose(kernel, dy3) + dseen).astype(x.dtype)
+        return (_transpose(settings, kernel, dy3, x) + dseen).astype(x.dtype)
     # Between the pixels of `dseen` would be zeros, in an array as large as x. Instead it goes
     # through the same convolution, beside dy3, by a kernel that is 1 in the middle.
     channels = x.shape[-1] // settings.groups
@@ -334,9 +335,16 @@ def _spread(
         .set(jnp.eye(channels, dtype=x.dtype))
     )
     one = jnp.tile(one, settings.groups)
-    return transpose(
-        _side_by_side(settings, kernel, one), _side_by_side(settings, dy3, dseen.astype(x.dtype))
-    )
+    both = _side_by_side(settings, dy3, dseen.astype(x.dtype))
+    return _transpose(settings, _side_by_side(settings, kernel, one), both, x)
+
+
+def _transpose(
+    settings: BlockSettings, kernel: jax.Array, dy: jax.Array, x: jax.Array
+) -> jax.Array:
+    """The transpose of the 3x3 convolution of `x`."""
+    (dx,) = jax.linear_transpose(lambda x: conv3x3(settings, x, kernel), x)(dy)
+    return dx
 
 
 def _side_by_side(settings: BlockSettings, x: jax.Array, y: jax.Array) -> jax.Array:

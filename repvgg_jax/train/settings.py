@@ -63,7 +63,7 @@ class ModelSettings(Section, path="config.model"):
     train_form: str = setting(
         "auto",
         "training pass of a block (docs/covariance.md); auto: the platform's best",
-        choices=("auto", "branches", "covariance"),
+        choices=("auto", "branches", "covariance", "covariance_pallas"),
     )
     remat: bool = setting(False, "recompute activations in the backward pass: less memory")
     remat_policy: str = setting(
