@@ -83,6 +83,7 @@ PUBLISHED: Mapping[str, tuple[str, str]] = {
     "repopt_b2": ("79.68", README),
     "repopt_l1": ("79.82", README),
     "repopt_l2": ("80.47", README),
+    "repvit_m0_6": ("74.1", f"{README}: 300 epochs, distilled"),
     "repvit_m0_9": ("78.7, 79.1", REPVIT),
     "repvit_m1_0": ("80.0, 80.3", REPVIT),
     "repvit_m1_1": ("80.7, 81.2", REPVIT),
@@ -96,7 +97,7 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "mobileone": ("MobileOne", "https://github.com/apple/ml-mobileone"),
     "qarepvgg": ("QARepVGG", "https://github.com/cxxgtxy/QARepVGG"),
     "repopt": ("RepOpt-VGG", "https://github.com/DingXiaoH/RepOptimizers"),
-    "repvit": ("RepViT", ""),  # the authors' files have names of their own
+    "repvit": ("RepViT", "https://github.com/THU-MIG/RepViT"),
 }
 """By what their names start with: title, and where their authors publish weights."""
 

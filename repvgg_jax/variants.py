@@ -453,8 +453,17 @@ FAMILY: Mapping[str, Variant] = types.MappingProxyType(
 )
 """Networks of other blocks by name: `mobileone_s0`, `qarepvgg_a0`, `repopt_b1`, `repvit_m0_9`, …"""
 
-ALL: Mapping[str, Variant] = types.MappingProxyType({**VARIANTS, **FAMILY})
-"""`VARIANTS` and `FAMILY`."""
+_SINGLE = {
+    f"{name}_single": dataclasses.replace(variant, name=f"{name}_single", head="norm")
+    for name, variant in FAMILY.items()
+    if variant.head == "distilled"
+}
+
+ALL: Mapping[str, Variant] = types.MappingProxyType({**VARIANTS, **FAMILY, **_SINGLE})
+"""`VARIANTS`, `FAMILY`, and `repvit_m0_9_single`, …: those trained without a teacher, of one head.
+
+In deploy form both are one network.
+"""
 
 
 def _key(name: str) -> str:
@@ -464,6 +473,8 @@ def _key(name: str) -> str:
 
 def get_variant(name: str | Variant) -> Variant:
     """The variant of that name in `VARIANTS` or `FAMILY`; a `Variant` is returned as it is.
+
+    `repvit_m0_9_single` has one classifier instead of RepViT's two, for training without a teacher.
 
     `B1g4`, `RepVGG-B1g4` and `repvgg_b1g4` all mean the same, and so do `RepOpt-VGG-B1` and
     `repopt_b1`, `RepViT-M0.9` and `repvit_m0_9`.

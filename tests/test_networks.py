@@ -32,6 +32,7 @@ PARAMETERS = {  # training form, deploy form
     "repopt_b2": (80_330_536, 80_315_112),
     "repopt_l1": (76_037_928, 76_018_920),
     "repopt_l2": (118_132_776, 118_109_032),
+    "repvit_m0_6": (2_808_932, 2_468_072),
     "repvit_m0_9": (5_489_328, 5_067_056),
     "repvit_m1_0": (7_302_796, 6_810_312),
     "repvit_m1_1": (8_802_912, 8_244_312),
@@ -184,7 +185,10 @@ class TestCheckpoints:
     @pytest.mark.core
     @pytest.mark.parametrize(
         "name",
-        ["mobileone_s0", "qarepvgg_a0", "repopt_b1", "repopt_b1_search", "repvit_m0_9"],
+        [
+            *("mobileone_s0", "qarepvgg_a0", "repopt_b1", "repopt_b1_search"),
+            *("repvit_m0_9", "repvit_m0_9_single"),
+        ],
     )
     def test_networks_are_told_apart_by_their_keys(self, name):
         variant = rv.get_variant(name)
@@ -218,6 +222,15 @@ class TestCheckpoints:
                 "stages.1.downsample.pre_block.channel_mixer.conv2.c.weight head.head.l.weight "
                 "stages.3.downsample.ffn.conv1.bn.bias stages.2.blocks.12.se.fc2.weight "
                 "stages.2.blocks.13.token_mixer.conv1.bias head.head_dist.bn.weight",
+            ),
+            (
+                "repvit_m0_9",
+                "official",
+                "features.0.2.c.weight features.2.token_mixer.0.conv.bn.running_mean "
+                "features.3.channel_mixer.m.2.c.weight classifier.classifier.l.weight "
+                "features.24.channel_mixer.m.0.bn.bias features.21.token_mixer.1.fc2.weight "
+                "features.22.token_mixer.0.conv1.bias classifier.classifier_dist.bn.weight "
+                "features.24.token_mixer.0.c.weight features.24.token_mixer.2.bn.running_var",
             ),
             ("qarepvgg_a0", "official", "stage1.0.rbr_1x1.weight stage4.0.bn.running_mean"),
             ("repopt_b1", "official", "stage3.15.conv.weight stage0.bn.bias linear.bias"),

@@ -77,7 +77,8 @@ def test_the_digests_cover_all_published_models():
         *("qarepvgg_b2g2", "qarepvgg_b3", "qarepvgg_b3g2", "qarepvgg_b3g4")
     }
     assert {name for family, name in others if family == "timm"} == {
-        name for name in rv.FAMILY if name.startswith(("mobileone", "repvit"))
+        *(name for name in rv.FAMILY if name.startswith(("mobileone", "repvit_m1"))),
+        *("repvit_m0_9", "repvit_m2_3"),  # timm has no m0_6
     }
 
 
@@ -107,8 +108,8 @@ def test_mmpretrain_names():
 
 
 def test_a_family_without_names_for_a_network_is_told_those_that_have_them():
-    with pytest.raises(ValueError, match="use family='timm' or 'flax'"):
-        naming_for("official", rv.FAMILY["repvit_m0_9"])
+    with pytest.raises(ValueError, match="use family='official' or 'timm' or 'flax'"):
+        naming_for("mmpretrain", rv.FAMILY["repvit_m0_9"])
 
 
 @FORMS

@@ -35,7 +35,7 @@ from repvgg_jax.train.state import (
     state_sharding,
 )
 from repvgg_jax.train.step import Classification, Task, TrainStep
-from repvgg_jax.variants import FAMILY, Variant
+from repvgg_jax.variants import ALL, VARIANTS, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def build_model(settings: Settings, num_classes: int) -> Model:
 
 def variant_title(name: str) -> str:
     """A classifier in words: `RepVGG A0`, but `mobileone_s0`, whose name says what it is."""
-    return name if name in FAMILY else f"RepVGG {name}"
+    return name if name in ALL.keys() - VARIANTS.keys() else f"RepVGG {name}"
 
 
 def network_title(model: Model) -> str:

@@ -18,9 +18,8 @@ The tables are keyed by our names of a block's children.
 import dataclasses
 
 from repvgg_jax.variants import Variant
-from repvgg_jax.weights import names_family
+from repvgg_jax.weights import names_family, repvit
 from repvgg_jax.weights.naming import FlaxNaming, Naming, TorchNaming
-from repvgg_jax.weights.repvit import RepViTNaming
 
 _OFFICIAL_CHILDREN = {
     "conv3x3": "rbr_dense.conv",
@@ -94,12 +93,13 @@ MOBILEONE_MMPRETRAIN = TorchNaming(
     children=names_family.MOBILEONE_MMPRETRAIN,
     head="head.fc",
 )
-REPVIT = RepViTNaming()
+REPVIT = repvit.Authors()
+REPVIT_TIMM = repvit.Timm()
 FLAX = FlaxNaming()
 
 NAMINGS: tuple[Naming, ...] = (
     *(OFFICIAL, PLUS, TIMM, MMPRETRAIN),
-    *(MOBILEONE, QAREPVGG, REPOPT, MOBILEONE_MMPRETRAIN, REPVIT),
+    *(MOBILEONE, QAREPVGG, REPOPT, MOBILEONE_MMPRETRAIN, REPVIT, REPVIT_TIMM),
     *(TIMM_FEATURES, MMPRETRAIN_BACKBONE, FLAX),
 )
 """All namings that are read; the first of each family that has the names is written."""
