@@ -24,6 +24,7 @@ from repvgg_jax.batch_stats import (
 )
 from repvgg_jax.meshes import on_auto_axes
 from repvgg_jax.reparam import EPSILON
+from repvgg_jax.text import named_leaves
 
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """PyTorch's default for convolutions and linear layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
@@ -65,6 +66,26 @@ ACTIVATIONS: Mapping[str, Callable[..., jax.Array]] = types.MappingProxyType(
     {"relu": nn.relu, "silu": nn.silu, "gelu": gelu}
 )
 """What `Variant.activation` means."""
+
+
+def check_classes(name: str, head: Any, num_classes: int) -> None:
+    """Compares a network's number of classes with its classifier's variables.
+
+    Args:
+      name: of the network.
+      head: parameters of the classifier, a linear layer or a block; empty if there are none.
+      num_classes: of the network; 0 takes any.
+
+    Raises:
+      ValueError: they are those of another number of classes.
+    """
+    for path, leaf in named_leaves(nn.meta.unbox(head)).items():
+        if path.endswith("kernel") and num_classes and leaf.shape[-1] != num_classes:
+            raise ValueError(
+                f"{name} has num_classes={num_classes}, but was given variables of "
+                f"{leaf.shape[-1]} classes; build it with num_classes={leaf.shape[-1]}, or "
+                "let merge_weights take all but the classifier from them"
+            )
 
 
 class BatchNorm(nn.Module):

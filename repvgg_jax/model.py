@@ -20,7 +20,14 @@ from flax import linen as nn
 from repvgg_jax.batch_stats import AxisName
 from repvgg_jax.block import Activation, ReparamBlock, RepVGGBlock, TrainForm, check_options
 from repvgg_jax.cpu_conv import Lowering
-from repvgg_jax.layers import ACTIVATIONS, BatchNorm, conv_bn, torch_bias_init, torch_kernel_init
+from repvgg_jax.layers import (
+    ACTIVATIONS,
+    BatchNorm,
+    check_classes,
+    conv_bn,
+    torch_bias_init,
+    torch_kernel_init,
+)
 from repvgg_jax.reparam import EPSILON, REPVGG, Geometry, fuse_params, input_channels
 from repvgg_jax.text import positive_integer
 from repvgg_jax.variants import Layer, Variant, get_variant, residual_starts
@@ -183,8 +190,12 @@ class RepVGG(nn.Module):
           float32 logits (images, num_classes), or features (images, channels).
 
         Raises:
-          ValueError: images of another rank, layout or type, or variables of the other form.
+          ValueError: images of another rank, layout or type, or variables of the other form or of
+            another number of classes.
         """
+        if not self.is_initializing():
+            head: dict[str, Any] = self.get_variable("params", "head", {})
+            check_classes(self.variant.name, head, self.num_classes)
         x = self.features(images, train)[self.layers[-1].stage]
         x = _global_average(x)
         if self.variant.head_layer(self.num_classes):

@@ -90,6 +90,12 @@ class TestConvert:
         assert sorted(traced) == [False, True]
         assert all(speed > 0 for speed in done.images_per_second)
 
+    def test_variables_of_other_classes(self, tmp_path):
+        other = nets.source(model=nets.model("plain").clone(num_classes=9), labels=())
+        with pytest.raises(ValueError, match=r"num_classes=9.* 5 classes"):
+            convert(other, Output(tmp_path / "deploy"), targets=DEFAULT)
+        assert not list(tmp_path.iterdir())
+
     def test_each_file_is_hashed_once(self, tmp_path, monkeypatch):
         hashed = []
         sha256 = files.sha256

@@ -260,6 +260,9 @@ class TestNetworks:
             network_of(fuse_params(nets.variables("grouped")))
         with pytest.raises(ValueError, match=r"'params'.*head"):
             network_of(fused)
+        more = {name: leaf[..., :4] for name, leaf in fused["head"].items()}
+        with pytest.raises(ValueError, match=r"num_classes=5.* 4 classes"):
+            network_of({"params": {**fused, "head": more}})
 
     def test_weights_that_are_not_finite_are_refused(self):
         fused = fused_plain()

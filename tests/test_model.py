@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -65,6 +66,20 @@ def test_in_channels_follow_the_images(channels):
     variables = random_variables(model, channels=channels)
     images = random_images((2, 32, 32, channels))
     assert quick_jit(model.apply)(variables, images).shape == (2, 5)
+
+
+def test_variables_of_other_classes_are_told_with_both_numbers():
+    for head in ("linear", "distilled"):
+        variant = dataclasses.replace(TINY, head=head)
+        model = create_model(variant, num_classes=5)
+        variables = random_variables(model)
+        images = jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")
+        for form, given in ((model, variables), (model.clone(deploy=True), model.fuse(variables))):
+            other = form.clone(num_classes=7)
+            with pytest.raises(ValueError, match=r"num_classes=7.* 5 classes"):
+                jax.eval_shape(other.apply, given, images)
+            features = jax.eval_shape(form.clone(num_classes=0).apply, given, images)
+            assert features.shape == (2, TINY.channels[-1])
 
 
 def test_no_classes_gives_pooled_features():

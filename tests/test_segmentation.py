@@ -249,6 +249,12 @@ def test_protocols_that_cannot_be(options):
         Protocol(**options)
 
 
+def test_a_network_of_other_classes_than_asked_for():
+    images = np.zeros((1, 6, 9, 3), np.float32)
+    with pytest.raises(ValueError, match="num_classes=7, but the network gives 3"):
+        predict(lambda x: x, images, 7, Protocol(window=4))
+
+
 # The task.
 
 

@@ -287,6 +287,14 @@ def test_segmenters_that_cannot_be(arguments, options, keyword):
         rv.create_segmenter(*arguments, **options)
 
 
+def test_variables_of_other_classes_are_told_with_both_numbers():
+    images = jax.ShapeDtypeStruct((1, 33, 33, 3), "float32")
+    variables = jax.eval_shape(tiny().init, jax.random.key(0), images)
+    other = tiny().clone(num_classes=CLASSES + 2)
+    with pytest.raises(ValueError, match=rf"num_classes={CLASSES + 2}.* {CLASSES} classes"):
+        jax.eval_shape(other.apply, variables, images)
+
+
 # Starting from a classifier.
 
 

@@ -24,6 +24,7 @@ from repvgg_jax.convert.earlier import ARTIFACTS
 from repvgg_jax.convert.metadata import Metadata, SegmenterForm, is_deployment
 from repvgg_jax.export import FORMATS
 from repvgg_jax.export.operators import ACTIVATIONS
+from repvgg_jax.layers import check_classes
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.segmentation.network import Segmenter, create_segmenter
@@ -181,6 +182,8 @@ def _read_segmenter(
             width=form.width,
         )
         found = unflatten_dict(safetensors.numpy.load_file(weights), sep="/")
+        head = found.get("params", {}).get("head", {})
+        check_classes("the network in metadata.json", head, metadata.num_classes)
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{weights}: {one_line(error, 300)}; convert again") from error
     image = jax.ShapeDtypeStruct((1, *metadata.image_shape), "float32")

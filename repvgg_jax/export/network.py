@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from repvgg_jax import proof
 from repvgg_jax.export.module import output_names, with_settings
+from repvgg_jax.layers import check_classes
 from repvgg_jax.model import RepVGG
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.segmentation.network import Segmenter
@@ -371,6 +372,8 @@ class Network:
                 f"missing [{first_few(sorted(wanted.keys() - given.keys()))}], "
                 f"unexpected [{first_few(sorted(given.keys() - wanted.keys()))}]{hint}"
             )
+        if self.is_ours:
+            check_classes(self.name, variables["params"].get("head", {}), self.model.num_classes)
         for name, leaf in given.items():
             if leaf.shape != wanted[name].shape:
                 raise ValueError(f"{name}: shape {leaf.shape}, expected {wanted[name].shape}")

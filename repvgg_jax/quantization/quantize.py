@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repvgg_jax.layers import check_classes
 from repvgg_jax.proof import BATCH, BATCH_PIXELS, at_most
 from repvgg_jax.quantization import passes
 from repvgg_jax.quantization.calibrators import BINS, CALIBRATORS, Histogram, choose_range
@@ -221,6 +222,7 @@ def _params_of(model: Model, variables: Any, images: np.ndarray) -> Any:
                 f"the variables of {model.variant.name} are in training form; quantization takes "
                 "the deploy form: pass them through fuse_params first"
             )
+        check_classes(model.variant.name, given.get("head", {}), model.num_classes)
         name, shape = sorted(wanted.items() ^ found.items())[0]
         raise ValueError(f"these are not the variables of {model.variant.name}: {name} {shape}")
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(given))

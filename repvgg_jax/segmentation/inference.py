@@ -135,6 +135,10 @@ def _windows(
         start = (0, corner[0], corner[1], 0)
         part = jax.lax.dynamic_slice(padded, start, (count, window, window, channels))
         found = _mirrored(network, part, protocol)
+        if (scores := found.shape[-1]) != num_classes:
+            raise ValueError(
+                f"num_classes={num_classes}, but the network gives {scores} scores per pixel"
+            )
         old = jax.lax.dynamic_slice(total, start, (count, window, window, num_classes))
         return jax.lax.dynamic_update_slice(total, old + found, start), None
 

@@ -21,7 +21,7 @@ from flax import linen as nn
 
 from repvgg_jax.block import Activation, TrainForm, check_options
 from repvgg_jax.cpu_conv import Lowering
-from repvgg_jax.layers import BatchNorm, conv_bn, torch_bias_init, torch_kernel_init
+from repvgg_jax.layers import BatchNorm, check_classes, conv_bn, torch_bias_init, torch_kernel_init
 from repvgg_jax.meshes import on_auto_axes
 from repvgg_jax.model import RematPolicy, RepVGG, create_model, resolve_activation
 from repvgg_jax.reparam import CONV_BN, EPSILON, fuse_params
@@ -198,8 +198,12 @@ class Segmenter(nn.Module):
           float32 logits (images, height, width, num_classes).
 
         Raises:
-          ValueError: images of another rank, layout or type, or variables of the other form.
+          ValueError: images of another rank, layout or type, or variables of the other form or of
+            another number of classes.
         """
+        if not self.is_initializing():
+            head: dict[str, Any] = self.get_variable("params", "head", {})
+            check_classes(f"PSPNet on {self.variant.name}", head, self.num_classes)
         maps = self.backbone.features(images, train)
         *_, before, last = maps
         x = maps[last]
