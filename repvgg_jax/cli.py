@@ -122,6 +122,23 @@ def run(
     raise AssertionError("app.run does not return")
 
 
+def as_defined(arguments: Sequence[str]) -> list[str]:
+    """A command line with every flag's name as it is defined; `-` and `_` in names are the same.
+
+    Names of settings, `--config.…`, stay as they are.
+    """
+    found = list(arguments)
+    for index, argument in enumerate(found[1:], 1):
+        if argument == "--":
+            break
+        name, equals, value = argument.removeprefix("-").removeprefix("-").partition("=")
+        for known in (name, name.replace("-", "_"), name.replace("_", "-")):
+            if argument.startswith("-") and {known, known.removeprefix("no")} & set(flags.FLAGS):
+                found[index] = f"--{known}{equals}{value}"
+                break
+    return found
+
+
 def is_given(name: str, arguments: Sequence[str]) -> bool:
     """Whether the command line holds the flag `name`."""
     return name in {argument.lstrip("-").partition("=")[0] for argument in arguments[1:]}
@@ -133,6 +150,7 @@ def _parse(
     *,
     positional: bool,
 ) -> Sequence[str]:
+    arguments = as_defined(arguments)
     try:
         added = [
             f"--{name}={value}"

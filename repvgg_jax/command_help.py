@@ -52,6 +52,7 @@ def text(module: types.ModuleType) -> str:
         for name in names:
             lines += _flag(flags.FLAGS[name], width)
     lines += ["  --help", "      Print this.", "  --helpfull", "      Flags of libraries, too."]
+    lines += ["", "- and _ in names of flags are the same."]
     lines += ["", "Exit status:"]
     lines += [f"  {status:<4}{meaning}" for status, meaning in STATUSES.items()]
     return "\n".join(lines)

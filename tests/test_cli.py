@@ -80,7 +80,7 @@ def test_an_interrupted_run_resumes_with_the_same_command(tmp_path):
         (["digits"], 2, ".*'digits'"),
         (["--config.train.batch_size=0"], 1, r"config.train.batch_size=0 .* 1"),
         (["--workdir=/proc/nowhere/run"], 1, ".*/proc/nowhere"),
-        (["--eval_only", "--init_from=x.pth", "--step=3"], 1, "--step=3 .*x.pth"),
+        (["--eval-only", "--init_from=x.pth", "--step=3"], 1, "--step=3 .*x.pth"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, arguments, status, message):
@@ -150,7 +150,7 @@ def test_a_read_only_disk(tmp_path):
 PROGRAM = """
 import importlib, sys
 from absl import flags
-from repvgg_jax import command_help
+from repvgg_jax import cli, command_help
 for name in sys.argv[1:]:
     module = importlib.import_module(name)
     own = flags.FLAGS.get_key_flags_for_module(module)
@@ -159,6 +159,13 @@ for name in sys.argv[1:]:
     assert "Others" not in command_help.groups_of(module), (name, command_help.groups_of(module))
     listed = [flag for group in command_help.groups_of(module).values() for flag in group]
     assert sorted(listed) == sorted(flag.name for flag in own), (name, listed)
+    styles = {mark for flag in own for mark in "-_" if mark in flag.name}
+    assert len(styles) <= 1, (name, styles)
+    for flag in own:
+        for spelled in (flag.name.replace("-", "_"), flag.name.replace("_", "-")):
+            given = [name, f"--{spelled}=a-b_c", f"-no{spelled}", "--", f"--{spelled}"]
+            defined = [name, f"--{flag.name}=a-b_c", f"--no{flag.name}", *given[3:]]
+            assert cli.as_defined(given) == defined, defined
     text = command_help.text(module)
     command = command_help.command_of(module)
     assert f"usage: {command} " in text

@@ -111,6 +111,9 @@ class TestFolders:
         (warning,) = (r.getMessage() for r in caplog.records if "ignored" in r.getMessage())
         assert "4 files ignored" in warning
         assert all(name in warning for name in ignored)
+        caplog.clear()
+        load(settings(f"folder:{tmp_path}", holdout=0.2))
+        assert len([r for r in caplog.records if "ignored" in r.getMessage()]) == 1
 
     def test_links_are_followed_but_not_in_circles(self, tmp_path):
         write_tree(tmp_path, FILES)

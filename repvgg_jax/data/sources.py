@@ -189,7 +189,11 @@ def load_folders(
                 + "; ".join(f"only in {name}: {first_few(names)}" for name, names in only if names)
                 + ("" if added else "; config.data.allow_empty=True allows that")
             )
-    return [_folder_source(root / split, classes, allow_empty) for split in splits], tuple(classes)
+    # With images held out, training and validation images are in one folder.
+    sources = {
+        split: _folder_source(root / split, classes, allow_empty) for split in dict.fromkeys(splits)
+    }
+    return [sources[split] for split in splits], tuple(classes)
 
 
 def _folders(root: pathlib.Path) -> list[str]:
