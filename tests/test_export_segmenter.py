@@ -132,6 +132,21 @@ def test_int8_onnx_computes_the_simulation_in_integers(kind, inside, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("target", "dynamic"), [("arm", False), ("vnni", True)])
+def test_openvino_joins_integers_and_keeps_biases(target, dynamic, tmp_path):
+    """OpenVINO rounded what int8 joins to whole numbers, and lost a bias beside a shape."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    made = network("repvgg", seed=6)
+    settings = Settings(target=target, calibrator="max", equalize=False, bias_correction=False)
+    quantized = quantize(made.model, made.variables, made.images, settings)
+    of_int8 = network("repvgg", params=quantized.params, dynamic_size=dynamic)
+    artifact = export_int8("onnx", of_int8, quantized, tmp_path / "model.onnx")
+    assert artifact.proofs.keys() == {"onnxruntime", "openvino"}
+    assert all(proof.relative < 0.02 for proof in artifact.proofs.values())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name", "dtype", "bound"),
     [

@@ -119,9 +119,8 @@ class Graph:
                 x = self.node("MatMul", f"{name}/across", x, across)
                 return self.node("MatMul", name, self.weight(f"{name}/rows", rows, dtype), x)
             case operators.ResampleToSize():
-                like = self._kept.get(operator.like, "")
                 wanted = np.dtype(np.float32) if operator.wide else self.dtype
-                return onnx_sizes.resample(self, operator, x, like, wanted)
+                return onnx_sizes.resample(self, operator, x, self._kept[operators.IMAGES], wanted)
             case operators.Widen():
                 return self._cast(f"{x}/wide", x, np.float32, source=self.dtype)
         raise AssertionError(operator)

@@ -102,7 +102,15 @@ class _Int8Graph(Graph):
         where = f"{tensor}/quantized"
         scale = self.constant(f"{where}/scale", np.asarray(grid.scale, np.float32))
         zero = self.constant(f"{where}/zero", np.asarray(grid.zero_point, grid.dtype))
-        numbers = self.node("QuantizeLinear", where, x, scale, zero)
+        nodes = self.model.graph.node
+        if nodes and nodes[-1].op_type == "Concat" and nodes[-1].output[0] == x:
+            # Integers are joined. OpenVINO (2026.4) moves the rounding of joined floats before the
+            # concatenation, and if they become int8, it rounds them to whole numbers then.
+            parts = nodes.pop().input
+            joined = [self.node("QuantizeLinear", f"{p}/joined", p, scale, zero) for p in parts]
+            numbers = self.node("Concat", where, *joined, axis=1)
+        else:
+            numbers = self.node("QuantizeLinear", where, x, scale, zero)
         return self.node("DequantizeLinear", f"{tensor}/rounded", numbers, scale, zero)
 
 

@@ -28,20 +28,20 @@ class Graph(Protocol):
         ...
 
 
-def resample(graph: Graph, operator: ResampleToSize, x: str, like: str, dtype: Any) -> str:
+def resample(graph: Graph, operator: ResampleToSize, x: str, images: str, dtype: Any) -> str:
     """Multiplies both spatial axes of `x` (images, channels, height, width) by matrices.
 
     Args:
       graph: the model.
       operator: what to compute.
-      x: the feature maps.
-      like: what has the size of the result, unless the operator has it.
+      x: the feature maps, or the means over windows.
+      images: what the feature maps are of.
       dtype: of `x` and of the result.
     """
     name = operator.name
     rows, columns = (
         graph.cast(
-            f"{name}/{side}", _matrix(graph, operator, f"{name}/{side}", axis, x, like), dtype
+            f"{name}/{side}", _matrix(graph, operator, f"{name}/{side}", axis, images), dtype
         )
         for axis, side in ((2, "rows"), (3, "columns"))
     )
@@ -50,8 +50,12 @@ def resample(graph: Graph, operator: ResampleToSize, x: str, like: str, dtype: A
     return graph.node("MatMul", name, rows, x)
 
 
-def _matrix(graph: Graph, operator: ResampleToSize, name: str, axis: int, x: str, like: str) -> str:
-    """The float32 matrix (after, before) of an axis."""
+def _matrix(graph: Graph, operator: ResampleToSize, name: str, axis: int, images: str) -> str:
+    """The float32 matrix (after, before) of an axis.
+
+    All lengths follow from the images': OpenVINO (2026.4) loses the bias of an int8 convolution
+    whose result is asked for its shape.
+    """
 
     def node(op: str, label: str, *inputs: str, **attributes: Any) -> str:
         return graph.node(op, f"{name}/{label}", *inputs, **attributes)
@@ -59,27 +63,20 @@ def _matrix(graph: Graph, operator: ResampleToSize, name: str, axis: int, x: str
     def number(label: str, value: Any) -> str:
         return graph.constant(f"{name}/{label}", value)
 
-    def index(label: str, source: str) -> str:
-        """0 … n - 1 along an axis of n, int64."""
-        length = graph.node("Shape", f"{label}/shape", source, start=axis, end=axis + 1)
-        length = graph.node("Squeeze", f"{label}/length", length)
-        zero = graph.constant(f"{label}/zero", np.int64(0))
-        one = graph.constant(f"{label}/one", np.int64(1))
-        return graph.node("Range", label, zero, length, one)
+    def index(label: str, length: str) -> str:
+        """0 … n - 1, int64, for a length (1,)."""
+        end = node("Squeeze", f"{label}/end", length)
+        first, step = (number(f"{label}/{k}", np.int64(k)) for k in (0, 1))
+        return node("Range", label, first, end, step)
 
-    def last(label: str, source: str) -> str:
-        """The index of the last pixel along an axis, float32 (1,)."""
-        length = graph.node("Shape", f"{label}/shape", source, start=axis, end=axis + 1)
-        length = graph.cast(f"{label}/float", length, np.float32)
-        return graph.node("Sub", label, length, graph.constant(f"{label}/one", np.float32(1)))
-
+    image = node("Shape", "image", images, start=axis, end=axis + 1)
+    raised = node("Add", "image/raised", image, number("image/up", np.int64(operator.stride - 1)))
+    maps = node("Div", "maps", raised, number("image/stride", np.int64(operator.stride)))
     if operator.how == "pool":
         windows = np.arange(operator.windows, dtype=np.int64)[:, None]
-        length = node("Shape", "shape", x, start=axis, end=axis + 1)
-        pixel = index(f"{name}/pixel", x)
-        count = number("windows", np.int64(operator.windows))
+        pixel, count = index("pixel", maps), number("windows", np.int64(operator.windows))
         starts, ends = (
-            node("Mul", f"{label}/scaled", number(label, values), length)
+            node("Mul", f"{label}/scaled", number(label, values), maps)
             for label, values in (("index", windows), ("next", windows + 1))
         )
         first = node("Div", "first", starts, count)
@@ -90,15 +87,20 @@ def _matrix(graph: Graph, operator: ResampleToSize, name: str, axis: int, x: str
         width = graph.cast(f"{name}/width", node("Sub", "pixels", end, first), np.float32)
         return node("Div", "share", graph.cast(f"{name}/mask", inside, np.float32), width)
 
-    where = graph.cast(f"{name}/index/float", index(f"{name}/index", like), np.float32)
-    limit = last(f"{name}/last", x)
+    last = graph.cast(f"{name}/maps/float", maps, np.float32)
+    last = node("Sub", "maps/last", last, number("maps/one", _ONE))
+    after = image if operator.how == "stride" else maps
+    where = graph.cast(f"{name}/index/float", index("index", after), np.float32)
     if operator.how == "corners":
-        steps = node("Max", "steps", last(f"{name}/steps/last", like), number("least", _ONE))
+        limit = number("windows/last", np.array([operator.windows - 1], np.float32))
+        pixel = number("pixel", np.arange(operator.windows, dtype=np.float32))
+        steps = node("Max", "steps", last, number("least", _ONE))
         where = node("Mul", "position", where, node("Div", "ratio", limit, steps))
     else:
+        limit = last
+        pixel = graph.cast(f"{name}/pixel/float", index("pixel", maps), np.float32)
         where = node("Div", "position", where, number("stride", np.float32(operator.stride)))
     where = node("Unsqueeze", "row", node("Min", "clipped", where, limit), number("axes", _AXIS))
-    pixel = graph.cast(f"{name}/pixel/float", index(f"{name}/pixel", x), np.float32)
     distance = node("Abs", "distance", node("Sub", "difference", where, pixel))
     return node("Relu", "weights", node("Sub", "nearness", number("full", _ONE), distance))
 

@@ -199,23 +199,25 @@ class ResampleToSize:
 
     Attributes:
       name: of the result.
-      how: "pool", means over windows; "corners", between corners on corners; or "stride", pixel i
-        of the maps is pixel `stride * i` of the result, see `repvgg_jax.segmentation.resize`.
-      like: `Keep` of what has the size of the result; empty for "pool".
-      windows: of "pool", along each axis.
-      stride: of "stride".
+      how: "pool", feature maps to means over windows; "corners", such means to feature maps,
+        corners on corners; or "stride", feature maps to the images' size, pixel i to pixel
+        `stride * i`, see `repvgg_jax.segmentation.resize`.
+      stride: pixels of the images per pixel of the feature maps.
+      windows: along each axis; 0 for "stride".
       wide: in float32, whatever the network computes in.
     """
 
     name: str
     how: Literal["pool", "corners", "stride"]
-    like: str = ""
+    stride: int
     windows: int = 0
-    stride: int = 0
     wide: bool = False
 
 
 RESAMPLING = (Resample, ResampleToSize)
+
+IMAGES = "images"
+"""The `Keep` of a segmenter's normalized images."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -294,21 +296,21 @@ def _head(params: Any) -> Linear:
 def _segmenter(network: Network) -> Iterator[Operator]:
     """The operators of a segmenter, for images of the network's size or of any."""
     params, model = network.params, network.model.bind({"params": network.params})
-    yield Keep("images")
+    yield Keep(IMAGES)
     yield from _backbone(model.backbone, params["backbone"])
-    dynamic, size = network.dynamic_size, _map_size(network)
+    dynamic, size, stride = network.dynamic_size, _map_size(network), network.model.output_stride
     yield Keep("maps")
     names = ["maps"]
     for windows in network.model.bins:
         name = f"pyramid{windows}"
         yield Take("maps")
         if dynamic:
-            yield ResampleToSize(f"{name}/pool", "pool", windows=windows)
+            yield ResampleToSize(f"{name}/pool", "pool", stride, windows)
         else:
             yield _resample(f"{name}/pool", adaptive_average_pool, size, (windows, windows))
         yield from _block(name, getattr(model, name), params[name])
         if dynamic:
-            yield ResampleToSize(f"{name}/resize", "corners", like="maps")
+            yield ResampleToSize(f"{name}/resize", "corners", stride, windows)
         else:
             resize = functools.partial(resize_bilinear, align_corners=True)
             yield _resample(f"{name}/resize", resize, (windows, windows), size)
@@ -320,13 +322,11 @@ def _segmenter(network: Network) -> Iterator[Operator]:
     head = params["head"]
     yield Conv("head", head["kernel"], head["bias"], stride=1, dilation=1, groups=1, wide=True)
 
-    stride = network.model.output_stride
-
     def enlarge(x: jax.Array, after: tuple[int, int]) -> jax.Array:
         return upsample(x, stride, after)
 
     if dynamic:
-        yield ResampleToSize("head/resize", "stride", like="images", stride=stride, wide=True)
+        yield ResampleToSize("head/resize", "stride", stride, wide=True)
     else:
         yield _resample("head/resize", enlarge, size, network.image_shape[:2], wide=True)
     if network.output_name == "probabilities":
