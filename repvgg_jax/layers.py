@@ -6,14 +6,15 @@ a stated choice. Under plain `jit` it would be the whole batch, on any number of
 paper used 32 images.
 """
 
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from repvgg_jax.activations import ACTIVATIONS as ACTIVATIONS
+from repvgg_jax.activations import gelu as gelu
 from repvgg_jax.batch_stats import (
     AxisName,
     image_groups,
@@ -55,17 +56,6 @@ def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """X times the normal distribution function of x, exactly; `nn.gelu` approximates by default."""
-    return nn.gelu(x, approximate=False)
-
-
-ACTIVATIONS: Mapping[str, Callable[..., jax.Array]] = types.MappingProxyType(
-    {"relu": nn.relu, "silu": nn.silu, "gelu": gelu}
-)
-"""What `Variant.activation` means."""
 
 
 def check_classes(name: str, head: Any, num_classes: int) -> None:

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from repvgg_jax.activations import ACTIVATIONS
 from repvgg_jax.batch_stats import AxisName
 from repvgg_jax.block import Activation, ReparamBlock, RepVGGBlock, TrainForm, check_options
 from repvgg_jax.cpu_conv import Lowering
 from repvgg_jax.layers import (
-    ACTIVATIONS,
     BatchNorm,
     check_classes,
     conv_bn,
@@ -258,8 +258,6 @@ class RepVGG(nn.Module):
 
     @nn.nowrap
     def _block(self, layer: Layer) -> ReparamBlock:
-        # A head is in at least float32: it costs nothing and decides everything.
-        wide = jnp.promote_types(self.dtype, jnp.float32)
         cls = RepVGGBlock if layer.block is REPVGG else ReparamBlock
         policy = self.remat if callable(self.remat) else None
         block = nn.remat(cls, static_argnums=(2,), policy=policy) if self.remat else cls
@@ -274,7 +272,7 @@ class RepVGG(nn.Module):
             bn_group_size=self.bn_group_size,
             train_form=self.train_form,
             lowering=self.lowering,
-            dtype=wide if layer.name == "head" else self.dtype,
+            dtype=jnp.promote_types(self.dtype, jnp.float32) if layer.wide else self.dtype,
             param_dtype=self.param_dtype,
             activation=self._own_activation() if layer.activate else None,
             epsilon=self.epsilon,

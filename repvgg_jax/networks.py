@@ -1,8 +1,8 @@
 """Networks of other blocks as data: MobileOne, QARepVGG, RepOpt-VGG and RepViT.
 
 They differ from RepVGG in what a layer is: `BLOCKS` has, by the name in `Variant.block`, a function
-of a `Layer` (`repvgg_jax.variants`) of RepVGG to the layers that stand in its place. A layer may
-add the input of an earlier one (`Layer.residual`), so a network need not be a plain stack.
+of a `Layer` (`repvgg_jax.architecture`) of RepVGG to the layers that stand in its place. A layer
+may add the input of an earlier one (`Layer.residual`), so a network need not be a plain stack.
 
 Sources: MobileOne (Vasu et al., CVPR 2023), table 2; QARepVGG (Chu et al., AAAI 2024);
 RepOptimizers (Ding et al., ICLR 2023), table 1; RepViT (Wang et al., CVPR 2024), table 4; the

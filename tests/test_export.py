@@ -16,9 +16,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from repvgg_jax import create_model, fuse_params
+from repvgg_jax.activations import name_of
 from repvgg_jax.export import FORMATS, Network, Normalize, Target, export, operators, parse_targets
+from repvgg_jax.export.decompose import decompose
 from repvgg_jax.export.format import checksums
-from repvgg_jax.export.operators import activation_kind
 from repvgg_jax.reparam import unfuse_params
 from tests.helpers import export_networks as nets
 
@@ -322,7 +323,7 @@ class TestOperators:
 
     def test_shapes_come_from_the_kernel_and_the_block(self):
         network = nets.network("dilated")
-        convs = [op for op in operators.operators(network) if isinstance(op, operators.Conv)]
+        convs = [op for op in decompose(network) if isinstance(op, operators.Conv)]
         assert [conv.name for conv in convs][:2] == ["stem/reparam", "stage1_block0/reparam"]
         for conv, layer in zip(convs, network.model.layers, strict=True):
             assert conv.kernel_size == (3, 3)
@@ -334,7 +335,7 @@ class TestOperators:
         assert large.padding == (6, 0)
 
     def test_an_activation_without_an_operator_is_named(self, tmp_path):
-        known = [activation_kind(function, "stem") for function in (nn.relu, jax.nn.silu, None)]
+        known = [name_of(function, "stem") for function in (nn.relu, jax.nn.silu, None)]
         assert known == ["relu", "silu", None]
         network = Network(
             nets.model("plain").clone(activation=nn.gelu),
@@ -343,7 +344,7 @@ class TestOperators:
             normalize=Normalize(nets.MEAN, nets.STD),
         )
         with pytest.raises(ValueError, match=r"stem.*gelu"):
-            operators.operators(network)
+            decompose(network)
         # Which StableHLO does not need.
         assert export("stablehlo", network, tmp_path / "model.stablehlo").proven
 

@@ -6,7 +6,8 @@ import pathlib
 import numpy as np
 
 from repvgg_jax.classifier import Classifier, center_crop, find_images
-from repvgg_jax.convert.source import PROOF_IMAGES, Source, reading_of
+from repvgg_jax.convert.source import reading_of
+from repvgg_jax.convert.subject import PROOF_IMAGES, Source
 from repvgg_jax.data.dataset import BUILT_IN, Dataset, load
 from repvgg_jax.data.joint_crop import WholeImage
 from repvgg_jax.data.records import MANIFEST

@@ -20,10 +20,10 @@ import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
 from repvgg_jax import files
+from repvgg_jax.activations import OR_NONE
 from repvgg_jax.convert.earlier import ARTIFACTS
 from repvgg_jax.convert.metadata import Metadata, SegmenterForm, is_deployment
 from repvgg_jax.export import FORMATS
-from repvgg_jax.export.operators import ACTIVATIONS
 from repvgg_jax.layers import check_classes
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
@@ -156,7 +156,7 @@ def load_deployed(path: str | pathlib.Path, *, verify: bool = True) -> Deploymen
         metadata.variant,
         num_classes=metadata.num_classes,
         deploy=True,
-        activation=ACTIVATIONS[metadata.activation],
+        activation=OR_NONE[metadata.activation],
     )
     loaded = load_weights(weights, variant=metadata.variant, num_classes=metadata.num_classes)
     if not loaded.deploy:
@@ -175,7 +175,7 @@ def _read_segmenter(
             backbone,
             metadata.num_classes,
             deploy=True,
-            activation=ACTIVATIONS[metadata.activation],
+            activation=OR_NONE[metadata.activation],
             fast=form.fast,
             output_stride=form.output_stride,
             bins=form.bins,

@@ -17,7 +17,7 @@ from repvgg_jax.convert.calibration import (
     calibration_images,
     evaluation_examples,
 )
-from repvgg_jax.convert.source import Source
+from repvgg_jax.convert.subject import Source
 from repvgg_jax.export import INT8_FORMATS, Artifact, Network, export_int8
 from repvgg_jax.export.format import Run, size
 from repvgg_jax.export.int8 import float_layers, simulated

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from repvgg_jax import files
-from repvgg_jax.export.operators import ACTIVATIONS
+from repvgg_jax.activations import OR_NONE
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.segmentation.resnet import RESNETS
@@ -73,7 +73,7 @@ class Metadata:
     Attributes:
       variant: the architecture; None for a segmenter on a ResNet.
       num_classes: 0 for pooled features.
-      activation: of its blocks, one of `ACTIVATIONS`.
+      activation: of its blocks, a name in `repvgg_jax.activations`.
       classes: names, by label; empty if unknown.
       image_shape: (height, width, channels) of its images.
       mean: per channel or a single one, of pixels scaled to 0 … 1.
@@ -107,8 +107,8 @@ class Metadata:
             raise ValueError("variant is missing")
         if not 0 <= self.num_classes <= _MOST:
             raise ValueError(f"num_classes={self.num_classes} must be from 0 to {_MOST:,}")
-        if self.activation not in ACTIVATIONS:
-            known = ", ".join(map(str, ACTIVATIONS))
+        if self.activation not in OR_NONE:
+            known = ", ".join(map(str, OR_NONE))
             raise ValueError(f"activation={one_line(self.activation, 60)!r} must be one of {known}")
         if self.classes and len(self.classes) != self.num_classes:
             raise ValueError(f"{len(self.classes)} classes have names, of {self.num_classes}")

@@ -9,12 +9,11 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from repvgg_jax import files
+from repvgg_jax import activations, files
 from repvgg_jax._version import __version__
 from repvgg_jax.convert.earlier import ARTIFACTS, WEIGHTS, Kept, take_over, weights_digest
 from repvgg_jax.convert.metadata import FORMAT, KIND, Crop, SegmenterForm, is_deployment
 from repvgg_jax.export import Artifact, Network
-from repvgg_jax.export.operators import activation_kind
 from repvgg_jax.proof import Proof
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.text import first_few, versions
@@ -130,7 +129,7 @@ def write_description(
         "format": FORMAT,
         **_architecture(network.model),
         "num_classes": network.model.num_classes,
-        "activation": activation_kind(network.model.activation, network.model.variant.name),
+        "activation": activations.name_of(network.model.activation, network.model.variant.name),
         "classes": list(network.labels),
         "image_shape": list(network.image_shape),
         "mean": list(network.normalize.mean),

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from repvgg_jax import activations
 from repvgg_jax.convert import int8 as quantized
 from repvgg_jax.convert.output import Output, write_description
-from repvgg_jax.convert.source import Source
+from repvgg_jax.convert.subject import Source
 from repvgg_jax.export import Network, Target
-from repvgg_jax.export.operators import activation_kind
 from repvgg_jax.progress import Advance, silent
 from repvgg_jax.proof import TOLERANCE, Forward, Proof, compare_forwards
 
@@ -119,7 +119,7 @@ def convert(
     """
     if not tolerance > 0:
         raise ValueError(f"--tolerance={tolerance} must be positive")
-    activation_kind(source.model.activation, source.title)  # `load_deployed` must know it
+    activations.name_of(source.model.activation, source.title)  # `load_deployed` must know it
     advance(0, "comparing both forms")
     images = source.normalize(source.images)
     deployed = source.model.clone(deploy=True)

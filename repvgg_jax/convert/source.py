@@ -9,20 +9,16 @@ import numpy as np
 
 from repvgg_jax.convert.deployed import load_deployed
 from repvgg_jax.convert.metadata import Crop, Metadata, is_deployment
+from repvgg_jax.convert.subject import PROOF_IMAGES, Source, Trained, proof_images
 from repvgg_jax.data.dataset import BUILT_IN
 from repvgg_jax.data.settings import DataSettings, Size, height_width, parse_size
 from repvgg_jax.export import FORMATS
 from repvgg_jax.export.description import Description, read_description
 from repvgg_jax.model import RepVGG, create_model
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.proof import BATCH, BATCH_PIXELS, Proof, at_most
-from repvgg_jax.quantization import Quantized
-from repvgg_jax.quantization import Settings as QuantizationSettings
-from repvgg_jax.quantization.network import checked
-from repvgg_jax.quantization.qat import Simulation, with_ranges
-from repvgg_jax.segmentation.inference import PROTOCOLS, WHOLE, Protocol
+from repvgg_jax.proof import Proof
+from repvgg_jax.segmentation.inference import PROTOCOLS
 from repvgg_jax.segmentation.network import Segmenter
-from repvgg_jax.segmentation.task import Segmentation
 from repvgg_jax.text import first_few
 from repvgg_jax.train.experiment import network_title, variant_title
 from repvgg_jax.train.proof_images import (
@@ -31,14 +27,10 @@ from repvgg_jax.train.proof_images import (
     photographs,
     validation_images,
 )
-from repvgg_jax.train.restore import RunWeights, Step, load_run
-from repvgg_jax.train.step import Classification, Task
+from repvgg_jax.train.restore import Step, load_run
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights import Weights, is_pretrained, load_file_or_pretrained
 from repvgg_jax.weights.detect import UnknownVariantError
-
-PROOF_IMAGES = 1000  # validation images in a proof, at most
-PROOF_PIXELS = 2**25  # of images in a proof of classes of pixels, at most: 16 images of Cityscapes
 
 IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 """What the published networks were trained with."""
@@ -47,119 +39,6 @@ IMAGE_SIZE = 224
 """Height and width of the images that most published networks were trained on."""
 
 _HUB_SIZES = {"D2se": 320}
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """The integers that quantization-aware training simulated.
-
-    Attributes:
-      simulation: of the deploy form.
-      ranges: of activations.
-    """
-
-    simulation: Simulation
-    ranges: Any
-
-    @classmethod
-    def of(cls, run: RunWeights) -> "Trained | None":
-        """Those of a run; None if it was trained in float."""
-        if run.ranges is None:
-            return None
-        settings = run.settings.quantize
-        model = checked(run.model.clone(deploy=True))
-        return cls(Simulation(model, settings.target, settings.float_layers), run.ranges)
-
-    def quantized(
-        self, fused: Any, images: np.ndarray, settings: QuantizationSettings
-    ) -> Quantized:
-        """The network in int8.
-
-        Args:
-          fused: deploy-form variables.
-          images: normalized, to measure noise on.
-          settings: of which the target counts.
-
-        Raises:
-          ValueError: other layers in float than those of the training.
-        """
-        own = self.simulation.float_layers
-        if settings.float_layers and settings.float_layers != own:
-            raise ValueError(
-                f"--float-layers={','.join(settings.float_layers)}, but the run was trained with "
-                f"{first_few(own) or 'none'} in float; leave it out, or calibrate anew with "
-                "--calibrator mse"
-            )
-        simulation = dataclasses.replace(self.simulation, target=settings.target)
-        return simulation.quantized(with_ranges(fused, self.ranges), images)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A network to convert, and real images to prove the result on.
-
-    Attributes:
-      title: what it is, in a line.
-      model: in the form of the variables; computes in float32.
-      variables: NumPy arrays.
-      images: real ones, uint8 (images, height, width, channels).
-      image_source: what the images are, e.g. "360 validation images of digits".
-      normalize: pixels to what the model takes.
-      labels: name of every class; empty if unknown.
-      details: where it comes from, for `metadata.json`.
-      notes: what was assumed, or what else there is, a line each.
-      crop: how image files become its images.
-      proof: that was made when it was fused, if the conversion adds formats to it.
-      with_preprocessing: what graphs do that are there already, in the same case.
-      reading: how data sets become its images; those of the run, if it is one.
-      evaluation: the data set that `images` are from, which has labels; None for photographs.
-      trained: its integers and their ranges, of a run of quantization-aware training.
-      is_run: whether it is a run, whose training images are those of `reading`.
-      protocol: of the evaluation of a segmenter.
-    """
-
-    title: str
-    model: RepVGG | Segmenter
-    variables: dict[str, Any]
-    images: np.ndarray
-    image_source: str
-    normalize: Normalize
-    labels: tuple[str, ...]
-    details: dict[str, Any]
-    notes: tuple[str, ...] = ()
-    crop: Crop = Crop()  # noqa: RUF009 (frozen)
-    proof: Proof | None = None
-    with_preprocessing: bool = False
-    reading: DataSettings | None = None
-    evaluation: DataSettings | None = None
-    is_run: bool = False
-    trained: Trained | None = None
-    protocol: Protocol = WHOLE
-
-    @property
-    def per_pixel(self) -> bool:
-        """Whether the network gives every pixel a class."""
-        return isinstance(self.model, Segmenter)
-
-    @property
-    def task(self) -> Task:
-        """What the network is for, and by which metrics it is judged."""
-        count = self.model.num_classes
-        if self.per_pixel:
-            return Segmentation(count, protocol=self.protocol)
-        return Classification(count)
-
-    @property
-    def batch(self) -> int:
-        """Images at once, at most: fewer if every pixel has a class."""
-        if not self.per_pixel:
-            return BATCH
-        return at_most(BATCH, BATCH_PIXELS, self.images.shape[1:3])
-
-    def at_most(self, count: int) -> int:
-        """That many images, or as many as are affordable if every pixel has a class."""
-        height, width, channels = self.images.shape[1:]
-        return min(count, _proof_images(self.model, (height, width, channels)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +85,7 @@ def from_run(path: pathlib.Path, *, step: Step = "newest", data: str | None = No
     """
     run = load_run(path, step=step)
     images, image_source = validation_images(
-        run, _proof_images(run.model, run.eval_shape), data=data
+        run, proof_images(run.model, run.eval_shape), data=data
     )
     word = "mIoU" if isinstance(run.model, Segmenter) else "accuracy"
     accuracy = "" if run.accuracy is None else f", validation {word} {run.accuracy:.2%}"
@@ -300,7 +179,7 @@ def _from_deployed(path: pathlib.Path, data: str | None, *, adding: bool) -> Sou
     deployed = load_deployed(path)
     metadata = Metadata.from_json(deployed.metadata)
     shape = metadata.image_shape
-    images, image_source = _images(shape, data, _proof_images(deployed.model, shape))
+    images, image_source = _images(shape, data, proof_images(deployed.model, shape))
     fused, origin = deployed.proof.get("fused"), deployed.metadata.get("source")
     details = {
         "deployment": str(path),
@@ -418,13 +297,6 @@ def _model(loaded: Weights, description: Description | None = None) -> RepVGG:
         epsilon=loaded.epsilon,
         **options,
     )
-
-
-def _proof_images(model: RepVGG | Segmenter, shape: tuple[int, int, int]) -> int:
-    """The number of images in a proof, at most."""
-    if not isinstance(model, Segmenter):
-        return PROOF_IMAGES
-    return max(4, at_most(PROOF_IMAGES, PROOF_PIXELS, shape[:2]))
 
 
 def _images(

@@ -7,9 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from repvgg_jax import files
+from repvgg_jax import activations, files
 from repvgg_jax.export.network import Network
-from repvgg_jax.export.operators import ACTIVATIONS, activation_kind
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import one_line
 from repvgg_jax.typed import typed
@@ -44,7 +43,7 @@ def model_header(network: Network) -> dict[str, str]:
     if VARIANTS.get(variant.name) != variant:
         header["architecture"] = json.dumps(dataclasses.asdict(variant), ensure_ascii=False)
     with contextlib.suppress(ValueError):  # one that `read_description` could not give back
-        header["activation"] = activation_kind(network.model.activation, variant.name) or "none"
+        header["activation"] = activations.name_of(network.model.activation, variant.name) or "none"
     return header
 
 
@@ -71,7 +70,7 @@ def read_description(path: str | os.PathLike) -> Description | None:
         activation = header.get("activation", "relu")
         return Description(
             variant=variant,
-            activation=ACTIVATIONS[None if activation == "none" else activation],
+            activation=activations.OR_NONE[None if activation == "none" else activation],
             image_shape=(height, width, typed(int, given["channels"], "channels")),
             normalize=Normalize(mean, std),
             labels=tuple(map(str, given["labels"])),

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 
 from repvgg_jax.export import onnx_int8, tensorflow_int8
+from repvgg_jax.export.decompose import decompose
 from repvgg_jax.export.exporting import FORMATS, run_in_runtimes
 from repvgg_jax.export.format import Artifact, Format, Run, checksums, size
 from repvgg_jax.export.network import Network
-from repvgg_jax.export.operators import RESAMPLING, operators
+from repvgg_jax.export.operators import RESAMPLING
 from repvgg_jax.proof import Proof, compare
 from repvgg_jax.quantization.quantize import Quantized
 from repvgg_jax.text import versions
@@ -128,7 +129,7 @@ def float_layers(
     """Layers of an artifact that should be int8 and that a runtime computes in float."""
     found = INT8_FORMATS[name].float_layers[runtime](path)
     if network.is_segmenter:  # it interpolates by matrix products, the last one is the output
-        others = [one.name for one in operators(network) if isinstance(one, RESAMPLING)]
+        others = [one.name for one in decompose(network) if isinstance(one, RESAMPLING)]
         others.append(network.output_name)
         found = tuple(one for one in found if not any(other in one for other in others))
     # A linear layer is called like the output in some runtimes.

@@ -17,6 +17,7 @@ import numpy as np
 
 from repvgg_jax._version import __version__
 from repvgg_jax.export import onnx_sizes, operators
+from repvgg_jax.export.decompose import decompose
 from repvgg_jax.export.format import Format, Run, Runtime
 from repvgg_jax.export.network import Network
 from repvgg_jax.proof import TOLERANCE
@@ -35,7 +36,7 @@ def save(graph: "Graph", path: Path) -> None:
     import onnx
 
     x = graph.enter(graph.network.input_name)
-    for operator in operators.operators(graph.network):
+    for operator in decompose(graph.network):
         x = graph.add(operator, x)
     graph.finish()
     onnx.save(graph.model, path)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_jax.export import operators
+from repvgg_jax.export.decompose import decompose
 from repvgg_jax.export.format import Format, Run, Runtime
 from repvgg_jax.export.network import Network
 from repvgg_jax.proof import TOLERANCE
@@ -53,7 +54,7 @@ def build(network: Network, translate: Callable[..., Translated] | None = None) 
     kept: dict[str, Any] = {}  # what is remembered while `serve` is traced
     layers = [
         (translate or translate_operator)(operator, tf, kept)
-        for operator in operators.operators(network)
+        for operator in decompose(network)
         if not isinstance(operator, operators.Output)  # the last one is the only output
     ]
     module.weights = [variable for _, variables in layers for variable in variables]
