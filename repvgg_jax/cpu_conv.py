@@ -6,6 +6,7 @@ batch 8 (`benchmarks/infer.py` times whole networks):
 
     1x1, one group           a matrix product, after a slice at stride 2
     stride 1, one group      Winograd F(2x2, 3x3): 16 multiplications do the work of 36
+    stride 1, dilated        the same for the pixels of every remainder by the dilation
     stride 1, groups         the same for each group; split groups above 28x28 pixels
     stride 2, one group      a matrix product with the patches, up to 56x56 pixels
     stride 2, groups         one convolution for each group
@@ -47,6 +48,7 @@ _CHANNELS = 32
 _GROUPS = 64
 _WINOGRAD_SIDES = range(14, 57)
 _GROUPED_WINOGRAD_SIDES = range(14, 29)
+_DILATED_WINOGRAD_SIDES = range(9, 57)  # divided by the dilation
 _PATCHES_SIDES = range(14, 57)
 _TAPS = 49  # of a kernel of one channel, in one loop
 
@@ -65,8 +67,8 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated`, replaced on CPUs where something faster is known.
 
     For `flax.linen.Conv(conv_general_dilated=…)` in inference. Replaced are float32
-    convolutions with a 3x3 kernel, padded by one, without dilation, that are large enough, 1x1
-    convolutions, and depthwise ones of any kind, these in float64, too.
+    convolutions with a 3x3 kernel, padded by as much as they are dilated, that are large enough,
+    1x1 convolutions, and depthwise ones of any kind, these in float64, too.
     Arguments, result and derivatives are those of the original.
 
     Args:
@@ -104,12 +106,13 @@ def _replaced(
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **settings)
 
-    pad = kernel.shape[0] // 2
+    dilation, *dilations = settings["rhs_dilation"]
+    pad = kernel.shape[0] // 2 * dilation
     usual = (
         x.dtype == kernel.dtype == jnp.float32
         and kernel.shape[:2] in ((1, 1), (3, 3))
         and tuple(map(tuple, padding)) == ((pad, pad), (pad, pad))
-        and tuple(settings["rhs_dilation"]) == (1, 1)
+        and dilations == [dilation]
         and window_strides[0] == window_strides[1]
     )
     fast: Convolution | None = None
@@ -119,7 +122,7 @@ def _replaced(
         )
     elif usual:
         groups = settings["feature_group_count"]
-        fast = choose(x.shape, kernel.shape, window_strides[0], groups)
+        fast = choose(x.shape, kernel.shape, window_strides[0], groups, dilation)
 
     def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return grouped_convolution(plain, x, kernel, cpu=fast)
@@ -138,10 +141,15 @@ def _is_depthwise(x: jax.Array, kernel: jax.Array, settings: dict[str, Any]) -> 
 
 
 def _for_inference(
-    shape: tuple[int, ...], kernel: tuple[int, ...], stride: int, groups: int
+    shape: tuple[int, ...], kernel: tuple[int, ...], stride: int, groups: int, dilation: int
 ) -> Convolution | None:
     """What to do in the deploy form instead of the plain convolution, if anything."""
     sides = set(shape[1:3])
+    if dilation > 1 and kernel[0] == 3:
+        apart = {-(-side // dilation) for side in sides} <= set(_DILATED_WINOGRAD_SIDES)
+        if stride == groups == 1 and kernel[2] >= _CHANNELS and apart:
+            return lambda x, kernel: dilated(winograd, x, kernel, dilation)
+        return None
     if kernel[0] == 1:
         return (lambda x, kernel: pointwise(x, kernel, stride)) if groups == 1 else None
     if kernel[2] == 1 or groups > _GROUPS:
@@ -160,11 +168,11 @@ def _for_inference(
 
 
 def _by_time(
-    shape: tuple[int, ...], kernel: tuple[int, ...], stride: int, groups: int
+    shape: tuple[int, ...], kernel: tuple[int, ...], stride: int, groups: int, dilation: int
 ) -> Convolution | None:
     """The fastest of what is possible, where the table has a choice or could have one."""
-    usual = _for_inference(shape, kernel, stride, groups)
-    few = kernel[0] == 1 or kernel[2] < _CHANNELS or groups > _GROUPS
+    usual = _for_inference(shape, kernel, stride, groups, dilation)
+    few = kernel[0] == 1 or dilation > 1 or kernel[2] < _CHANNELS or groups > _GROUPS
     if few or 0 in shape or jax.default_backend() != "cpu":
         return usual
     candidates: dict[str, Convolution] = {"plain": lambda x, k: _convolution(x, k, stride, groups)}
@@ -185,10 +193,10 @@ def _by_time(
 
 
 def _for_training(
-    shape: tuple[int, ...], kernel: tuple[int, ...], stride: int, groups: int
+    shape: tuple[int, ...], kernel: tuple[int, ...], stride: int, groups: int, dilation: int
 ) -> Convolution | None:
     """What to do in the training form instead of the plain convolution, if anything."""
-    if groups > 1:
+    if groups > 1 or (dilation > 1 and kernel[0] > 1):
         return None
     if kernel[0] == 1:
         return lambda x, kernel: pointwise(x, kernel, stride)
@@ -280,6 +288,33 @@ def patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     matrix = jnp.concatenate(taps, axis=-1).reshape(outputs, 9 * x.shape[-1])
     y = matrix @ kernel.reshape(matrix.shape[-1], features)
     return y.reshape(x.shape[0], height, width, features)
+
+
+def dilated(convolution: Convolution, x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
+    """A dilated 3x3 convolution, padded by the dilation, as one that is not, padded by one.
+
+    Pixels whose rows and columns leave the same remainders when divided by the dilation see only
+    each other; they become images of their own.
+
+    Args:
+      convolution: 3x3, of stride 1, padded by one.
+      x: (images, height, width, channels).
+      kernel: (3, 3, channels, features).
+      dilation: of both axes.
+
+    Returns:
+      (images, height, width, features).
+    """
+    n, height, width, channels = x.shape
+    rows, columns = -(-height // dilation), -(-width // dilation)
+    beyond = rows * dilation - height, columns * dilation - width
+    x = jnp.pad(x, ((0, 0), (0, beyond[0]), (0, beyond[1]), (0, 0)))
+    x = x.reshape(n, rows, dilation, columns, dilation, channels).transpose(2, 4, 0, 1, 3, 5)
+    y = convolution(x.reshape(dilation**2 * n, rows, columns, channels), kernel)
+    y = y.reshape(dilation, dilation, n, rows, columns, kernel.shape[-1])
+    y = y.transpose(2, 3, 0, 4, 1, 5)
+    y = y.reshape(n, rows * dilation, columns * dilation, kernel.shape[-1])
+    return y[:, :height, :width]
 
 
 def depthwise(

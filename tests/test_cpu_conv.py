@@ -66,6 +66,28 @@ def test_substitutes_are_the_convolution_and_as_exact(
     assert errors[1] < 1e-6
 
 
+@pytest.mark.parametrize(("dilation", "height", "width"), [(2, 18, 21), (4, 33, 36)])
+def test_dilated_convolutions_are_as_exact(dilation, height, width):
+    x, kernel = operands(32, 40, 1, height, width)
+
+    def convolve(function, x, kernel):
+        return function(
+            x,
+            kernel,
+            (1, 1),
+            [(dilation, dilation)] * 2,
+            rhs_dilation=(dilation, dilation),
+            feature_group_count=1,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    fast = jax.jit(lambda x, k: convolve(conv_general_dilated, x, k))
+    assert "platform_index" in str(jax.make_jaxpr(fast)(x, kernel))
+    with jax.enable_x64(True):
+        truth = convolve(jax.lax.conv_general_dilated, np.float64(x), np.float64(kernel))
+    np.testing.assert_allclose(fast(x, kernel), truth, rtol=0, atol=4e-6)
+
+
 def test_derivatives():
     x, kernel = operands(48, 48, 1, 14, 14)
 
