@@ -35,11 +35,15 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from repvgg_jax import cpu_measured
 from repvgg_jax.meshes import Convolution, grouped_convolution, on_auto_axes
 
 Lowering = Literal["auto", "measured", "plain"]
+
+NAME = "repvgg_jax_convolution"
+"""Of the result of a convolution in training, to `jax.checkpoint_policies`."""
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # Where the substitutes were measured: channels of a convolution, most groups of channels that gain
@@ -90,8 +94,12 @@ def measured_conv_general_dilated(
 def training_conv_general_dilated(
     x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
 ) -> jax.Array:
-    """`conv_general_dilated` for training, where the derivative counts too."""
-    return _replaced(_for_training, x, kernel, window_strides, padding, settings)
+    """`conv_general_dilated` for training, where the derivative counts too.
+
+    The result has the name `NAME`, by which policies of `jax.checkpoint` may keep it.
+    """
+    y = _replaced(_for_training, x, kernel, window_strides, padding, settings)
+    return checkpoint_name(y, NAME)
 
 
 def _replaced(
