@@ -7,12 +7,13 @@ module.
 """
 
 import importlib
+import itertools
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from absl import app, flags
@@ -125,23 +126,47 @@ def run(
 def as_defined(arguments: Sequence[str]) -> list[str]:
     """A command line with every flag's name as it is defined; `-` and `_` in names are the same.
 
-    Names of settings, `--config.…`, stay as they are.
+    Names of settings, `--config.…`, stay as they are, and so do values.
     """
     found = list(arguments)
-    for index, argument in enumerate(found[1:], 1):
-        if argument == "--":
-            break
-        name, equals, value = argument.removeprefix("-").removeprefix("-").partition("=")
-        for known in (name, name.replace("-", "_"), name.replace("_", "-")):
-            if argument.startswith("-") and {known, known.removeprefix("no")} & set(flags.FLAGS):
-                found[index] = f"--{known}{equals}{value}"
-                break
+    for index, name, rest in _given(arguments):
+        found[index] = f"--{name}{rest}"
     return found
 
 
 def is_given(name: str, arguments: Sequence[str]) -> bool:
     """Whether the command line holds the flag `name`."""
-    return name in {argument.lstrip("-").partition("=")[0] for argument in arguments[1:]}
+    return name in {given for _, given, _ in _given(arguments)}
+
+
+def _given(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """The known flags in a command line: index, name as it is defined, `=` and the value."""
+    places = iter(range(1, len(arguments)))
+    for index in places:
+        argument = arguments[index]
+        if argument == "--":
+            break
+        if not argument.startswith("-"):
+            continue
+        given, equals, value = argument.removeprefix("-").removeprefix("-").partition("=")
+        name = _defined(given)
+        if name is None:
+            continue
+        yield index, name, equals + value
+        if not equals and name in flags.FLAGS and not flags.FLAGS[name].boolean:
+            next(places, None)  # its value, whatever it looks like
+
+
+def _defined(given: str) -> str | None:
+    """A flag's name as it is defined, with `no` before it where that was given; None if unknown."""
+    for name in (given, given.replace("-", "_"), given.replace("_", "-")):
+        if name in flags.FLAGS:
+            return name
+        for no in ("no", "no-", "no_"):
+            positive = name.removeprefix(no)
+            if positive != name and positive in flags.FLAGS and flags.FLAGS[positive].boolean:
+                return f"no{positive}"
+    return None
 
 
 def _parse(
@@ -152,6 +177,7 @@ def _parse(
 ) -> Sequence[str]:
     arguments = as_defined(arguments)
     try:
+        _check_settings(arguments)
         added = [
             f"--{name}={value}"
             for name, value in defaults(arguments).items()
@@ -164,6 +190,20 @@ def _parse(
     if len(rest) > 1 and not positional:
         _fail(ValueError(f"unexpected argument {rest[1]!r}; see --help"), status=2)
     return rest
+
+
+def _check_settings(arguments: Sequence[str]) -> None:
+    """Raises ValueError for `-` in the name of a setting, which would be read as a minus."""
+    for argument in itertools.takewhile(lambda argument: argument != "--", arguments[1:]):
+        name = argument.lstrip("-").partition("=")[0]
+        flag, dot, _ = name.partition(".")
+        if (
+            argument.startswith("-")
+            and dot
+            and flag in flags.FLAGS
+            and re.fullmatch(r"[\w.-]+-[\w.-]+", name)
+        ):
+            raise ValueError(f"unknown setting {name}; did you mean {name.replace('-', '_')}?")
 
 
 def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

@@ -29,17 +29,22 @@ chooses when a program is lowered, so programs for several platforms stay right.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from repvgg_jax import cpu_measured
 from repvgg_jax.meshes import Convolution, grouped_convolution, on_auto_axes
 
 Lowering = Literal["auto", "measured", "plain"]
+
+NAME = "repvgg_jax_convolution"
+"""Of the result of a convolution in training, to `jax.checkpoint_policies`."""
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # Where the substitutes were measured: channels of a convolution, most groups of channels that gain
@@ -91,8 +96,12 @@ def measured_conv_general_dilated(
 def training_conv_general_dilated(
     x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Any, **settings: Any
 ) -> jax.Array:
-    """`conv_general_dilated` for training, where the derivative counts too."""
-    return _replaced(_for_training, x, kernel, window_strides, padding, settings)
+    """`conv_general_dilated` for training, where the derivative counts too.
+
+    The result has the name `NAME`, by which policies of `jax.checkpoint` may keep it.
+    """
+    y = _replaced(_for_training, x, kernel, window_strides, padding, settings)
+    return checkpoint_name(y, NAME)
 
 
 def _replaced(
@@ -106,23 +115,24 @@ def _replaced(
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **settings)
 
-    dilation, *dilations = settings["rhs_dilation"]
-    pad = kernel.shape[0] // 2 * dilation
-    usual = (
-        x.dtype == kernel.dtype == jnp.float32
-        and kernel.shape[:2] in ((1, 1), (3, 3))
-        and tuple(map(tuple, padding)) == ((pad, pad), (pad, pad))
-        and dilations == [dilation]
-        and window_strides[0] == window_strides[1]
-    )
     fast: Convolution | None = None
-    if _is_depthwise(x, kernel, settings):
-        fast = functools.partial(
-            depthwise, strides=window_strides, padding=padding, dilation=settings["rhs_dilation"]
+    if _is_known(x, kernel, padding, settings):
+        dilation = settings.get("rhs_dilation") or (1, 1)
+        groups = settings.get("feature_group_count", 1)
+        pad = kernel.shape[0] // 2 * dilation[0]
+        usual = (
+            x.dtype == jnp.float32
+            and kernel.shape[:2] in ((1, 1), (3, 3))
+            and tuple(map(tuple, padding)) == ((pad, pad), (pad, pad))
+            and dilation[0] == dilation[1]
+            and window_strides[0] == window_strides[1]
         )
-    elif usual:
-        groups = settings["feature_group_count"]
-        fast = choose(x.shape, kernel.shape, window_strides[0], groups, dilation)
+        if _is_depthwise(x, kernel, padding, dilation, groups):
+            fast = functools.partial(
+                depthwise, strides=window_strides, padding=padding, dilation=dilation
+            )
+        elif usual:
+            fast = choose(x.shape, kernel.shape, window_strides[0], groups, dilation[0])
 
     def compute(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return grouped_convolution(plain, x, kernel, cpu=fast)
@@ -130,13 +140,30 @@ def _replaced(
     return compute(x, kernel) if fast is None else on_auto_axes(compute, x, kernel)
 
 
-def _is_depthwise(x: jax.Array, kernel: jax.Array, settings: dict[str, Any]) -> bool:
-    """Whether every channel has a filter of its own, and `depthwise` is as exact."""
+def _is_known(x: jax.Array, kernel: jax.Array, padding: Any, settings: dict[str, Any]) -> bool:
+    """Whether a convolution is of the kind that blocks have; others stay plain."""
+    between = settings.get("lhs_dilation")
     return (
-        x.dtype == kernel.dtype
-        and x.dtype in (jnp.float32, jnp.float64)
-        and x.shape[-1] == kernel.shape[-1] == settings["feature_group_count"] > 1
-        and x.ndim == 4
+        x.ndim == 4
+        and x.dtype == kernel.dtype
+        and settings.get("preferred_element_type") in (None, x.dtype)
+        and (between is None or set(between) == {1})
+        and not isinstance(padding, str)
+    )
+
+
+def _is_depthwise(
+    x: jax.Array, kernel: jax.Array, padding: Any, dilation: Sequence[int], groups: int
+) -> bool:
+    """Whether every channel has a filter of its own, and `depthwise` is as exact."""
+    rows_and_columns = zip(x.shape[1:3], kernel.shape[:2], padding, dilation, strict=True)
+    rest = [side + sum(pads) - d * (size - 1) for side, size, pads, d in rows_and_columns]
+    return (
+        x.dtype in (jnp.float32, jnp.float64)
+        and x.shape[-1] == kernel.shape[-1] == groups > 1
+        and min(itertools.chain.from_iterable(padding)) >= 0
+        # A kernel larger than what it is applied to has no outputs. Sizes may be symbols.
+        and not any(isinstance(size, int) and size < 1 for size in rest)
     )
 
 

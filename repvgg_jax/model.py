@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from repvgg_jax import cpu_conv
 from repvgg_jax.activations import ACTIVATIONS
 from repvgg_jax.batch_stats import AxisName
 from repvgg_jax.block import Activation, ReparamBlock, RepVGGBlock, TrainForm, check_options
@@ -35,8 +36,10 @@ from repvgg_jax.variants import Layer, Variant, get_variant, residual_starts
 RematPolicy = Callable[..., Any]  # as in `jax.checkpoint_policies`
 
 
-def keep_convolutions(primitive: Any, *_: Any, **__: Any) -> bool:
+def keep_convolutions(primitive: Any, *_: Any, **params: Any) -> bool:
     """A policy for `remat`: keeps outputs of convolutions, recomputes norms, sums, activations."""
+    if primitive.name == "name":  # of `checkpoint_name`: what CPUs compute in another way, too
+        return params["name"] == cpu_conv.NAME
     return primitive.name == "conv_general_dilated"
 
 

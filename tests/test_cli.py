@@ -79,6 +79,7 @@ def test_an_interrupted_run_resumes_with_the_same_command(tmp_path):
         (["--wrokdir=x"], 2, ".*'wrokdir'"),
         (["digits"], 2, ".*'digits'"),
         (["--config.train.batch_size=0"], 1, r"config.train.batch_size=0 .* 1"),
+        (["--config.train.batch-size=8"], 2, r".*batch-size; .*config.train.batch_size"),
         (["--workdir=/proc/nowhere/run"], 1, ".*/proc/nowhere"),
         (["--eval-only", "--init_from=x.pth", "--step=3"], 1, "--step=3 .*x.pth"),
     ],
@@ -163,9 +164,18 @@ for name in sys.argv[1:]:
     assert len(styles) <= 1, (name, styles)
     for flag in own:
         for spelled in (flag.name.replace("-", "_"), flag.name.replace("_", "-")):
-            given = [name, f"--{spelled}=a-b_c", f"-no{spelled}", "--", f"--{spelled}"]
-            defined = [name, f"--{flag.name}=a-b_c", f"--no{flag.name}", *given[3:]]
+            given = [name, f"--{spelled}=a-b_c", f"-{spelled}=-1", "--", f"--{spelled}"]
+            defined = [name, f"--{flag.name}=a-b_c", f"--{flag.name}=-1", *given[3:]]
             assert cli.as_defined(given) == defined, defined
+            value = [name, f"--{spelled}", f"-{spelled}", spelled]
+            if flag.boolean:
+                for no in ("-no", "--no-"):
+                    assert cli.as_defined([name, f"{no}{spelled}"]) == [name, f"--no{flag.name}"]
+                assert cli.as_defined([name, f"--non{spelled}"]) == [name, f"--non{spelled}"]
+            else:  # what follows is its value
+                assert cli.as_defined(value) == [name, f"--{flag.name}", *value[2:]]
+            assert cli.is_given(flag.name, value)
+            assert not cli.is_given(flag.name, [name, flag.name, "--", f"--{flag.name}"])
     text = command_help.text(module)
     command = command_help.command_of(module)
     assert f"usage: {command} " in text

@@ -88,6 +88,29 @@ def test_dilated_convolutions_are_as_exact(dilation, height, width):
     np.testing.assert_allclose(fast(x, kernel), truth, rtol=0, atol=4e-6)
 
 
+@pytest.mark.parametrize(
+    ("channels", "groups", "size", "padding", "options"),
+    [
+        (4, 4, 3, "SAME", {}),  # as nn.Conv has it by default
+        (4, 4, 5, ((0, 0), (0, 0)), {}),  # larger than the image: no outputs
+        (4, 4, 3, ((-1, 1), (0, 0)), {}),
+        (4, 4, 3, ((1, 1), (1, 1)), {"lhs_dilation": (2, 2)}),
+        (64, 1, 3, ((1, 1), (1, 1)), {"lhs_dilation": (1, 4)}),
+        (4, 1, 1, ((0, 0), (0, 0)), {"lhs_dilation": (2, 2)}),
+    ],
+)
+def test_what_blocks_do_not_have_stays_plain(channels, groups, size, padding, options):
+    x = np.ones((1, 4, 15, channels), np.float32)
+    kernel = np.ones((size, size, channels // groups, channels), np.float32)
+    options |= {"rhs_dilation": (1, 1), "feature_group_count": groups}
+    options |= {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    programs = [
+        jax.make_jaxpr(lambda x, k, f=f: f(x, k, (1, 1), padding, **options))(x, kernel)
+        for f in (conv_general_dilated, jax.lax.conv_general_dilated)
+    ]
+    assert str(programs[0]) == str(programs[1])
+
+
 def test_derivatives():
     x, kernel = operands(48, 48, 1, 14, 14)
 

@@ -160,8 +160,8 @@ def test_remat_policies_choose_what_is_recomputed():
     """Convolutions in the program of a gradient: forward, recomputed, backward."""
     images = random_images((2, 16, 16, 3))
 
-    def convolutions(remat):
-        model = create_model(TINY, num_classes=5, remat=remat, lowering="plain")
+    def convolutions(remat, lowering="plain"):
+        model = create_model(TINY, num_classes=5, remat=remat, lowering=lowering)
         variables = jax.eval_shape(model.init, jax.random.key(0), images)
 
         def loss(params, stats):
@@ -169,12 +169,17 @@ def test_remat_policies_choose_what_is_recomputed():
             return model.apply(tree, images, train=True, mutable=["batch_stats"])[0].sum()
 
         program = jax.make_jaxpr(jax.grad(loss))(variables["params"], variables["batch_stats"])
-        return str(program).count("conv_general_dilated[")
+        # On CPUs those of 1x1 are matrix products.
+        counted = "conv_general_dilated[" if lowering == "plain" else "dot_general["
+        return str(program).count(counted)
 
     forward = 2 * len(TINY.layers())
     none, everything = convolutions(False), convolutions(True)
     assert everything == none + forward
     assert convolutions(keep_convolutions) == none
+    none, everything = convolutions(False, "auto"), convolutions(True, "auto")
+    assert everything > none
+    assert convolutions(keep_convolutions, "auto") == none
 
 
 def test_evaluation_is_the_default_and_leaves_statistics_alone():
