@@ -247,7 +247,7 @@ class Variant:
         if callable(self.block):
             raise ValueError(
                 f"variant {self.name!r} has a function as block, which cannot be saved; add it to "
-                "repvgg_jax.networks.BLOCKS and give its name"
+                "BLOCKS in repvgg_jax/networks.py, in a checkout, and give its name"
             )
         fields = dataclasses.asdict(self)
         # Digests of settings that were saved before these fields existed must not change.

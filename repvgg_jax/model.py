@@ -249,7 +249,7 @@ class RepVGG(nn.Module):
     @nn.nowrap
     def geometries(self, params: Any) -> dict[str, Geometry] | None:
         """Shapes of blocks by name; None where these parameters show them."""
-        if not any(block.traceless for block in self.variant.blocks):
+        if not any(block.traceless or block.has_own_groups for block in self.variant.blocks):
             return None
         stem = input_channels(self.layers[0].block, params["stem"])
         return self.variant.geometries(stem or 3)

@@ -106,3 +106,56 @@ def test_a_fold_inside_a_gradient():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert float(jnp.abs(gradient["row"]["kernel"]).max()) > 0
     assert not gradient["row_norm"]["bias"].any()  # the bias is not penalized
+
+
+def _beside_depthwise(*groups):
+    convs = (
+        reparam.Chain((reparam.Conv(f"conv{i}", (3, 3), groups=g), reparam.Norm(f"norm{i}")))
+        for i, g in enumerate(groups)
+    )
+    return reparam.BlockSpec("beside depthwise", reparam.Sum(tuple(convs)))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("own", "groups", "shown"),
+    [
+        ((None, "depthwise"), 1, True),
+        (("depthwise", None), 1, True),
+        ((None, "depthwise"), 2, False),  # or one group of half the channels, twice as wide
+        (("depthwise", None), 2, False),
+        (("depthwise", None), 8, True),
+        (("depthwise", 4), 2, True),
+    ],
+)
+def test_groups_beside_a_depthwise_convolution(own, groups, shown):
+    """`fuse_params` folds what the parameters show, and refuses the rest instead of guessing."""
+    spec = _beside_depthwise(*own)
+    block = rv.ReparamBlock(8, spec=spec, groups=groups, activation=None)
+    x = random_images((1, 6, 6, 8))
+    variables = randomize(jax.eval_shape(block.init, jax.random.key(0), x))
+    expected = block.apply(variables, x)
+    trees = [rv.fuse_model(block, variables, x)]
+    if shown:
+        trees.append(rv.fuse_params(variables, blocks=(spec,)))
+    else:
+        with pytest.raises(ValueError, match="fuse_model"):
+            rv.fuse_params(variables, blocks=(spec,))
+    for fused in trees:
+        kernel = fused["params"]["reparam"]["kernel"]
+        folded = nn.Conv(8, (3, 3), feature_group_count=8 // kernel.shape[-2])
+        actual = folded.apply({"params": fused["params"]["reparam"]}, x)
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * abs(expected).max())
+
+
+@pytest.mark.core
+def test_a_network_fuses_depthwise_convolutions_in_blocks_without_groups():
+    spec = _beside_depthwise("depthwise", "depthwise")
+    variant = rv.Variant(
+        "own", (2,), (8,), 8, block=lambda layer: spec if layer.index else reparam.REPVGG
+    )
+    model = rv.create_model(variant, num_classes=3)
+    x = random_images((1, 8, 8, 3))
+    variables = random_variables(model, size=8)
+    logits = model.clone(deploy=True).apply(model.fuse(variables), x)
+    np.testing.assert_allclose(logits, model.apply(variables, x), atol=1e-4)

@@ -285,10 +285,13 @@ def test_every_command_of_launching_and_scaling():
                 section,
             )
             devices, processes = (int(told[1]), int(told[2])) if told else slice_of_256
+            promise = [int(told[3]), int(told[4])] if told else [8192, 32]
+            if one := re.search(r"devices=(\d+)x.* batch=(\d+) .* bn_group=(\d+)", section):
+                (devices, *promise), processes = map(int, one.groups()), 1
             for arguments in calls(section):
                 found += 1
                 asked.append([arguments, devices, processes])
-                promised.append([int(told[3]), int(told[4])] if told else [8192, 32])
+                promised.append(promise)
         assert found == scripts(page).count("train.py")
     done = subprocess.run(
         [sys.executable, "-c", READER],

@@ -13,14 +13,36 @@ from repvgg_jax import cli
 
 SOURCE = flags.DEFINE_string("source", None, "The data, as config.data.source: folder:DIRECTORY …")
 # The others are settings of the run: what it sets must be given here, too.
-DIRECTORY = flags.DEFINE_string("directory", None, "As config.data.directory.")
-TRAIN_SPLIT = flags.DEFINE_string("train_split", None, "As config.data.train_split.")
-EVAL_SPLIT = flags.DEFINE_string("eval_split", None, "As config.data.eval_split.")
-MASK = flags.DEFINE_string("mask", None, "As config.data.mask.")
-NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "As config.data.num_classes.")
-ALLOW_EMPTY = flags.DEFINE_bool("allow_empty", False, "As config.data.allow_empty.")
-MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "As config.data.max_pixels.", lower_bound=1)
-WHITE = flags.DEFINE_float("white", None, "As config.data.white.", lower_bound=0)
+DIRECTORY = flags.DEFINE_string(
+    "directory", None, "Where TFDS prepared tfds:NAME (config.data.directory)."
+)
+TRAIN_SPLIT = flags.DEFINE_string(
+    "train_split", None, "Split or folder to train on (config.data.train_split)."
+)
+EVAL_SPLIT = flags.DEFINE_string(
+    "eval_split", None, "Split or folder to evaluate on (config.data.eval_split)."
+)
+MASK = flags.DEFINE_string(
+    "mask", None, "Feature of tfds:NAME that holds a class per pixel (config.data.mask)."
+)
+NUM_CLASSES = flags.DEFINE_integer(
+    "num_classes", None, "Number of classes to expect (config.data.num_classes)."
+)
+ALLOW_EMPTY = flags.DEFINE_bool(
+    "allow_empty", False, "Allow classes without images (config.data.allow_empty)."
+)
+MAX_PIXELS = flags.DEFINE_integer(
+    "max_pixels",
+    None,
+    "Height times width of the largest image that is decoded (config.data.max_pixels).",
+    lower_bound=1,
+)
+WHITE = flags.DEFINE_float(
+    "white",
+    None,
+    "Value that becomes 255 in images of more than 8 bits (config.data.white).",
+    lower_bound=0,
+)
 THREADS = flags.DEFINE_integer("threads", 0, "Number of threads; 0: one per core.", lower_bound=0)
 
 

@@ -95,6 +95,11 @@ class BlockSpec:
         )
 
     @functools.cached_property
+    def has_own_groups(self) -> bool:
+        """Whether convolutions have groups of their own, which may hide those of the block."""
+        return any(isinstance(term, Conv) and term.groups is not None for term in walk(self.train))
+
+    @functools.cached_property
     def obstacle(self) -> str | None:
         """Why the block has no deploy form; None if it has one."""
         found = next((term for term in walk(self.train) if isinstance(term, Nonlinearity)), None)

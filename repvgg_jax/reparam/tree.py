@@ -198,6 +198,8 @@ def _geometry(train: Linear, params: Mapping[str, Any]) -> Geometry:
         return Geometry(channels, channels, groups=channels, same_shape=same_shape)
     features = next((sized[t.name][-1] // t.multiple for t in convs if t.expansion is None), 0)
     first = [t for t in _on_input(resolved) if t in convs]
+    # The kernel of a depthwise convolution does not show how many channels it takes.
+    first.sort(key=lambda term: term.groups == "depthwise")
     in_per_group = sized[(first or convs)[0].name][-2]
     in_channels = next(
         (sized[t.name][-1] // t.expansion for t in first if t.expansion),
@@ -220,6 +222,28 @@ def _geometry(train: Linear, params: Mapping[str, Any]) -> Geometry:
         if _fits(train, other, sized):
             return other
     return guess
+
+
+def _hides_inputs(train: Linear, geometry: Geometry, params: Mapping[str, Any]) -> bool:
+    """Whether a depthwise convolution lets blocks of other groups have the same parameters."""
+    if geometry.has_same_shape and names(train, optional=True):
+        return False
+    own = {term.groups for term in _on_input(train) if term.name in params}
+    per_group = geometry.in_channels // geometry.groups
+    if own != {None, "depthwise"} or per_group == 1:  # of one channel per group, all fold alike
+        return False
+    sized = {
+        name: tuple(child[leaf].shape)
+        for name, child in params.items()
+        for leaf in ("kernel", "scale")
+        if leaf in child
+    }
+    counts = (g for g in range(1, geometry.features + 1) if geometry.features % g == 0)
+    found = (
+        dataclasses.replace(geometry, in_channels=per_group * g, groups=g, same_shape=False)
+        for g in counts
+    )
+    return sum(_fits(train, other, sized) for other in found) > 1
 
 
 def _fits(train: Linear, geometry: Geometry, sized: Mapping[str, tuple[int, ...]]) -> bool:
@@ -288,6 +312,11 @@ def check_block(
             geometry = _geometry(spec.train, params)
         except ValueError as error:
             raise ValueError(f"{where} cannot be a {spec.name} block: {error}") from error
+        if _hides_inputs(spec.train, geometry, params):
+            raise ValueError(
+                f"{where}: with a depthwise convolution the parameters of a {spec.name} block do "
+                "not show how many channels it takes; use fuse_model(model, variables, images)"
+            )
     expected: dict[str, dict[str, tuple[int, ...]]] = collections.defaultdict(dict)
     try:
         for leaf in leaves(spec.train, geometry):

@@ -37,10 +37,26 @@ STORE = flags.DEFINE_enum(
 SHARD_IMAGES = flags.DEFINE_integer("shard_images", 2048, "Images per shard.", lower_bound=1)
 PROCESSES = flags.DEFINE_integer("processes", 0, "Number of workers; 0: one per core.")
 MAX_BAD = flags.DEFINE_integer("max_bad", 0, "Undecodable images that may be left out.")
-ALLOW_EMPTY = flags.DEFINE_bool("allow_empty", False, "As config.data.allow_empty.")
-MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "As config.data.max_pixels.", lower_bound=1)
-BACKGROUND = flags.DEFINE_list("background", None, "As config.data.background, e.g. 0,0,0.")
-WHITE = flags.DEFINE_float("white", None, "As config.data.white.", lower_bound=0)
+ALLOW_EMPTY = flags.DEFINE_bool(
+    "allow_empty", False, "Allow classes without images (config.data.allow_empty)."
+)
+MAX_PIXELS = flags.DEFINE_integer(
+    "max_pixels",
+    None,
+    "Height times width of the largest image that is decoded (config.data.max_pixels).",
+    lower_bound=1,
+)
+BACKGROUND = flags.DEFINE_list(
+    "background",
+    None,
+    "Red, green and blue behind transparent pixels, e.g. 0,0,0 (config.data.background).",
+)
+WHITE = flags.DEFINE_float(
+    "white",
+    None,
+    "Value that becomes 255 in images of more than 8 bits (config.data.white).",
+    lower_bound=0,
+)
 VERIFY = flags.DEFINE_string(
     "verify", None, "Check this prepared directory instead, image by image."
 )
