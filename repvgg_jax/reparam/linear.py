@@ -379,7 +379,8 @@ def _visit(
                 )
             if channels % groups or out % groups:
                 raise ValueError(
-                    f"{part.name} cannot have {channels} -> {out} channels in {groups} groups"
+                    f"{part.name} cannot have {channels} -> {out} channels in {groups} groups, "
+                    "which must divide both"
                 )
         if isinstance(part, (Conv, AvgPool, Filter)) and part.strided:
             stride *= geometry.stride
