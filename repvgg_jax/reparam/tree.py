@@ -259,7 +259,7 @@ def _fits(train: Linear, geometry: Geometry, sized: Mapping[str, tuple[int, ...]
     )
 
 
-def _on_input(term: Linear) -> list[Linear]:
+def _on_input(term: Linear) -> list[Conv]:
     """Convolutions that are applied to the block's input itself."""
     if isinstance(term, Chain):
         for child in term.terms:
