@@ -162,9 +162,16 @@ def _is_depthwise(
         x.dtype in (jnp.float32, jnp.float64)
         and x.shape[-1] == kernel.shape[-1] == groups > 1
         and min(itertools.chain.from_iterable(padding)) >= 0
-        # A kernel larger than what it is applied to has no outputs. Sizes may be symbols.
-        and not any(isinstance(size, int) and size < 1 for size in rest)
+        and all(map(_is_positive, rest))  # a kernel larger than its input has no outputs
     )
+
+
+def _is_positive(size: Any) -> bool:
+    """Whether a size is above zero; of symbols, whether it always is."""
+    try:
+        return size > 0
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
 
 
 def _for_inference(

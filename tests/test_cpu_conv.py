@@ -111,6 +111,19 @@ def test_what_blocks_do_not_have_stays_plain(channels, groups, size, padding, op
     assert str(programs[0]) == str(programs[1])
 
 
+@pytest.mark.parametrize(("pad", "fast"), [(1, True), (0, False)])
+def test_symbolic_sizes_without_padding_stay_plain(pad, fast):
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, h, w, 4"), np.float32)
+    kernel = np.ones((3, 3, 1, 4), np.float32)
+    options = {"rhs_dilation": (1, 1), "feature_group_count": 4}
+    options["dimension_numbers"] = ("NHWC", "HWIO", "NHWC")
+    padding = ((pad, pad), (pad, pad))
+    program = jax.make_jaxpr(lambda x: conv_general_dilated(x, kernel, (1, 1), padding, **options))(
+        x
+    )
+    assert ("platform_index" in str(program)) == fast
+
+
 def test_derivatives():
     x, kernel = operands(48, 48, 1, 14, 14)
 
