@@ -55,7 +55,8 @@ _WINOGRAD_SIDES = range(14, 57)
 _GROUPED_WINOGRAD_SIDES = range(14, 29)
 _DILATED_WINOGRAD_SIDES = range(9, 57)  # divided by the dilation
 _PATCHES_SIDES = range(14, 57)
-_TAPS = 49  # of a kernel of one channel, in one loop
+# Taps of a kernel of one channel in one loop. The gradient of that loop needs memory for each.
+_TAPS, _TRAINING_TAPS = 49, 9
 
 
 def check(lowering: str) -> None:
@@ -129,7 +130,11 @@ def _replaced(
         )
         if _is_depthwise(x, kernel, padding, dilation, groups):
             fast = functools.partial(
-                depthwise, strides=window_strides, padding=padding, dilation=dilation
+                depthwise,
+                strides=window_strides,
+                padding=padding,
+                dilation=dilation,
+                taps=_TRAINING_TAPS if choose is _for_training else _TAPS,
             )
         elif usual:
             fast = choose(x.shape, kernel.shape, window_strides[0], groups, dilation[0])
@@ -358,11 +363,12 @@ def depthwise(
     strides: Sequence[int],
     padding: Sequence[Sequence[int]],
     dilation: Sequence[int],
+    taps: int = _TAPS,
 ) -> jax.Array:
     """A convolution of every channel on its own, as a sum of shifted products.
 
-    XLA fuses the taps of up to `_TAPS` rows and columns into one loop over the output. Of larger
-    kernels, it computes one row at a time.
+    XLA fuses the taps of small kernels into one loop over the output. Larger ones are computed one
+    row at a time, and so is their gradient.
 
     Args:
       x: (images, height, width, channels).
@@ -370,6 +376,7 @@ def depthwise(
       strides: of both axes.
       padding: of both axes, low and high.
       dilation: of both axes.
+      taps: of a kernel that is small.
 
     Returns:
       (images, rows, columns, channels).
@@ -399,7 +406,7 @@ def depthwise(
         return lax.dynamic_slice_in_dim(x, i * dilation[0], ends[0], axis=1)
 
     y = row(pixels(0), kernel[0])
-    if rows * columns <= _TAPS:
+    if rows * columns <= taps:
         for i in range(1, rows):
             y += row(pixels(i), kernel[i])
         return y
