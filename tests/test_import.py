@@ -13,7 +13,7 @@ HEAVY = (
 
 PROGRAM = f"""
 import json, sys
-import flax.linen, jax
+import flax.linen, jax, jax.ad_checkpoint
 before = set(sys.modules)
 import repvgg_jax
 added = {{name.partition(".")[0] for name in set(sys.modules) - before}}
