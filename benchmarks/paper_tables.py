@@ -47,6 +47,7 @@ Job = dict[str, Any]
 BATCHES = {"cpu": (8,), "gpu": (128, 256), "ahead": (128,)}
 SEGMENTED_BATCHES = {"cpu": (1,), "gpu": (16,), "ahead": (16,)}  # of Table 8
 DTYPES = {"cpu": ("float32",), "gpu": ("float32", "bfloat16"), "ahead": ("bfloat16",)}
+COUNTED = ("4", "5")  # tables of networks, which --counts is about
 FOLDER = pathlib.Path("runs", "paper_tables")
 
 
@@ -198,7 +199,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--table", choices=paper.TABLES, help="of the paper")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="by default all of the table")
-    parser.add_argument("--counts", action="store_true", help="count every network, time nothing")
+    parser.add_argument(
+        "--counts", action="store_true", help="count every network, or a table's; time nothing"
+    )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="of --counts")
     parser.add_argument(
         "--runners", nargs="*", choices=paper_rows.RUNNERS, metavar="NAME",
@@ -227,8 +230,10 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.job is not None:
         return args
-    if args.counts == bool(args.table):
-        parser.error("give either --table NUMBER or --counts")
+    if not args.counts and not args.table:
+        parser.error("give --table NUMBER, --counts or both")
+    if args.counts and args.table not in (None, *COUNTED):
+        parser.error(f"--counts is of Tables {' and '.join(COUNTED)}, not of {args.table}")
     if args.json and not args.counts:
         parser.error("--json belongs to --counts")
     if args.table:
@@ -276,7 +281,10 @@ def main() -> None:
 
 def count(args: argparse.Namespace) -> None:
     """Writes or prints the counts."""
-    text = json.dumps(counts(), indent=2) + "\n"
+    found = counts()
+    if args.table:
+        found = {row: found[row] for row in args.rows or paper.TABLES[args.table].rows}
+    text = json.dumps(found, indent=2) + "\n"
     if args.json:
         write_text(args.json, text)
         print(f"saved {args.json}")

@@ -126,6 +126,13 @@ def test_rows_are_found_by_other_spellings(monkeypatch):
     assert args.rows == ["A0", "ResNet-18"]
 
 
+def test_counts_of_rows_of_a_table(monkeypatch, capsys):
+    flags = ["--counts", "--table", "4", "--rows", "resnet-18", "RepVGG-A0"]
+    monkeypatch.setattr(sys, "argv", ["paper_tables.py", *flags])
+    paper_tables.main()
+    assert list(json.loads(capsys.readouterr().out)) == ["ResNet-18", "A0"]
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     flags = ["--counts", "--json", str(tmp_path / "file" / "counts.json")]
@@ -141,6 +148,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(monkeypatch, tmp_path):
         (["--table", "9"], ["9"]),
         (["--json", "x.json"], ["--table", "--counts"]),
         (["--table", "4", "--json", "x.json"], ["--counts"]),
+        (["--table", "8", "--counts"], ["8", "4 and 5"]),
         (["--table", "4", "--batch", "0"], ["0"]),
         (["--table", "4", "--rounds", "x"], ["x"]),
         (["--table", "4", "--timeout", "-1"], ["-1"]),
