@@ -466,6 +466,7 @@ class TestInputs:
 class TestCommand:
     """`python -m repvgg_jax.data.prepare`, with workers of its own."""
 
+    @pytest.mark.slow
     def test_prepares_and_verifies(self, tmp_path):
         source, output = write_tars(tmp_path / "in", FILES), tmp_path / "out"
         status, out, err = run(

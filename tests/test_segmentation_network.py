@@ -162,6 +162,7 @@ def test_a_feature_stays_where_the_image_has_it():
     assert np.ptp(np.asarray(straight)[inner]) > 0.1
 
 
+@pytest.mark.slow
 def test_training_gives_auxiliary_logits_and_needs_a_key_for_dropout():
     network = tiny()
     variables = random_variables(network, size=33)

@@ -107,6 +107,7 @@ def test_a_run_that_was_killed_before_it_wrote_its_configuration(tmp_path):
         assert (tmp_path / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_inside_evaluation_saves_and_stops_there(small_run, tmp_path, monkeypatch):
     path = tmp_path / "run"
     real = step_module.EvalStep.__call__
@@ -148,6 +149,7 @@ def test_a_killed_run_resumes_and_ends_bitwise_identical(small_run, tmp_path, mo
     same_end(path, small_run[0])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_stops(small_run, tmp_path, monkeypatch, caplog):
     path = tmp_path / "run"
     real = MetricsWriter.show
