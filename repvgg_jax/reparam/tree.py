@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax.numpy as jnp
@@ -180,11 +180,7 @@ def _geometry(train: Linear, params: Mapping[str, Any]) -> Geometry:
     """Shapes of a block as far as its parameters show them."""
     optional = names(train, optional=True)
     same_shape = bool(optional) and optional <= params.keys()
-    sized: dict[str, tuple[int, ...]] = {}
-    for name in names(train):
-        for leaf in ("kernel", "scale"):
-            if leaf in (child := params.get(name, {})):
-                sized[name] = tuple(getattr(child[leaf], "shape", ()))
+    sized = _sized(train, params)
     resolved = present(train, same_shape)
     assert resolved is not None, "a block with children has terms"
     if not any(isinstance(term, Conv) for term in walk(resolved)):
@@ -216,7 +212,7 @@ def _geometry(train: Linear, params: Mapping[str, Any]) -> Geometry:
         return guess
     # Norms, and convolutions behind the first one, may show that there are groups.
     own = (first or convs)[0].groups
-    for groups in (g for g in range(1, guess.features + 1) if guess.features % g == 0):
+    for groups in _divisors(guess.features):
         inputs = guess.in_channels if own == "depthwise" else in_per_group * (own or groups)
         other = dataclasses.replace(guess, in_channels=inputs, groups=groups)
         if _fits(train, other, sized):
@@ -232,18 +228,27 @@ def _hides_inputs(train: Linear, geometry: Geometry, params: Mapping[str, Any]) 
     per_group = geometry.in_channels // geometry.groups
     if own != {None, "depthwise"} or per_group == 1:  # of one channel per group, all fold alike
         return False
-    sized = {
-        name: tuple(child[leaf].shape)
-        for name, child in params.items()
+    sized = _sized(train, params)
+    found = (
+        dataclasses.replace(geometry, in_channels=per_group * g, groups=g, same_shape=False)
+        for g in _divisors(geometry.features)
+    )
+    return sum(_fits(train, other, sized) for other in found) > 1
+
+
+def _sized(train: Linear, params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of kernels and scales by the names of a block's children."""
+    return {
+        name: tuple(getattr(child[leaf], "shape", ()))
+        for name in names(train)
+        for child in (params.get(name, {}),)
         for leaf in ("kernel", "scale")
         if leaf in child
     }
-    counts = (g for g in range(1, geometry.features + 1) if geometry.features % g == 0)
-    found = (
-        dataclasses.replace(geometry, in_channels=per_group * g, groups=g, same_shape=False)
-        for g in counts
-    )
-    return sum(_fits(train, other, sized) for other in found) > 1
+
+
+def _divisors(number: int) -> Iterator[int]:
+    return (divisor for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 def _fits(train: Linear, geometry: Geometry, sized: Mapping[str, tuple[int, ...]]) -> bool:
