@@ -101,7 +101,8 @@ def training_conv_general_dilated(
 
     The result has the name `NAME`, by which policies of `jax.checkpoint` may keep it.
     """
-    y = _replaced(_for_training, x, kernel, window_strides, padding, settings)
+    options = (window_strides, padding, settings)
+    y = _replaced(_for_training, x, kernel, *options, taps=_TRAINING_TAPS)
     return checkpoint_name(y, NAME)
 
 
@@ -112,6 +113,7 @@ def _replaced(
     window_strides: Sequence[int],
     padding: Any,
     settings: dict[str, Any],
+    taps: int = _TAPS,
 ) -> jax.Array:
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, kernel, window_strides, padding, **settings)
@@ -134,7 +136,7 @@ def _replaced(
                 strides=window_strides,
                 padding=padding,
                 dilation=dilation,
-                taps=_TRAINING_TAPS if choose is _for_training else _TAPS,
+                taps=taps,
             )
         elif usual:
             fast = choose(x.shape, kernel.shape, window_strides[0], groups, dilation[0])
@@ -363,7 +365,7 @@ def depthwise(
     strides: Sequence[int],
     padding: Sequence[Sequence[int]],
     dilation: Sequence[int],
-    taps: int = _TAPS,
+    taps: int,
 ) -> jax.Array:
     """A convolution of every channel on its own, as a sum of shifted products.
 
@@ -376,7 +378,7 @@ def depthwise(
       strides: of both axes.
       padding: of both axes, low and high.
       dilation: of both axes.
-      taps: of a kernel that is small.
+      taps: the most that a small kernel has.
 
     Returns:
       (images, rows, columns, channels).
