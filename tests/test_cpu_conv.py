@@ -25,14 +25,14 @@ def operands(channels, features, groups, height, width):
     return x, kernel.astype(np.float32)
 
 
-def convolve(function, x, kernel, stride, groups):
-    pad = kernel.shape[0] // 2
+def convolve(function, x, kernel, stride, groups, dilation=1):
+    pad = kernel.shape[0] // 2 * dilation
     return function(
         x,
         kernel,
         (stride, stride),
         [(pad, pad), (pad, pad)],
-        rhs_dilation=(1, 1),
+        rhs_dilation=(dilation, dilation),
         feature_group_count=groups,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
@@ -70,21 +70,11 @@ def test_substitutes_are_the_convolution_and_as_exact(
 def test_dilated_convolutions_are_as_exact(dilation, height, width):
     x, kernel = operands(32, 40, 1, height, width)
 
-    def convolve(function, x, kernel):
-        return function(
-            x,
-            kernel,
-            (1, 1),
-            [(dilation, dilation)] * 2,
-            rhs_dilation=(dilation, dilation),
-            feature_group_count=1,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-
-    fast = jax.jit(lambda x, k: convolve(conv_general_dilated, x, k))
+    shape = (1, 1, dilation)
+    fast = jax.jit(lambda x, k: convolve(conv_general_dilated, x, k, *shape))
     assert "platform_index" in str(jax.make_jaxpr(fast)(x, kernel))
     with jax.enable_x64(True):
-        truth = convolve(jax.lax.conv_general_dilated, np.float64(x), np.float64(kernel))
+        truth = convolve(jax.lax.conv_general_dilated, np.float64(x), np.float64(kernel), *shape)
     np.testing.assert_allclose(fast(x, kernel), truth, rtol=0, atol=4e-6)
 
 
@@ -193,22 +183,10 @@ def test_depthwise_convolutions_and_their_gradients_are_as_exact(
     x = random_images((2, height, width, 6))
     kernel = random_images((size, size, 1, 6), seed=1)
     dy = random_images((2, -(-height // stride), -(-width // stride), 6), seed=2)
-    pad = size // 2 * dilation
 
     def all_of(function):
-        def convolve(x, kernel):
-            return function(
-                x,
-                kernel,
-                (stride, stride),
-                [(pad, pad), (pad, pad)],
-                rhs_dilation=(dilation, dilation),
-                feature_group_count=6,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-
         def compute(x, kernel, dy):
-            y, pull = jax.vjp(convolve, x, kernel)
+            y, pull = jax.vjp(lambda x, k: convolve(function, x, k, stride, 6, dilation), x, kernel)
             return y, *pull(dy)
 
         return compute
