@@ -5,7 +5,6 @@ and does not retry if a disk is full for a moment. Here every array has a checks
 *valid* checkpoint is restored, corrupt ones are logged, and a failed save is retried.
 """
 
-import contextlib
 import functools
 import logging
 import pathlib
@@ -109,8 +108,7 @@ class Checkpoints:
         """
 
         def read(candidate: int, _: Manifest) -> TrainState:
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-            return self._manager.restore(candidate, args=arguments)["state"]
+            return self._read(candidate, like)
 
         found = self._newest_valid(read, step, like)
         if found is None:
@@ -134,19 +132,11 @@ class Checkpoints:
         Raises:
           ValueError: there are no checkpoints, all are corrupt, or there is none of that step.
         """
-        # A manager accepts one kind of arguments per item, so this needs its own.
-        with contextlib.closing(self._open()) as manager:
 
-            def read(candidate: int, manifest: Manifest) -> dict[str, Any]:
-                item = manifest.abstract_variables()
-                arguments = ocp.args.PyTreeRestore(
-                    item,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                    partial_restore=True,
-                )
-                return manager.restore(candidate, args=ocp.args.Composite(state=arguments))["state"]
+        def read(candidate: int, manifest: Manifest) -> dict[str, Any]:
+            return self._read(candidate, manifest.abstract_variables(), partial_restore=True)
 
-            found = self._newest_valid(read, step)
+        found = self._newest_valid(read, step)
         if found is None:
             raise ValueError(f"{self._path} holds no checkpoint yet; train there first")
         newest, _, variables = found
@@ -226,8 +216,21 @@ class Checkpoints:
                 raise
             _warn(str(late))  # the other error is the one that ends the run
 
+    def _read(self, step: int, like: Any, **options: Any) -> Any:
+        """The arrays of a checkpoint that `like` names."""
+        wanted = ocp.args.PyTreeRestore(
+            like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), **options
+        )
+        return self._manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]
+
     def _open(self) -> ocp.CheckpointManager:
         policies, several = ocp.checkpoint_managers, jax.process_count() > 1
+        # With the processes named, Orbax synchronizes in the coordination service and not by
+        # collectives, which hang if one process fails.
+        processes = ocp.options.MultiprocessingOptions(
+            active_processes=set(range(jax.process_count())) if several else None,
+            barrier_sync_key_prefix="repvgg_jax" if several else None,
+        )
         return ocp.CheckpointManager(
             self._path.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -242,14 +245,9 @@ class Checkpoints:
                 lightweight_initialize=True,
                 create=False,
                 async_options=ocp.options.AsyncOptions(barrier_sync_fn=self._barrier.wait),
-                # With the processes named, Orbax synchronizes in the coordination service and
-                # not by collectives, which hang if one process fails.
-                multiprocessing_options=ocp.options.MultiprocessingOptions(
-                    active_processes=set(range(jax.process_count())) if several else None,
-                    barrier_sync_key_prefix="repvgg_jax" if several else None,
-                ),
+                multiprocessing_options=processes,
             ),
-            item_names=("state", "manifest"),
+            item_handlers=orbax.handlers(processes),
         )
 
     def _failure(self, action: Callable[[], Any]) -> str | None:
@@ -268,7 +266,7 @@ class Checkpoints:
             self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
+                    state=ocp.args.PyTreeSave(state),
                     manifest=ocp.args.JsonSave(Manifest.of(state, accuracy).content()),
                 ),
             )

@@ -1,4 +1,4 @@
-"""What Orbax does differently for this package: what it keeps, flushes to disk and prints."""
+"""What Orbax does differently for this package: how it saves, what it keeps and prints."""
 
 import asyncio
 import inspect
@@ -8,9 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from repvgg_jax import files
+
+_SLICE = 2**22  # bytes
 
 
 class DurablePath(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -38,6 +42,24 @@ class Best:
         """Which of these to keep."""
         best = self._best_of([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step == best for checkpoint in checkpoints]
+
+
+def handlers(options: ocp.options.MultiprocessingOptions) -> dict[str, Any]:
+    """What saves and restores the items of a checkpoint.
+
+    Devices that hold copies of an array share the work of saving it if it is large. By default
+    they do for every array, for which each device compiles a slice of each shape.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
+    return {
+        "state": ocp.PyTreeCheckpointHandler(
+            type_handler_registry=registry, multiprocessing_options=options
+        ),
+        "manifest": ocp.JsonCheckpointHandler(multiprocessing_options=options),
+    }
 
 
 def be_quiet() -> None:
