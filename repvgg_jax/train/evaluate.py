@@ -317,10 +317,8 @@ def _evaluated(
             "with an evaluation of the training form"
         )
     dataset, evaluator = experiment.dataset, Evaluator(experiment)
-    deployed, fused_variables = (
-        experiment.model.clone(deploy=True),
-        experiment.model.fuse(variables),
-    )
+    deployed = experiment.model.clone(deploy=True)
+    fused_variables = experiment.fuse(variables)
     trained = evaluator(experiment.model, variables, per_image=True)
     of_trained = evaluator.images
     fused = evaluator(deployed, fused_variables, per_image=True)

@@ -1,8 +1,9 @@
 """An experiment: the settings as resolved objects on this machine."""
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -275,7 +276,26 @@ class Experiment:
         """
         if self.qat is None:
             return self.model, variables
-        return self.qat.simulation(self.model), self.model.fuse(variables)
+        return self.qat.simulation(self.model), self.fuse(variables)
+
+    def fuse(self, variables: Any) -> Any:
+        """The variables of the deploy form, on all devices."""
+        return self._fuse(variables)
+
+    @functools.cached_property
+    def _fuse(self) -> Callable[[Any], Any]:
+        # As one program; otherwise every operation on every shape would be one.
+        return jax.jit(
+            self.model.fuse,
+            out_shardings=self.replicated,
+            compiler_options=self._quick_to_compile,
+        )
+
+    @property
+    def _quick_to_compile(self) -> dict[str, Any] | None:
+        """Options for programs that run once; on CPUs optimizing them costs seconds."""
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return {"xla_backend_optimization_level": 0} if on_cpu else None
 
     def lower_step(self, size: tuple[int, int] | None = None) -> jax.stages.Lowered:
         """The train step for the devices of the mesh, ready to be compiled.
@@ -298,10 +318,11 @@ class Experiment:
 
     def initial_state(self) -> TrainState:
         """The state before the first step, on all devices, with random weights."""
-        # It runs once: on CPUs optimizing it costs seconds, and it takes milliseconds.
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        options = {"xla_backend_optimization_level": 0} if on_cpu else None
-        jitted = jax.jit(self._init, out_shardings=self.state_sharding(), compiler_options=options)
+        jitted = jax.jit(
+            self._init,
+            out_shardings=self.state_sharding(),
+            compiler_options=self._quick_to_compile,
+        )
         return jitted(jax.random.key(self.settings.seed))
 
     def abstract_state(self) -> TrainState:
@@ -378,6 +399,10 @@ class Experiment:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate with which that step was taken, counted from 1."""
+        return float(self._schedule(step - 1))
+
+    @functools.cached_property
+    def _schedule(self) -> optax.Schedule:
         rate = schedule(
             self.settings.optimizer,
             batch_size=self.settings.train.batch_size,
@@ -385,7 +410,7 @@ class Experiment:
             total_steps=self.total_steps,
             offset=self.settings.train.step_offset,
         )
-        return float(rate(step - 1))
+        return jax.jit(rate, compiler_options=self._quick_to_compile)
 
     def describe(self) -> str:
         """The run as one line of key=value."""

@@ -362,9 +362,7 @@ def _finish(
         return Outcome(step, stopped_by=stop.signal)
     final, results = metrics_row("final", trained), [trained]
     if experiment.obstacle is None:
-        fused = evaluator(
-            experiment.model.clone(deploy=True), experiment.model.fuse(state.result), stop
-        )
+        fused = evaluator(experiment.model.clone(deploy=True), experiment.fuse(state.result), stop)
         if fused is None:
             return Outcome(step, stopped_by=stop.signal)
         final |= metrics_row("final", fused, "_fused")

@@ -165,7 +165,8 @@ class Classification:
         images counted, all that could be decoded, and `class_images` that by label; `confusion`
         as `evaluate` counts it. `class_accuracy` is NaN for a class without images.
         """
-        sums = jax.device_get(jax.tree.map(lambda *values: sum(values), *parts))
+        # On the host: on devices each shape would be a program.
+        sums = jax.tree.map(lambda *values: np.sum(values, axis=0), *jax.device_get(parts))
         count, class_count = sums.pop("count"), sums.pop("class_count")
         class_correct, confusion = sums.pop("class_accuracy"), sums.pop("confusion", None)
         with np.errstate(invalid="ignore"):
