@@ -12,7 +12,7 @@ from repvgg_jax import RepVGGBlock, SqueezeExcite, Variant, create_model, fuse_p
 from repvgg_jax.covariance import BlockSettings, pallas_gpu
 from tests.helpers.jit import quick_jit
 
-pytestmark = pytest.mark.core
+core = pytest.mark.core
 
 IMAGES = 8
 
@@ -104,9 +104,19 @@ CASES = [
 ]
 
 
+CORE = ("identity", "first-layer", "stride-groups", "image-groups", "se")
+
+
 @pytest.mark.parametrize(
     ("channels", "options", "dtype", "tolerance"),
-    [pytest.param(*case.values, "float64", 1e-12, id=f"{case.id}-float64") for case in CASES]
+    [
+        pytest.param(
+            *(*case.values, "float64", 1e-12),
+            id=f"{case.id}-float64",
+            marks=[core] if case.id in CORE else [],
+        )
+        for case in CASES
+    ]
     # float32 takes the same path; a few say that it is accurate enough.
     + [pytest.param(*case.values, "float32", 1e-5, id=f"{case.id}-float32") for case in CASES[::6]],
 )
@@ -152,6 +162,7 @@ def test_the_arrangement_for_gpus_computes_the_same(channels, options, dtype, to
     check_same(rng, (IMAGES, 7, 10, channels), options, dtype, tolerance)
 
 
+@core
 @pytest.mark.usefixtures("as_on_gpus")
 @pytest.mark.parametrize(
     ("channels", "options"), [pytest.param(*CASES[i].values, id=CASES[i].id) for i in (0, 2)]
@@ -169,6 +180,7 @@ def test_with_the_kernel_for_gpus_the_same(channels, options, rng, monkeypatch):
     assert calls
 
 
+@core
 def test_variables_and_evaluation_are_the_same(rng):
     branches, fast = pair(8)
     x = jnp.asarray(rng.normal(size=(2, 5, 5, 8)), jnp.float32)
@@ -217,7 +229,7 @@ def test_bfloat16_is_no_further_from_the_truth(on_gpus, rng, request):
         assert 0 < np.sqrt(totals["covariance"][what]) <= 1.5 * np.sqrt(plain), what
 
 
-@pytest.mark.parametrize("ratio", [10, 100, 1000])
+@pytest.mark.parametrize("ratio", [10, pytest.param(100, marks=core), 1000])
 @pytest.mark.parametrize(
     ("channels", "options"),
     [
@@ -282,6 +294,7 @@ def test_means_far_from_zero_in_bfloat16_on_gpus(ratio, rng):
     assert found <= 3 * plain
 
 
+@core
 def test_variances_never_go_below_zero(rng):
     """Channels that are constant, or exact copies of one another that the 1x1 kernel cancels."""
     _, fast = pair(8)
@@ -303,7 +316,7 @@ def test_variances_never_go_below_zero(rng):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("bn_group_size", [None, 2])
+@pytest.mark.parametrize("bn_group_size", [None, pytest.param(2, marks=core)])
 def test_sharded_over_eight_devices(bn_group_size, rng):
     """Plain jit with the batch sharded computes what one device does."""
     _, fast = pair(
@@ -373,6 +386,7 @@ def test_a_whole_network_trains_the_same(remat, rng):
     )
 
 
+@core
 def test_batch_that_the_groups_do_not_divide(rng):
     _, fast = pair(8, bn_group_size=3)
     x = jnp.asarray(rng.normal(size=(8, 5, 5, 8)), jnp.float32)
@@ -381,6 +395,7 @@ def test_batch_that_the_groups_do_not_divide(rng):
         fast.apply(variables, x, train=True, mutable=["batch_stats"])
 
 
+@core
 def test_one_value_per_channel(rng):
     _, fast = pair(8)
     x = jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32)
@@ -389,14 +404,14 @@ def test_one_value_per_channel(rng):
         fast.apply(variables, x, train=True, mutable=["batch_stats"])
 
 
+@core
 def test_unknown_train_form():
     with pytest.raises(ValueError, match=r"covarianz.*branches.*covariance"):
         create_model("A0", train_form="covarianz")
 
 
-@pytest.mark.parametrize(
-    "name", ["A0", *(pytest.param(name, marks=pytest.mark.slow) for name in ("B1g4", "D2se"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["A0", "B1g4", "D2se"])
 def test_official_variants_trace(name):
     """Shapes and dtypes fit, forward and backward, without computing anything."""
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)

@@ -363,8 +363,9 @@ class TestRecognition:
                     got = fuse_params(tree, blocks=(known,))["params"]
                     chex.assert_trees_all_close(got, expected, atol=1e-12)
 
-    @pytest.mark.parametrize("spec", [REPVGG, DBB], ids=lambda s: s.name)
-    @pytest.mark.parametrize("axes", [(None, "b"), ("a", "b")], ids=str)
+    @pytest.mark.parametrize(
+        ("spec", "axes"), [(REPVGG, ("a", "b")), (DBB, (None, "b"))], ids=("RepVGG", "DBB")
+    )
     def test_explicitly_sharded_arrays(self, spec, axes):
         """`jax.make_mesh` makes explicit meshes by default."""
         mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)

@@ -27,8 +27,9 @@ TINY = dataclasses.replace(
 ONE_HEAD = dataclasses.replace(TINY, head="norm")
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("variant", [TINY, ONE_HEAD], ids=lambda v: v.head)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(TINY, marks=pytest.mark.core), ONE_HEAD], ids=lambda v: v.head
+)
 def test_fused_in_float64(variant):
     with jax.enable_x64(True):
         model = rv.create_model(variant, num_classes=5, dtype="float64", param_dtype="float64")
