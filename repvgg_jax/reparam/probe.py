@@ -1,5 +1,6 @@
 """The kernel of any linear layer, read off its response to unit impulses."""
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -59,9 +60,12 @@ def fuse_linear(
     reach = max_kernel // 2
     size = 4 * max(reach, 1) + 4
     image = (size,) * spatial_dims
+    # Only inside of a trace: Flax would draw the initial parameters of every layer in it.
+    traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+    evaluated = jax.ensure_compile_time_eval if traced else contextlib.nullcontext
 
     def run(x: np.ndarray) -> np.ndarray:
-        with jax.ensure_compile_time_eval():  # inside of a trace, too
+        with evaluated():
             y = function(jnp.asarray(x, dtype))
         if isinstance(y, jax.core.Tracer):
             raise ValueError(
