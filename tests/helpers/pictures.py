@@ -1,5 +1,6 @@
 """Data sets for tests: photographs as JPEG files, unusual and damaged files among them."""
 
+import functools
 import io
 import pathlib
 import tarfile
@@ -12,6 +13,8 @@ from repvgg_jax.data.dataset import Dataset
 from repvgg_jax.data.sources import Source, photo_crops
 
 CLASSES = ("n01", "n02", "n03")
+
+_crops = functools.cache(photo_crops)
 
 
 def in_memory(source: Source, **changes) -> Dataset:
@@ -44,7 +47,7 @@ def write_records(root: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
 
 def photo(number: int, height: int = 60, width: int = 80) -> Image.Image:
     """A crop of a photograph, another one for every number."""
-    crop = photo_crops(120 + 10 * (number % 9), 16)[number % 16]
+    crop = _crops(120 + 10 * (number % 9), 16)[number % 16]
     return Image.fromarray(crop).resize((width, height), Image.Resampling.BICUBIC)
 
 
