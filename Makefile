@@ -15,9 +15,10 @@ demo-segmentation: .venv/runtime
 test: .venv/develop
 	$(BIN)/python -m pytest
 
-# What to run while working: lint and the tests of re-parameterization, models and weights.
+# What to run while working: lint and the tests of re-parameterization, models and weights. They
+# compile without optimizations, which is quicker; `make test` runs them with all of them.
 check: lint
-	$(BIN)/python -m pytest -m "core and not slow"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(BIN)/python -m pytest -m "core and not slow"
 
 lint: .venv/develop
 	$(BIN)/ruff format --check .

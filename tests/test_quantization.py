@@ -191,8 +191,9 @@ class TestPlan:
         assert set(plan(silu).outputs) == set(plan(silu).layers) - {"head"}
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [t if t != "vnni" else pytest.param(t, marks=pytest.mark.core) for t in TARGETS]
+)
 def test_the_simulation_is_integer_arithmetic(target):
     model, fused = deployed()
     found = quantize(model, fused, images(), Settings(target=target))

@@ -164,8 +164,9 @@ def test_training_moves_the_statistics_of_the_heads():
         assert np.abs(np.asarray(after[norm]["mean"]) - before[norm]["mean"]).max() > 0
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
+@pytest.mark.parametrize(
+    "deploy", [False, pytest.param(True, marks=pytest.mark.core)], ids=["training", "deploy"]
+)
 def test_the_classes_of_both_heads_are_reordered_by_name(deploy):
     variables = random_weights(TINY, deploy=deploy, num_classes=3)
     state = rv.to_state_dict(variables, family="flax", variant=TINY)
@@ -197,8 +198,9 @@ def test_the_mixer_of_the_first_version_is_refused(family, mixer):
         rv.load_weights(old, variant=TINY)
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("deploy", [False, True], ids=["training", "deploy"])
+@pytest.mark.parametrize(
+    "deploy", [False, pytest.param(True, marks=pytest.mark.core)], ids=["training", "deploy"]
+)
 @pytest.mark.parametrize("variant", [TINY, ONE_HEAD], ids=lambda v: v.head)
 class TestFilesOfTheAuthors:
     def test_they_give_the_same_outputs(self, variant, deploy, tmp_path):
