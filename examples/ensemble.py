@@ -34,7 +34,7 @@ def loss(variables, batch):
     return cross_entropy(logits, jnp.broadcast_to(truth, logits.shape[:2])).sum(0).mean(), new
 
 
-stacked = fit(loss, stacked, train, steps=250, learning_rate=1e-2)
+stacked = fit(loss, stacked, train, steps=120, learning_rate=2e-2)
 
 deployed = rv.fuse_params(jax.device_get(stacked), expect=3)
 kernel = deployed["params"]["stage1_block0"]["reparam"]["kernel"]

@@ -31,9 +31,9 @@ KILLS = [
 @pytest.mark.timeout(1800)
 def test_killed_at_many_places_it_ends_bitwise_identical(tmp_path):
     """SIGKILL while the process starts, steps, reports and saves."""
-    epochs = 3
     arguments = [
-        f"--config.train.epochs={epochs}",
+        "--config.train.epochs=2",
+        "--config.optimizer.warmup_epochs=1",
         "--config.ema.decay=0.98",
         "--config.report.every_steps=1",
     ]
@@ -57,7 +57,7 @@ def test_killed_at_many_places_it_ends_bitwise_identical(tmp_path):
     assert (status, err) == (0, "")
 
     config = get_config()
-    config.train.epochs, config.ema.decay = epochs, 0.98
+    config.train.epochs, config.optimizer.warmup_epochs, config.ema.decay = 2, 1, 0.98
     states = [final_state(tmp_path / name, config) for name in ("straight", "killed")]
     assert set(states[0].ema) == {"params", "batch_stats"}
     chex.assert_trees_all_equal(*states)
