@@ -220,10 +220,11 @@ class TestSeveralProcesses:
 def test_a_save_that_fails_in_one_process_is_retried_by_both(tmp_path):
     """No file of the second process may grow: its part of a checkpoint cannot be written.
 
-    The first time only for a while, then for good.
+    The first time only for a while, then for good. Its part is half of the optimizer's state.
     """
     path = tmp_path / "run"
-    with started(tmp_path, 2, "--config.train.epochs=4000", devices=4) as run:
+    arguments = ["--config.train.epochs=4000", "--config.train.shard_optimizer=True"]
+    with started(tmp_path, 2, *arguments, devices=4) as run:
         run.wait_until((path / "checkpoints" / "8").is_dir)
         second = run.processes[1].pid
         _, most = resource.prlimit(second, resource.RLIMIT_FSIZE)
