@@ -24,6 +24,7 @@ from repvgg_jax.train.loop import train
 from repvgg_jax.train.manifest import Manifest
 from repvgg_jax.train.metrics import MetricsWriter
 from repvgg_jax.train.workdir import Workdir
+from tests.helpers.jit import QUICK
 from tests.helpers.runs import (
     final_state,
     numbers,
@@ -291,6 +292,7 @@ def test_an_update_that_is_not_finite_is_not_saved(tmp_path):
         optimizer__warmup_epochs=0.0,
         optimizer__learning_rate=1e30,
         optimizer__weight_decay=1e30,
+        train__compiler_options=QUICK,
     )
     with pytest.raises(FloatingPointError, match=r"step 1: after the update params/\S+ .*1e\+30"):
         train(config, tmp_path / "run")
@@ -377,7 +379,9 @@ def test_out_of_memory_is_one_line(where, tmp_path, monkeypatch):
         monkeypatch.setattr(loop.CompiledStep, "__call__", too_much)
     else:
         monkeypatch.setattr(evaluate, "eval_batches", too_much)
-    config = small_config(train__accumulate=2, train__epochs=1, bn__group_size=16)
+    config = small_config(
+        train__accumulate=2, train__epochs=1, bn__group_size=16, train__compiler_options=QUICK
+    )
     with pytest.raises(ValueError, match=r"out of memory: .*RESOURCE_EXHAUSTED") as caught:
         train(config, tmp_path / "run")
     message = str(caught.value)

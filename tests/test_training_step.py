@@ -469,8 +469,15 @@ class TestFreezing:
         with pytest.raises(ValueError, match="nothing to train"):
             Frozen.of(model, (*blocks, "aux", "head"), ())
 
-    @pytest.mark.parametrize("form", ["branches", "covariance"])
-    @pytest.mark.parametrize("names", [("all",), ("stem", "stage1")])
+    @pytest.mark.parametrize(
+        ("form", "names"),
+        [
+            ("branches", ("all",)),
+            ("covariance", ("stem", "stage1")),
+            pytest.param("branches", ("stem", "stage1"), marks=pytest.mark.slow),
+            pytest.param("covariance", ("all",), marks=pytest.mark.slow),
+        ],
+    )
     def test_frozen_statistics_are_used_and_kept(self, form, names):
         """The gradient is that of evaluation, or of half of it; to the bit they stay."""
         run = small_experiment(
