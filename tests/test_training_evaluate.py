@@ -55,6 +55,15 @@ def test_a_head_of_other_classes(small_run, tmp_path):
         evaluate_only(small_config(), tmp_path / "nothing", init_from=str(tmp_path / "w.npz"))
 
 
+def test_variances_that_cannot_be(small_run, tmp_path):
+    variables = final_state(small_run[0]).variables
+    statistics = variables["batch_stats"]["stem"]["bn3x3"]
+    statistics["var"] = -np.ones_like(statistics["var"])
+    save_weights(tmp_path / "w.npz", variables, family="flax", variant=SMALL)
+    with pytest.raises(ValueError, match=r"stem/bn3x3.*-1"):
+        evaluate_only(small_config(), tmp_path / "nothing", init_from=str(tmp_path / "w.npz"))
+
+
 def test_another_network(small_run):
     with pytest.raises(ValueError, match=r"config\.ema\.decay: 0.0 -> 0.9"):
         evaluate_only(small_config(ema__decay=0.9), small_run[0])

@@ -303,7 +303,6 @@ def evaluate_only(
         if dataset.masks:
             raise ValueError(f"--real_labels is for images, but {dataset.name} has masks")
         sets = RealLabels.read(real_labels, len(dataset.classes))
-    variables = jax.device_put(variables, experiment.replicated)
     return _evaluated(experiment, variables, source, sets)
 
 
@@ -318,7 +317,9 @@ def _evaluated(
         )
     dataset, evaluator = experiment.dataset, Evaluator(experiment)
     deployed = experiment.model.clone(deploy=True)
-    fused_variables = experiment.fuse(variables)
+    # Folded on the host, which says what is wrong with variables that cannot be folded.
+    fused_variables = jax.device_put(experiment.model.fuse(variables), experiment.replicated)
+    variables = jax.device_put(variables, experiment.replicated)
     trained = evaluator(experiment.model, variables, per_image=True)
     of_trained = evaluator.images
     fused = evaluator(deployed, fused_variables, per_image=True)
