@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from repvgg_jax import files
 
-_SLICE = 2**22  # bytes
+_SLICE = 2**22  # bytes, the least that a device saves of an array that others hold, too
 
 
 class DurablePath(ocp.path.atomicity.AtomicRenameTemporaryPath):
