@@ -22,7 +22,7 @@ from tests.helpers.runs import final_state, numbers, rows, small_config, small_e
 from tests.helpers.states import make_state
 
 OTHERS = (None, -1, 10**30, 10**400, 1.5, "x", [], {}, [[]], [1, "x"], {"x": 1}, True)
-SAMPLED = 50  # of some 210 instants of a run; resuming takes up to two seconds
+SAMPLED = 30  # of some 210 instants of a run; resuming takes up to two seconds
 OWNER = {"host": "a", "machine": "b", "pid": 7, "began": "2026", "beat": "000000000001"}
 
 
