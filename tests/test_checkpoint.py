@@ -35,7 +35,7 @@ def files_of(step: pathlib.Path) -> list[pathlib.Path]:
 
 
 def arrays_of(step: pathlib.Path) -> list[pathlib.Path]:
-    """Files with arrays; nothing reads those that Orbax wrote anew."""
+    """Files with arrays; some are superseded, and never read."""
     return [file for file in files_of(step) if file.parent.name == "d"]
 
 

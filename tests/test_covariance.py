@@ -104,7 +104,7 @@ CASES = [
 ]
 
 
-CORE = ("identity", "first-layer", "stride-groups", "image-groups", "se")
+CORE = ("identity", "first-layer", "stride-groups", "image-groups", "se")  # quick, one of each kind
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_unknown_train_form():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["B1g4", "D2se"])
+@pytest.mark.parametrize("name", ["A0", "B1g4", "D2se"])
 def test_official_variants_trace(name):
     """Shapes and dtypes fit, forward and backward, without computing anything."""
     images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)

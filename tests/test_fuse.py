@@ -149,9 +149,7 @@ def test_all_fifteen_at_their_real_widths(name):
     assert relative(fused, trained) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "name", ["A0", *(pytest.param(n, marks=pytest.mark.slow) for n in ("B1g4", "plus-L2pse"))]
-)
+@pytest.mark.parametrize("name", ALL)
 def test_float64_agrees_to_twelve_digits(name):
     with jax.enable_x64(True):
         model = create_model(
@@ -159,9 +157,9 @@ def test_float64_agrees_to_twelve_digits(name):
         )
         variables = random_variables(model)
         images = random_images((1, 32, 32, 3), dtype=np.float64)
-        trained = jax.jit(model.apply)(variables, images)
+        trained = quick_jit(model.apply)(variables, images)
         assert trained.dtype == jnp.float64
-        deploy = jax.jit(model.clone(deploy=True).apply)
+        deploy = quick_jit(model.clone(deploy=True).apply)
         for fuse in (fuse_params, quick_jit(fuse_params)):  # by NumPy and by JAX
             assert relative(deploy(fuse(variables), images), trained) <= 1e-12
 

@@ -35,10 +35,10 @@ def lines(tree) -> list[str]:
     return [f"{p} {list(leaf.shape)}" for p, leaf in zip(paths(tree), leaves, strict=True)]
 
 
-FEW = [n if n in ("A0", "B1g4") else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS]
+ALL = [n if n in ("A0", "B1g4") else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS]
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", ALL)
 def test_real_trees_have_the_parameters_that_cost_counts_and_names_that_never_change(name):
     counted = cost(name)
     for deploy, expected in (

@@ -363,8 +363,9 @@ class TestRecognition:
                     got = fuse_params(tree, blocks=(known,))["params"]
                     chex.assert_trees_all_close(got, expected, atol=1e-12)
 
+    @pytest.mark.parametrize("spec", [REPVGG, DBB], ids=lambda s: s.name)
     @pytest.mark.parametrize(
-        ("spec", "axes"), [(REPVGG, ("a", "b")), (DBB, (None, "b"))], ids=("RepVGG", "DBB")
+        "axes", [(None, "b"), pytest.param(("a", "b"), marks=pytest.mark.slow)], ids=str
     )
     def test_explicitly_sharded_arrays(self, spec, axes):
         """`jax.make_mesh` makes explicit meshes by default."""
