@@ -101,8 +101,7 @@ def training_conv_general_dilated(
 
     The result has the name `NAME`, by which policies of `jax.checkpoint` may keep it.
     """
-    options = (window_strides, padding, settings)
-    y = _replaced(_for_training, x, kernel, *options, taps=_TRAINING_TAPS)
+    y = _replaced(_for_training, x, kernel, window_strides, padding, settings, taps=_TRAINING_TAPS)
     return checkpoint_name(y, NAME)
 
 

@@ -60,7 +60,7 @@ def fuse_linear(
     reach = max_kernel // 2
     size = 4 * max(reach, 1) + 4
     image = (size,) * spatial_dims
-    # Only inside of a trace: Flax would draw the initial parameters of every layer in it.
+    # Needed inside of a trace only, and slow: Flax then draws initial parameters for every layer.
     traced = isinstance(jnp.zeros(()), jax.core.Tracer)
     evaluated = jax.ensure_compile_time_eval if traced else contextlib.nullcontext
 

@@ -239,11 +239,10 @@ def _hides_inputs(train: Linear, geometry: Geometry, params: Mapping[str, Any]) 
 def _sized(train: Linear, params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of kernels and scales by the names of a block's children."""
     return {
-        name: tuple(getattr(child[leaf], "shape", ()))
-        for name in names(train)
-        for child in (params.get(name, {}),)
+        name: tuple(getattr(params[name][leaf], "shape", ()))
+        for name in names(train) & params.keys()
         for leaf in ("kernel", "scale")
-        if leaf in child
+        if leaf in params[name]
     }
 
 

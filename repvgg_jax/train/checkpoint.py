@@ -106,11 +106,7 @@ class Checkpoints:
           ValueError: all checkpoints are corrupt, there is none of that step, or the newest valid
             one is of another network or optimizer.
         """
-
-        def read(candidate: int, _: Manifest) -> TrainState:
-            return self._read(candidate, like)
-
-        found = self._newest_valid(read, step, like)
+        found = self._newest_valid(lambda candidate, _: self._read(candidate, like), step, like)
         if found is None:
             return None
         self._restored, manifest, state = found
@@ -134,7 +130,7 @@ class Checkpoints:
         """
 
         def read(candidate: int, manifest: Manifest) -> dict[str, Any]:
-            return self._read(candidate, manifest.abstract_variables(), partial_restore=True)
+            return self._read(candidate, manifest.abstract_variables(), partial=True)
 
         found = self._newest_valid(read, step)
         if found is None:
@@ -216,10 +212,12 @@ class Checkpoints:
                 raise
             _warn(str(late))  # the other error is the one that ends the run
 
-    def _read(self, step: int, like: Any, **options: Any) -> Any:
-        """The arrays of a checkpoint that `like` names."""
+    def _read(self, step: int, like: Any, *, partial: bool = False) -> Any:
+        """The arrays of a checkpoint; with `partial`, only those that `like` has."""
         wanted = ocp.args.PyTreeRestore(
-            like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), **options
+            like,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+            partial_restore=partial,
         )
         return self._manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]
 

@@ -278,13 +278,10 @@ class Experiment:
             return self.model, variables
         return self.qat.simulation(self.model), self.fuse(variables)
 
-    def fuse(self, variables: Any) -> Any:
-        """The variables of the deploy form, on all devices."""
-        return self._fuse(variables)
-
     @functools.cached_property
-    def _fuse(self) -> Callable[[Any], Any]:
-        # As one program; otherwise every operation on every shape would be one.
+    def fuse(self) -> Callable[[Any], Any]:
+        """A function of the training form's variables: the deploy form's, on all devices."""
+        # Compiled as a whole; otherwise every operation on every shape would be a program.
         return jax.jit(
             self.model.fuse,
             out_shardings=self.replicated,
@@ -293,7 +290,7 @@ class Experiment:
 
     @property
     def _quick_to_compile(self) -> dict[str, Any] | None:
-        """Options for programs that run once; on CPUs optimizing them costs seconds."""
+        """Options of small programs: on CPUs optimizing them takes longer than they run."""
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         return {"xla_backend_optimization_level": 0} if on_cpu else None
 
