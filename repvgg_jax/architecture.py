@@ -15,7 +15,7 @@ import numpy as np
 from repvgg_jax import networks
 from repvgg_jax.activations import ACTIVATIONS
 from repvgg_jax.reparam import REPVGG, BlockSpec, Geometry
-from repvgg_jax.text import did_you_mean, one_line, positive_integer
+from repvgg_jax.text import one_line, positive_integer
 
 _MOST_BLOCKS, _MOST_CHANNELS = 10_000, 1_000_000  # anything above is a damaged file
 
@@ -137,10 +137,10 @@ class Variant:
         "stage", all of them, as in the paper's PSPNet; or "timm", where the first block of such a
         stage has half of the dilation (1, then 2), for backbones that timm trained at that stride.
         Parameters are the same.
-      block: what a layer is: a name in `repvgg_jax.networks.BLOCKS`, or a function of a `Layer`
-        of RepVGG to a `BlockSpec`, or to the layers in its place. Layers that it returns are
-        named by their place in the stage. Only names can be saved in a config or a deploy
-        directory.
+      block: what a layer is: a `BlockSpec`; a function of a `Layer` of RepVGG to a `BlockSpec`, or
+        to the layers in its place, which are named by their place in the stage; or a name of
+        either, see `repvgg_jax.networks.block_named`. Only names can be saved in a config or a
+        deploy directory.
       activation: of its layers, a name in `ACTIVATIONS`.
       head: what classifies the pooled features, a name in `repvgg_jax.networks.HEADS`.
     """
@@ -155,7 +155,7 @@ class Variant:
     strides: tuple[int, ...] | None = None
     stem_stride: int = 2
     dilation: Dilation = "stage"
-    block: "str | Callable[[Layer], BlockSpec | tuple[Layer, ...]]" = "repvgg"
+    block: "str | BlockSpec | Callable[[Layer], BlockSpec | tuple[Layer, ...]]" = "repvgg"
     activation: str = "relu"
     head: str = "linear"
 
@@ -192,11 +192,15 @@ class Variant:
                 f"{where}: {len(self.stage_strides)} strides {self.strides} "
                 f"for {len(self.depths)} stages; give one for every stage"
             )
-        if not callable(self.block) and self.block not in networks.BLOCKS:
-            hint = did_you_mean(str(self.block), networks.BLOCKS)
+        if isinstance(self.block, str):
+            try:
+                networks.block_named(self.block)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+        elif not callable(self.block) and not isinstance(self.block, BlockSpec):
             raise ValueError(
-                f"{where}: unknown block {self.block!r}; {hint}choose from "
-                f"{', '.join(networks.BLOCKS)}, or give a function of a Layer"
+                f"{where}: block={one_line(self.block)} must be a name, a BlockSpec or a function "
+                "of a Layer"
             )
         for field, known in (("activation", ACTIVATIONS), ("head", networks.HEADS)):
             if (value := getattr(self, field)) not in known:
@@ -242,12 +246,12 @@ class Variant:
         """Its fields as a config or a deploy directory saves them.
 
         Raises:
-          ValueError: its `block` is a function, which no file can contain.
+          ValueError: its `block` has no name, and no file can contain a function.
         """
-        if callable(self.block):
+        if not isinstance(self.block, str):
             raise ValueError(
-                f"variant {self.name!r} has a function as block, which cannot be saved; add it to "
-                "BLOCKS in repvgg_jax/networks.py, in a checkout, and give its name"
+                f"variant {self.name!r} has a {type(self.block).__name__} as block, which cannot "
+                "be saved; give it a name, see docs/own_block.md"
             )
         fields = dataclasses.asdict(self)
         # Digests of settings that were saved before these fields existed must not change.
@@ -385,8 +389,8 @@ class Variant:
 
     def _in_place_of(self, layer: Layer) -> tuple[Layer, ...]:
         """What the variant's `block` makes of a layer of RepVGG."""
-        block = networks.BLOCKS[self.block] if isinstance(self.block, str) else self.block
-        found = block(layer)
+        block = networks.block_named(self.block) if isinstance(self.block, str) else self.block
+        found = block if isinstance(block, BlockSpec) else block(layer)
         if isinstance(found, BlockSpec):
             return (dataclasses.replace(layer, block=found),)
         return tuple(found)

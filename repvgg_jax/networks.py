@@ -11,6 +11,7 @@ authors' code.
 
 import dataclasses
 import functools
+import importlib.metadata
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +29,10 @@ from repvgg_jax.reparam import (
 )
 from repvgg_jax.reparam.ablations import residual
 from repvgg_jax.reparam.linear import Chain, Conv, Linear, Norm, Scale, Sum
+from repvgg_jax.text import did_you_mean
+
+Block = BlockSpec | Callable[[Any], BlockSpec | tuple[Any, ...]]
+"""What `Variant.block` may be, apart from names."""
 
 _DEPTHWISE = {branches: mobileone(3, branches) for branches in (1, 4)}
 _POINTWISE = {branches: mobileone(1, branches) for branches in (1, 4)}
@@ -132,7 +137,7 @@ def _residual(layer: Any, *, branches: bool = False) -> tuple[Any, ...]:
     return (dataclasses.replace(layer, block=block),)
 
 
-BLOCKS: Mapping[str, Callable[..., tuple[Any, ...]]] = types.MappingProxyType(
+BLOCKS: Mapping[str, Block] = types.MappingProxyType(
     {
         "repvgg": lambda layer: (layer,),
         "mobileone": _mobileone,
@@ -155,7 +160,51 @@ BLOCKS: Mapping[str, Callable[..., tuple[Any, ...]]] = types.MappingProxyType(
         "residual_repvgg": functools.partial(_residual, branches=True),
     }
 )
-"""What `Variant.block` may be."""
+"""The names of blocks that the package knows by itself."""
+
+ENTRY_POINTS = "repvgg_jax.blocks"
+"""The group of entry points in which installed packages name blocks of their own."""
+
+
+def block_named(name: str) -> Block:
+    """The block of that name: one of `BLOCKS`, or that of an installed package.
+
+    A package names its blocks in the group `ENTRY_POINTS` of its entry points, each a `BlockSpec`
+    or a function as in `BLOCKS`; in its `pyproject.toml`, for example
+
+        [project.entry-points."repvgg_jax.blocks"]
+        crossed = "my_package.blocks:CROSS"
+
+    Raises:
+      ValueError: there is none, there are several, or it cannot be imported.
+    """
+    return BLOCKS[name] if name in BLOCKS else _installed(name)
+
+
+@functools.cache
+def _installed(name: str) -> Block:
+    points = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    found = [point for point in points if point.name == name]
+    if not found:
+        known = (*BLOCKS, *(point.name for point in points))
+        raise ValueError(
+            f"unknown block {name!r}; {did_you_mean(name, known)}choose from "
+            f"{', '.join(known)}, or install the package that names it as an entry point of "
+            f"{ENTRY_POINTS}"
+        )
+    where = [f"{p.value} of {p.dist.name if p.dist else 'an unknown package'}" for p in found]
+    if len(found) > 1:
+        raise ValueError(f"block {name!r} is {' and '.join(where)}; uninstall all but one")
+    try:
+        block = found[0].load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"block {name!r}, {where[0]}, cannot be imported: {error}") from error
+    if not callable(block) and not isinstance(block, BlockSpec):
+        raise ValueError(
+            f"block {name!r}, {where[0]}, is a {type(block).__name__}; it has to be a BlockSpec or "
+            "a function of a Layer"
+        )
+    return block
 
 
 def _normed(*names: str) -> Linear:

@@ -84,8 +84,9 @@ def test_a_model_that_cannot_change_its_form():
         proof.prove(nn.Sequential([nn.Dense(2)]), {}, random_images((1, 8, 8, 3)))
 
 
-def test_a_network_of_them_by_name_of_its_fields():
-    variant = rv.Variant("own", (1,), (8,), stem_channels=8, block=lambda layer: OWN)
+@pytest.mark.parametrize("block", [OWN, lambda layer: OWN], ids=["spec", "function"])
+def test_a_network_of_them_by_name_of_its_fields(block):
+    variant = rv.Variant("own", (1,), (8,), stem_channels=8, block=block)
     model = rv.create_model(variant, num_classes=3, lowering="plain")
     variables = random_variables(model)
     assert proof.prove(model, variables, random_images((4, 16, 16, 3))).holds
