@@ -14,7 +14,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from repvgg_jax import cli
-from repvgg_jax.train import report
+from repvgg_jax.train import metrics, report
 from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.metrics import MetricsWriter
 from repvgg_jax.train.workdir import Workdir
@@ -111,6 +111,22 @@ def test_the_median_of_two_rows_is_their_mean(tmp_path):
     report.write(Workdir(tmp_path), title="two", rows=two, config={})
     text = (tmp_path / "report.html").read_text()
     assert re.findall(r"<td>([\d.]+)</td>", text)[:3] == ["200.0", "100.0", "300.0"]
+
+
+def test_short_epochs_are_not_all_drawn(tmp_path, monkeypatch):
+    """What is drawn last is drawn at once, and holds every row."""
+    drawn: list[int] = []
+    monkeypatch.setattr(report, "write", lambda *_, rows, **__: drawn.append(len(rows)))
+    workdir = Workdir(tmp_path)
+    workdir.claim(small_experiment().settings)
+    with MetricsWriter(workdir, small_experiment(), start_step=0) as writer:
+        for seconds in (0.0, 3600.0):
+            monkeypatch.setattr(metrics, "DRAW_EVERY", seconds)
+            for step in range(3):
+                writer.write({"step": step, "eval/accuracy": 0.5, "eval/loss": 1.0})
+                writer.refresh(None)
+            writer.draw()
+    assert drawn == [1, 2, 3, 3, 4, 6]
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

@@ -253,6 +253,7 @@ def _run_steps(
             wait = bool(stop) or step == experiment.total_steps
             checkpoints.save(state, accuracy=accuracy, wait=wait)
         if stop.signal is not None:
+            writer.draw()
             logger.info("%s at step %d: saved; rerun to resume", stop.signal.name, step)
             break
         if evaluate or save:
@@ -342,7 +343,7 @@ def _evaluate(
     if means is None:
         return None
     writer.write({"step": int(state.step), **metrics_row("eval", means)})
-    writer.draw(picture=evaluator.picture)
+    writer.refresh(evaluator.picture)
     headline = float(means[experiment.task.headline])
     return headline if math.isfinite(headline) else None  # no label counted
 

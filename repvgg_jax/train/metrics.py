@@ -30,6 +30,8 @@ from repvgg_jax.typed import typed
 Row = Mapping[str, float]
 
 _SPEED = ("images_per_second_per_device", "data_wait")
+DRAW_EVERY = 10.0
+"""Seconds between two drawings of a run: drawing takes longer than a short epoch."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class MetricsWriter:
         self._workdir, self._experiment = workdir, experiment
         self._first: tuple[int, float] | None = None  # step and time, for the time left
         self._live: rich.live.Live | None = None
+        self._next_drawing = 0.0  # time
         self._rows = _rows_until(start_step, workdir)
         if not self._active:
             return
@@ -110,6 +113,11 @@ class MetricsWriter:
         """Whether there is a row of an evaluation at that step."""
         return any(row["step"] == step and "eval/loss" in row for row in self._rows)
 
+    def refresh(self, picture: Callable[[pathlib.Path], None] | None) -> None:
+        """Draws, unless that was done less than `DRAW_EVERY` seconds ago."""
+        if time.monotonic() >= self._next_drawing:
+            self.draw(picture=picture)
+
     def draw(
         self,
         by_class: ByClass | None = None,
@@ -133,6 +141,7 @@ class MetricsWriter:
                 config=self._experiment.settings.as_json(),
                 by_class=by_class,
             )
+            self._next_drawing = time.monotonic() + DRAW_EVERY
 
     def __enter__(self) -> Self:
         return self
