@@ -326,7 +326,7 @@ class Experiment:
         """Shapes, dtypes and shardings of the state."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(self._init, jax.random.key(0)),
+            self._shapes,
             self.state_sharding(),
         )
 
@@ -345,9 +345,8 @@ class Experiment:
 
     def state_sharding(self) -> TrainState:
         """The sharding of every leaf of the state, by `config.train.shard_optimizer`."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
         return state_sharding(
-            shapes, self.mesh, shard_optimizer=self.settings.train.shard_optimizer
+            self._shapes, self.mesh, shard_optimizer=self.settings.train.shard_optimizer
         )
 
     @property
@@ -359,6 +358,10 @@ class Experiment:
     def over_batch(self) -> NamedSharding:
         """Every device holds a share of the images."""
         return NamedSharding(self.mesh, PartitionSpec("data"))
+
+    @functools.cached_property
+    def _shapes(self) -> TrainState:
+        return jax.eval_shape(self._init, jax.random.key(0))
 
     def _init(self, key: jax.Array) -> TrainState:
         average, shape = self.settings.ema.decay > 0, self.dataset.image_shape
