@@ -112,10 +112,10 @@ def test_help_and_the_command_of_an_installed_package(tmp_path):
 
 @pytest.mark.slow  # in one process: test_checkpoint.py
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
-    """On a disk of 9 MB the run stops with an error, and earlier checkpoints are valid."""
+    """On a disk of 6 MB the run stops with an error, and earlier checkpoints are valid."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small disk needs privileges")
     try:

@@ -92,11 +92,11 @@ class TestARun:
     ARGUMENTS = [
         "--config=recipe.py",
         "--workdir=run",
-        "--config.train.epochs=100",  # of 3 steps
+        "--config.train.epochs=50",  # of 3 steps
         "--config.train.batch_size=8",
-        "--config.eval.every_epochs=100",
+        "--config.eval.every_epochs=50",
         "--config.eval.batch_size=8",
-        "--config.checkpoint.every_epochs=100",
+        "--config.checkpoint.every_epochs=50",
         "--config.report.every_steps=1",
         "--config.data.workers=2",
         "--config.data.train_size=32",
@@ -135,7 +135,7 @@ class TestARun:
         assert (process.returncode, err) == (0, "")
         assert "resuming from step" in out
         metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-        assert {json.loads(line)["step"] for line in metrics} == set(range(1, 301))
+        assert {json.loads(line)["step"] for line in metrics} == set(range(1, 151))
 
     def test_a_run_that_is_killed_leaves_no_workers(self, folder, tmp_path):
         process = self.start(folder, tmp_path)

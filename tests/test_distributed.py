@@ -164,6 +164,17 @@ def test_every_bad_image_is_named_by_the_process_that_met_it(tmp_path):
     assert sorted({*met[0], *met[1]}) == bad
 
 
+# train.py, except that processes wait for a lost one for 20 s instead of a minute.
+IMPATIENT = """
+import functools, pathlib
+from repvgg_jax.cluster import initialize
+from repvgg_jax.train import command
+
+initialize.initialized = functools.partial(initialize.initialized, heartbeat_timeout=20.0)
+command.run(pathlib.Path("train.py"))
+"""
+
+
 @pytest.mark.slow
 class TestSeveralProcesses:
     """Two devices each; slow, for starting and compiling several times."""
@@ -177,7 +188,8 @@ class TestSeveralProcesses:
         The optimizer state is sharded over all devices.
         """
         path, sharded = tmp_path / "run", "--config.train.shard_optimizer=True"
-        with started(tmp_path, count, sharded, recipe=FLOAT64) as run:
+        given = ["--config=recipe.py", sharded]
+        with started(tmp_path, count, *given, program=IMPATIENT, recipe=FLOAT64) as run:
             # A checkpoint is complete, the run is not.
             run.wait_until(lambda: (path / "checkpoints" / "8").is_dir())
             run.processes[lost].kill()
@@ -208,10 +220,10 @@ class TestSeveralProcesses:
         assert_same_run(alone, tmp_path / "run")
 
     def test_sigterm_for_one_stops_all_at_the_same_step(self, tmp_path):
-        with started(tmp_path, 4, "--config.train.epochs=4000") as run:
+        with started(tmp_path, 2, "--config.train.epochs=4000") as run:
             run.wait_until(lambda: (tmp_path / "run" / "checkpoints" / "8").is_dir())
-            run.processes[3].send_signal(signal.SIGTERM)
-            assert run.wait() == [0] * 4
+            run.processes[1].send_signal(signal.SIGTERM)
+            assert run.wait() == [0] * 2
         step = re.search(r"SIGTERM at step (\d+)", run.out(0).splitlines()[-1])[1]
         assert (tmp_path / "run" / "checkpoints" / step).is_dir()
 

@@ -360,6 +360,7 @@ def test_a_run_whose_images_grow(tmp_path, caplog):
         data__workers=1,
         augment__mixup=0.2,
         augment__policy="none",
+        train__compiler_options=QUICK,
     )
     train(config, tmp_path / "run")
     assert "compiled for 16x16 in" in caplog.text

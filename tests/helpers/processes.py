@@ -170,7 +170,8 @@ def started(
     """
     port, commands = free_port(), []
     for i in range(count):
-        environment = {"XLA_FLAGS": xla_flags(devices)}
+        # Everything runs for milliseconds and compiles for seconds.
+        environment = {"XLA_FLAGS": xla_flags(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         if recipe in (FLOAT64, SEGMENTER64):
             environment["JAX_ENABLE_X64"] = "1"
         given = ["--workdir=run", *arguments, *(own or {}).get(i, ())]
