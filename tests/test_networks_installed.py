@@ -59,6 +59,7 @@ def variant(block: str) -> rv.Variant:
     return rv.Variant("own", (1, 1), (8, 16), 8, strides=(1, 2), stem_stride=1, block=block)
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_converted_and_predicts(installed, tmp_path):
     config = small_config(variant("crossed"), train__epochs=1, train__compiler_options=QUICK)
     outcome = train(config, tmp_path / "run")

@@ -1,5 +1,6 @@
 """What a run reports: rows, TensorBoard, curves and the page."""
 
+import contextlib
 import itertools
 import logging
 import re
@@ -114,19 +115,25 @@ def test_the_median_of_two_rows_is_their_mean(tmp_path):
 
 
 def test_short_epochs_are_not_all_drawn(tmp_path, monkeypatch):
-    """What is drawn last is drawn at once, and holds every row."""
+    """The last drawing holds every row, however the run ends."""
     drawn: list[int] = []
     monkeypatch.setattr(report, "write", lambda *_, rows, **__: drawn.append(len(rows)))
     workdir = Workdir(tmp_path)
     workdir.claim(small_experiment().settings)
-    with MetricsWriter(workdir, small_experiment(), start_step=0) as writer:
-        for seconds in (0.0, 3600.0):
-            monkeypatch.setattr(metrics, "DRAW_EVERY", seconds)
-            for step in range(3):
-                writer.write({"step": step, "eval/accuracy": 0.5, "eval/loss": 1.0})
-                writer.refresh(None)
-            writer.draw()
-    assert drawn == [1, 2, 3, 3, 4, 6]
+    for ends, expected in ((False, [1, 2, 3, 4, 6]), (True, [7, 9])):
+        with (
+            contextlib.suppress(FloatingPointError),
+            MetricsWriter(workdir, small_experiment(), start_step=9) as writer,
+        ):
+            for seconds in (3600.0,) if ends else (0.0, 3600.0):
+                monkeypatch.setattr(metrics, "DRAW_EVERY", seconds)
+                for step in range(3):
+                    writer.write({"step": step, "eval/accuracy": 0.5, "eval/loss": 1.0})
+                    writer.refresh(None)
+            if ends:
+                raise FloatingPointError
+        assert drawn == expected
+        drawn.clear()
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

@@ -253,7 +253,6 @@ def _run_steps(
             wait = bool(stop) or step == experiment.total_steps
             checkpoints.save(state, accuracy=accuracy, wait=wait)
         if stop.signal is not None:
-            writer.draw()
             logger.info("%s at step %d: saved; rerun to resume", stop.signal.name, step)
             break
         if evaluate or save:

@@ -1,6 +1,7 @@
 """Metrics of a run: means over steps, rows in `metrics.jsonl` and TensorBoard, and the log."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -54,6 +55,7 @@ class MetricsWriter:
         self._first: tuple[int, float] | None = None  # step and time, for the time left
         self._live: rich.live.Live | None = None
         self._next_drawing = 0.0  # time
+        self._left_out: Callable[[], None] | None = None  # the drawing that was not due
         self._rows = _rows_until(start_step, workdir)
         if not self._active:
             return
@@ -114,9 +116,10 @@ class MetricsWriter:
         return any(row["step"] == step and "eval/loss" in row for row in self._rows)
 
     def refresh(self, picture: Callable[[pathlib.Path], None] | None) -> None:
-        """Draws, unless that was done less than `DRAW_EVERY` seconds ago."""
+        """Draws, or leaves it to the next time or the exit: once in `DRAW_EVERY` seconds."""
+        self._left_out = functools.partial(self.draw, picture=picture)
         if time.monotonic() >= self._next_drawing:
-            self.draw(picture=picture)
+            self._left_out()
 
     def draw(
         self,
@@ -142,6 +145,7 @@ class MetricsWriter:
                 by_class=by_class,
             )
             self._next_drawing = time.monotonic() + DRAW_EVERY
+        self._left_out = None
 
     def __enter__(self) -> Self:
         return self
@@ -156,6 +160,9 @@ class MetricsWriter:
             self._live.stop()
         if self._active:
             self._board.close()
+        if self._left_out is not None:
+            with contextlib.suppress(OSError):  # what ended the run matters more
+                self._left_out()
 
     def _line(self, step: int, row: Row) -> str:
         first, began = self._first or (step, time.monotonic())
