@@ -164,13 +164,15 @@ def test_every_bad_image_is_named_by_the_process_that_met_it(tmp_path):
     assert sorted({*met[0], *met[1]}) == bad
 
 
-# train.py, except that processes wait for a lost one for 20 s instead of a minute.
+# train.py, except that processes wait for a lost one for 20 s instead of a minute, and before they
+# try again to save for 1, 2 and 3 s.
 IMPATIENT = """
 import functools, pathlib
 from repvgg_jax.cluster import initialize
-from repvgg_jax.train import command
+from repvgg_jax.train import command, loop
 
 initialize.initialized = functools.partial(initialize.initialized, heartbeat_timeout=20.0)
+loop.Checkpoints = functools.partial(loop.Checkpoints, pause=1.0)
 command.run(pathlib.Path("train.py"))
 """
 
@@ -236,7 +238,8 @@ def test_a_save_that_fails_in_one_process_is_retried_by_both(tmp_path):
     """
     path = tmp_path / "run"
     arguments = ["--config.train.epochs=4000", "--config.train.shard_optimizer=True"]
-    with started(tmp_path, 2, *arguments, devices=4) as run:
+    given = ["--config=recipe.py", *arguments]
+    with started(tmp_path, 2, *given, devices=4, program=IMPATIENT) as run:
         run.wait_until((path / "checkpoints" / "8").is_dir)
         second = run.processes[1].pid
         _, most = resource.prlimit(second, resource.RLIMIT_FSIZE)
