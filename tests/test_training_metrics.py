@@ -120,7 +120,7 @@ def test_short_epochs_are_not_all_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "write", lambda *_, rows, **__: drawn.append(len(rows)))
     workdir = Workdir(tmp_path)
     workdir.claim(small_experiment().settings)
-    for ends, expected in ((False, [1, 2, 3, 4, 6]), (True, [7, 9])):
+    for ends, expected in ((False, [1, 2, 3, 4, 6]), (True, [7, 10])):
         with (
             contextlib.suppress(FloatingPointError),
             MetricsWriter(workdir, small_experiment(), start_step=9) as writer,
@@ -131,6 +131,7 @@ def test_short_epochs_are_not_all_drawn(tmp_path, monkeypatch):
                     writer.write({"step": step, "eval/accuracy": 0.5, "eval/loss": 1.0})
                     writer.refresh(None)
             if ends:
+                writer.write({"step": 3, "final/loss": 0.5})
                 raise FloatingPointError
         assert drawn == expected
         drawn.clear()

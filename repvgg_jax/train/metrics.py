@@ -1,7 +1,6 @@
 """Metrics of a run: means over steps, rows in `metrics.jsonl` and TensorBoard, and the log."""
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -55,8 +54,9 @@ class MetricsWriter:
         self._first: tuple[int, float] | None = None  # step and time, for the time left
         self._live: rich.live.Live | None = None
         self._next_drawing = 0.0  # time
-        self._left_out: Callable[[], None] | None = None  # the drawing that was not due
         self._rows = _rows_until(start_step, workdir)
+        self._drawn = len(self._rows)
+        self._picture: Callable[[pathlib.Path], None] | None = None
         if not self._active:
             return
         write_text(workdir.metrics, "".join(json.dumps(row) + "\n" for row in self._rows))
@@ -117,9 +117,9 @@ class MetricsWriter:
 
     def refresh(self, picture: Callable[[pathlib.Path], None] | None) -> None:
         """Draws, or leaves it to the next time or the exit: once in `DRAW_EVERY` seconds."""
-        self._left_out = functools.partial(self.draw, picture=picture)
+        self._picture = picture
         if time.monotonic() >= self._next_drawing:
-            self._left_out()
+            self.draw(picture=picture)
 
     def draw(
         self,
@@ -145,7 +145,7 @@ class MetricsWriter:
                 by_class=by_class,
             )
             self._next_drawing = time.monotonic() + DRAW_EVERY
-        self._left_out = None
+            self._drawn = len(self._rows)
 
     def __enter__(self) -> Self:
         return self
@@ -160,9 +160,9 @@ class MetricsWriter:
             self._live.stop()
         if self._active:
             self._board.close()
-        if self._left_out is not None:
+        if len(self._rows) > self._drawn:
             with contextlib.suppress(OSError):  # what ended the run matters more
-                self._left_out()
+                self.draw(picture=self._picture)
 
     def _line(self, step: int, row: Row) -> str:
         first, began = self._first or (step, time.monotonic())
