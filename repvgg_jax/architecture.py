@@ -393,6 +393,11 @@ class Variant:
         found = block if isinstance(block, BlockSpec) else block(layer)
         if isinstance(found, BlockSpec):
             return (dataclasses.replace(layer, block=found),)
+        if not isinstance(found, (tuple, list)) or not all(isinstance(x, Layer) for x in found):
+            raise ValueError(
+                f"variant {self.name!r}: its block gives {one_line(found)} for layer {layer.name}; "
+                "it has to give a BlockSpec or a tuple of layers"
+            )
         return tuple(found)
 
     def _groups_of(self, index: int) -> int:

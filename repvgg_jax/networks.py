@@ -29,7 +29,7 @@ from repvgg_jax.reparam import (
 )
 from repvgg_jax.reparam.ablations import residual
 from repvgg_jax.reparam.linear import Chain, Conv, Linear, Norm, Scale, Sum
-from repvgg_jax.text import did_you_mean
+from repvgg_jax.text import did_you_mean, one_line
 
 Block = BlockSpec | Callable[[Any], BlockSpec | tuple[Any, ...]]
 """What `Variant.block` may be, apart from names."""
@@ -188,17 +188,17 @@ def _installed(name: str) -> Block:
     if not found:
         known = (*BLOCKS, *(point.name for point in points))
         raise ValueError(
-            f"unknown block {name!r}; {did_you_mean(name, known)}choose from "
-            f"{', '.join(known)}, or install the package that names it as an entry point of "
-            f"{ENTRY_POINTS}"
+            f"unknown block {one_line(name, 60)!r}; {did_you_mean(name, known)}install the package "
+            f"that names it as an entry point of {ENTRY_POINTS}, or choose from {', '.join(known)}"
         )
     where = [f"{p.value} of {p.dist.name if p.dist else 'an unknown package'}" for p in found]
     if len(found) > 1:
         raise ValueError(f"block {name!r} is {' and '.join(where)}; uninstall all but one")
     try:
         block = found[0].load()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"block {name!r}, {where[0]}, cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the package does when it is imported
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise ValueError(f"block {name!r}, {where[0]}, cannot be imported: {reason}") from error
     if not callable(block) and not isinstance(block, BlockSpec):
         raise ValueError(
             f"block {name!r}, {where[0]}, is a {type(block).__name__}; it has to be a BlockSpec or "

@@ -25,6 +25,10 @@ number = 3
 
 def twice(layer):
     return layer, layer
+
+
+def nothing(layer):
+    pass
 """
 ENTRIES = """
 [repvgg_jax.blocks]
@@ -33,6 +37,8 @@ twice = own_blocks:twice
 number = own_blocks:number
 missing = own_blocks:missing
 absent = no_such_module_of_blocks:x
+nothing = own_blocks:nothing
+exits = own_exits:x
 """
 
 
@@ -49,6 +55,7 @@ def installed(tmp_path, monkeypatch):
     """A package that names blocks."""
     install(tmp_path / "site", "own-blocks", ENTRIES)
     (tmp_path / "site" / "own_blocks.py").write_text(MODULE)
+    (tmp_path / "site" / "own_exits.py").write_text("raise SystemExit(3)")
     monkeypatch.syspath_prepend(tmp_path / "site")
     networks._installed.cache_clear()
     yield tmp_path / "site"
@@ -88,8 +95,16 @@ def test_a_function_is_called_with_layers(installed):
     [
         ("crosed", r"variant 'own': unknown block 'crosed'; did you mean 'crossed'.*entry point"),
         ("number", "'number', own_blocks:number of own-blocks, is a int.* BlockSpec or"),
-        ("missing", "own_blocks:missing of own-blocks, cannot be imported: .*'missing'"),
-        ("absent", "cannot be imported: No module named 'no_such_module_of_blocks'"),
+        (
+            "missing",
+            "own_blocks:missing of own-blocks, cannot .*: AttributeError.*'missing'",
+        ),
+        ("nothing", "variant 'own': its block gives None for layer stem; .* BlockSpec or a tuple"),
+        ("exits", "own_exits:x of own-blocks, cannot be imported: SystemExit: 3"),
+        (
+            "absent",
+            "cannot be imported: ModuleNotFoundError: .*no_such_module_of_blocks",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(installed, name, message):
