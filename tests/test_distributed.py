@@ -190,8 +190,8 @@ class TestSeveralProcesses:
         The optimizer state is sharded over all devices.
         """
         path, sharded = tmp_path / "run", "--config.train.shard_optimizer=True"
-        given = ["--config=recipe.py", sharded]
-        with started(tmp_path, count, *given, program=IMPATIENT, recipe=FLOAT64) as run:
+        arguments = ["--config=recipe.py", sharded]
+        with started(tmp_path, count, *arguments, program=IMPATIENT, recipe=FLOAT64) as run:
             # A checkpoint is complete, the run is not.
             run.wait_until(lambda: (path / "checkpoints" / "8").is_dir())
             run.processes[lost].kill()
@@ -238,8 +238,8 @@ def test_a_save_that_fails_in_one_process_is_retried_by_both(tmp_path):
     """
     path = tmp_path / "run"
     arguments = ["--config.train.epochs=4000", "--config.train.shard_optimizer=True"]
-    given = ["--config=recipe.py", *arguments]
-    with started(tmp_path, 2, *given, devices=4, program=IMPATIENT) as run:
+    arguments.append("--config=recipe.py")
+    with started(tmp_path, 2, *arguments, devices=4, program=IMPATIENT) as run:
         run.wait_until((path / "checkpoints" / "8").is_dir)
         second = run.processes[1].pid
         _, most = resource.prlimit(second, resource.RLIMIT_FSIZE)

@@ -95,16 +95,10 @@ def test_a_function_is_called_with_layers(installed):
     [
         ("crosed", r"variant 'own': unknown block 'crosed'; did you mean 'crossed'.*entry point"),
         ("number", "'number', own_blocks:number of own-blocks, is a int.* BlockSpec or"),
-        (
-            "missing",
-            "own_blocks:missing of own-blocks, cannot .*: AttributeError.*'missing'",
-        ),
+        ("missing", "own_blocks:missing of own-blocks, cannot .*: AttributeError.*'missing'"),
         ("nothing", "variant 'own': its block gives None for layer stem; .* BlockSpec or a tuple"),
         ("exits", "own_exits:x of own-blocks, cannot be imported: SystemExit: 3"),
-        (
-            "absent",
-            "cannot be imported: ModuleNotFoundError: .*no_such_module_of_blocks",
-        ),
+        ("absent", "cannot be imported: ModuleNotFoundError: .*no_such_module_of_blocks"),
     ],
 )
 def test_what_is_wrong_is_named(installed, name, message):
@@ -115,8 +109,6 @@ def test_what_is_wrong_is_named(installed, name, message):
 @pytest.mark.core
 def test_two_packages_of_one_name(installed):
     install(installed, "others", ENTRIES)
-    with pytest.raises(
-        ValueError, match=r"of own-blocks and .* of others; uninstall|of others and"
-    ):
+    with pytest.raises(ValueError, match=r"CROSSED of [\w-]+ and .*CROSSED of [\w-]+; uninstall"):
         variant("crossed")
     variant("mobileone")  # those of this package are not replaced

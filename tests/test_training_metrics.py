@@ -114,27 +114,40 @@ def test_the_median_of_two_rows_is_their_mean(tmp_path):
     assert re.findall(r"<td>([\d.]+)</td>", text)[:3] == ["200.0", "100.0", "300.0"]
 
 
-def test_short_epochs_are_not_all_drawn(tmp_path, monkeypatch):
-    """The last drawing holds every row, however the run ends."""
-    drawn: list[int] = []
-    monkeypatch.setattr(report, "write", lambda *_, rows, **__: drawn.append(len(rows)))
-    workdir = Workdir(tmp_path)
-    workdir.claim(small_experiment().settings)
-    for ends, expected in ((False, [1, 2, 3, 4, 6]), (True, [7, 10])):
-        with (
-            contextlib.suppress(FloatingPointError),
-            MetricsWriter(workdir, small_experiment(), start_step=9) as writer,
-        ):
-            for seconds in (3600.0,) if ends else (0.0, 3600.0):
-                monkeypatch.setattr(metrics, "DRAW_EVERY", seconds)
-                for step in range(3):
-                    writer.write({"step": step, "eval/accuracy": 0.5, "eval/loss": 1.0})
-                    writer.refresh(None)
-            if ends:
-                writer.write({"step": 3, "final/loss": 0.5})
-                raise FloatingPointError
-        assert drawn == expected
-        drawn.clear()
+@pytest.fixture
+def drawn(tmp_path, monkeypatch) -> list[int]:
+    """How many rows each drawing of the run in `tmp_path` has."""
+    found: list[int] = []
+    monkeypatch.setattr(report, "write", lambda *_, rows, **__: found.append(len(rows)))
+    Workdir(tmp_path).claim(small_experiment().settings)
+    return found
+
+
+def evaluate_three_times(writer: MetricsWriter) -> None:
+    for step in range(3):
+        writer.write({"step": step, "eval/accuracy": 0.5, "eval/loss": 1.0})
+        writer.refresh(None)
+
+
+def test_short_epochs_are_not_all_drawn(drawn, tmp_path, monkeypatch):
+    """What was left out is drawn at the end."""
+    with MetricsWriter(Workdir(tmp_path), small_experiment(), start_step=9) as writer:
+        for seconds in (0.0, 3600.0):
+            monkeypatch.setattr(metrics, "DRAW_EVERY", seconds)
+            evaluate_three_times(writer)
+    assert drawn == [1, 2, 3, 4, 6]
+
+
+def test_a_run_that_fails_is_drawn_with_every_row(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "DRAW_EVERY", 3600.0)
+    with (
+        contextlib.suppress(FloatingPointError),
+        MetricsWriter(Workdir(tmp_path), small_experiment(), start_step=9) as writer,
+    ):
+        evaluate_three_times(writer)
+        writer.write({"step": 3, "final/loss": 0.5})
+        raise FloatingPointError
+    assert drawn == [1, 4]
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
