@@ -108,8 +108,8 @@ def run(
       logs_aside: whether progress goes to standard error, and results alone to standard output.
     """
     _configure_logging(aside=logs_aside)
-    # Tracing makes many objects and little garbage: with Python's threshold of 700 objects, looking
-    # for it takes a tenth of the time until the first step.
+    # Tracing makes many objects and little garbage: with Python's own threshold, its collector
+    # takes a tenth of the time until the first step.
     gc.set_threshold(5_000)
     for flag in flags.FLAGS.get_flags_for_module(main.__module__):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # for --help

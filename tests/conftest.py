@@ -25,8 +25,7 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tracing makes many objects and little garbage: with Python's thresholds, looking for it takes 7 %
-# of the time.
+# As in `cli.run`: with Python's own thresholds, the garbage collector takes 7 % of the time.
 gc.set_threshold(50_000, 20, 50)
 
 
