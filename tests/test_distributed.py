@@ -237,8 +237,8 @@ def test_a_save_that_fails_in_one_process_is_retried_by_both(tmp_path):
     The first time only for a while, then for good. Its part is half of the optimizer's state.
     """
     path = tmp_path / "run"
-    arguments = ["--config.train.epochs=4000", "--config.train.shard_optimizer=True"]
-    arguments.append("--config=recipe.py")
+    overrides = ["--config.train.epochs=4000", "--config.train.shard_optimizer=True"]
+    arguments = ["--config=recipe.py", *overrides]
     with started(tmp_path, 2, *arguments, devices=4, program=IMPATIENT) as run:
         run.wait_until((path / "checkpoints" / "8").is_dir)
         second = run.processes[1].pid
