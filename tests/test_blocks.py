@@ -308,6 +308,17 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"\(2, 2\) must be odd"):
             reparam.BlockSpec("x", chain)
 
+    @pytest.mark.parametrize("taps", [(1.0, 2.0), ((1.0, 2.0), (3.0,)), 1.0, "x", [[["1"]]]])
+    def test_filters_that_are_no_rows(self, taps):
+        with pytest.raises(ValueError, match=r"Filter: taps=.* must be rows"):
+            reparam.Filter(taps)
+
+    @pytest.mark.parametrize("kind", [list, np.asarray])
+    def test_filters_of_lists_and_arrays(self, kind):
+        rows = ((1.0, 2.0, 1.0), (0.0, 0.0, 0.0), (-1.0, -2.0, -1.0))
+        assert reparam.Filter(kind(rows)) == reparam.Filter(rows)
+        assert hash(reparam.Filter(kind(rows))) == hash(reparam.Filter(rows))
+
     def test_groups_that_do_not_divide(self):
         block = block_of(reparam.REPCONVN, {"features": 6, "groups": 4})
         with pytest.raises(ValueError, match="4 -> 6 channels in 4 groups"):

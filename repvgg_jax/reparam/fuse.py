@@ -1,6 +1,7 @@
 """`fuse_params`: every block of a tree becomes one convolution."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from repvgg_jax.reparam.containers import (
     unboxed,
     variables_in,
 )
-from repvgg_jax.reparam.linear import Geometry, names
+from repvgg_jax.reparam.linear import Geometry, Linear, names
 from repvgg_jax.reparam.tree import (
     Path,
     Walk,
@@ -119,17 +120,37 @@ def fuse_block(
     kernels = [child["kernel"] for child in own.values() if "kernel" in child]
     dtype = np.result_type(*[leaf.dtype for leaf in kernels or jax.tree.leaves(own)])
 
-    def fold(own: Any, moments: Any) -> dict[str, Any]:
-        kernel, bias = affine(spec.train, geometry, own, moments, epsilon=epsilon)
-        with np.errstate(over="ignore"):  # checked below
-            return {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}
-
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(own))
-    fused = jax.eval_shape(fold, own, stats or {}) if abstract else fold(own, stats or {})
+    fold = functools.partial(
+        _fold, train=spec.train, geometry=geometry, epsilon=epsilon, dtype=dtype
+    )
+    leaves = jax.tree.leaves((own, stats))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        fold = functools.partial(jax.eval_shape, fold)
+    elif all(_is_on_device(leaf) for leaf in leaves):
+        # One program per shape of a block; otherwise each operation would be compiled.
+        fold = functools.partial(_fold_compiled, **fold.keywords)
+    fused = fold(own, stats or {})
     if dtype == np.float16:
         _check_range(path_name((*path, spec.deploy)), fused)
     kept = {key: child for key, child in boxes.items() if key in spec.keep}
     return {spec.deploy: _boxed(fused, {name: boxes[name] for name in own}), **kept}
+
+
+def _fold(
+    own: Any, moments: Any, *, train: Linear, geometry: Geometry, epsilon: float, dtype: np.dtype
+) -> dict[str, Any]:
+    """The kernel and bias of an expression, from its parameters and running statistics."""
+    kernel, bias = affine(train, geometry, own, moments, epsilon=epsilon)
+    with np.errstate(over="ignore"):  # `fuse_block` checks it
+        return {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}
+
+
+_fold_compiled = jax.jit(_fold, static_argnames=("train", "geometry", "epsilon", "dtype"))
+
+
+def _is_on_device(leaf: Any) -> bool:
+    """Whether it is an array of JAX with values, not one of NumPy or a tracer."""
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 @dataclasses.dataclass

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from repvgg_jax.text import one_line
+
 Taps = tuple[tuple[float, ...], ...]
 
 
@@ -94,10 +96,27 @@ class Filter:
       taps: rows of the kernel, both sides odd, or a function of the number of channels to an array
         (height, width, channels).
       strided: as in `Conv`.
+
+    Raises:
+      ValueError: the taps are no rows.
     """
 
     taps: Taps | Callable[[int], np.ndarray]
     strided: bool = True
+
+    def __post_init__(self) -> None:
+        if callable(self.taps):
+            return
+        try:
+            taps = np.asarray(self.taps, np.float64)
+        except (TypeError, ValueError):
+            taps = np.empty(0)
+        if taps.ndim != 2:
+            raise ValueError(
+                f"Filter: taps={one_line(self.taps, 80)} must be rows of as many numbers each"
+            )
+        # Lists and arrays are not hashable.
+        object.__setattr__(self, "taps", tuple(map(tuple, taps.tolist())))
 
     @property
     def kernel_size(self) -> tuple[int, int]:
