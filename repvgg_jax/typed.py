@@ -12,7 +12,8 @@ from repvgg_jax.text import one_line
 def typed(kind: Any, value: Any, name: str) -> Any:
     """A value of a JSON file as a value of the type `kind`.
 
-    Lists become tuples, objects dataclasses, and integers floats where these are wanted.
+    Lists become tuples, objects dataclasses, and integers floats where these are wanted. The
+    metadata of a field of a dataclass may have the key `saved`: its type in files.
 
     Args:
       kind: `int`, `float`, `str`, `bool`, `None`, `Any`, a literal, a dataclass, or a union, tuple
@@ -76,6 +77,7 @@ def _tuple(kinds: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
 
 def _dataclass(kind: Any, value: Mapping[str, Any], name: str) -> Any:
     fields, hints = dataclasses.fields(kind), typing.get_type_hints(kind)
+    hints |= {field.name: field.metadata["saved"] for field in fields if "saved" in field.metadata}
     wanted = {field.name for field in fields if field.init}
     if unknown := [key for key in value if key not in wanted]:
         raise ValueError(f"{name} has no field {one_line(repr(unknown[0]), 60)}")

@@ -9,8 +9,7 @@ import re
 import types
 from collections.abc import Mapping
 
-from repvgg_jax import networks
-from repvgg_jax.architecture import Layer, SqueezeExcite, Variant, residual_starts
+from repvgg_jax.architecture import Layer, SqueezeExcite, Variant, networks, residual_starts
 from repvgg_jax.text import did_you_mean
 
 __all__ = [

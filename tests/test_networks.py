@@ -150,6 +150,59 @@ def test_a_block_is_a_function_of_the_layer():
     chex.assert_trees_all_close(got, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
+def two_layers(first=None, second=None, stem=None):
+    """A block of two layers in the place of each; the changes are those of a mistake."""
+
+    def block(layer):
+        if layer.in_channels is None:
+            return (dataclasses.replace(layer, **stem or {}),)
+        pair = dataclasses.replace(layer, in_channels=layer.features, stride=1, identity=True)
+        return (
+            dataclasses.replace(layer, **first or {}),
+            dataclasses.replace(pair, **second or {}),
+        )
+
+    return block
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (
+            two_layers(second={"in_channels": 4, "identity": False}),
+            r"stage1_block1 takes 4 channels \(in_channels\), but stage1_block0 gives 16",
+        ),
+        (two_layers(first={"features": 8}), "block1 takes 16 .* stage1_block0 gives 8"),
+        (
+            two_layers(second={"features": 8, "identity": False}),
+            r"stage1_block3, the last layer, gives 8 .*, not 16|block2 takes 16 .* gives 8",
+        ),
+        (two_layers(stem={"in_channels": 3}), "stem takes 3 channels .*is the first layer: .*None"),
+        (two_layers(stem={"stride": 1}), "strides of its layers multiply to 2, not to 4"),
+        (two_layers(first={"identity": True}), "block0 has identity=True, but 8 channels in, 16"),
+        (two_layers(second={"residual": 7}), "block1 has residual=7; it must be 0, .* up to 2 "),
+        (two_layers(second={"residual": -1}), "block1 has residual=-1"),
+        (two_layers(second={"residual": 2}), "block0 takes 8 .* gives 16 at a stride of 2"),
+        (two_layers(second={"groups": 3}), "16 channels in, which 3 groups do not divide"),
+    ],
+)
+def test_layers_that_do_not_follow_each_other(block, message):
+    with pytest.raises(ValueError, match=f"variant 'x': .*{message}"):
+        rv.Variant("x", (2,), (16,), stem_channels=8, block=block)
+
+
+@pytest.mark.core
+def test_layers_that_follow_each_other():
+    block = two_layers(second={"residual": 1})
+    variant = rv.Variant("x", (2,), (16,), stem_channels=8, block=block)
+    assert [layer.in_channels for layer in variant.layers()] == [None, 8, 16, 16, 16]
+    model = rv.create_model(variant, num_classes=3)
+    counted = rv.cost(variant, num_classes=3, image_size=16)
+    variables = random_variables(model, size=16)
+    assert counted.params_train == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
 @pytest.mark.core
 def test_a_function_cannot_be_saved():
     variant = rv.Variant("x", (1,), (8,), stem_channels=8, block=lambda layer: reparam.REPVGG)

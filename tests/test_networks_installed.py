@@ -1,21 +1,28 @@
 """Blocks that an installed package names in its entry points, from training to prediction."""
 
+import importlib
+import json
 import pathlib
+import shutil
+import sys
 
 import numpy as np
 import pytest
 
 import repvgg_jax as rv
-from repvgg_jax import networks
+from repvgg_jax.architecture import installed as installed_blocks
 from repvgg_jax.convert.output import Output
 from repvgg_jax.convert.pipeline import convert
 from repvgg_jax.convert.source import from_run
 from repvgg_jax.export import parse_targets
 from repvgg_jax.train.loop import train
+from repvgg_jax.typed import typed
 from tests.helpers.jit import QUICK
 from tests.helpers.runs import small_config
 
 MODULE = """
+import dataclasses
+
 from repvgg_jax.reparam import BlockSpec, Chain, Conv, Norm, SameShape, Sum
 
 branches = [Chain((Conv(f"conv{n}x1", (n, 1)), Norm(f"bn{n}x1"))) for n in (5, 3)]
@@ -24,7 +31,8 @@ number = 3
 
 
 def twice(layer):
-    return layer, layer
+    second = dataclasses.replace(layer, in_channels=layer.features, stride=1, identity=True)
+    return layer, second
 
 
 def nothing(layer):
@@ -42,24 +50,43 @@ exits = own_exits:x
 """
 
 
-def install(folder: pathlib.Path, package: str, entries: str) -> None:
+def install(folder: pathlib.Path, package: str, entries: str, version: str = "1.0") -> None:
     """What pip leaves of a package in site-packages."""
-    info = folder / f"{package}-1.0.dist-info"
+    info = folder / f"{package}-{version}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
     (info / "entry_points.txt").write_text(entries)
+
+
+def upgrade(folder: pathlib.Path, version: str, old: str, new: str) -> None:
+    """Another version of the package, in which `new` takes the place of `old`."""
+    assert old in MODULE
+    for info in folder.glob("own_blocks*.dist-info"):
+        shutil.rmtree(info)
+    install(folder, "own_blocks", ENTRIES, version)
+    (folder / "own_blocks.py").write_text(MODULE.replace(old, new))
+    forget()
+
+
+def forget() -> None:
+    """What Python remembers of the package."""
+    installed_blocks.installed.cache_clear()
+    rv.Variant.layers.cache_clear()
+    sys.modules.pop("own_blocks", None)
+    importlib.invalidate_caches()
 
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """A package that names blocks."""
-    install(tmp_path / "site", "own-blocks", ENTRIES)
+    install(tmp_path / "site", "own_blocks", ENTRIES)
     (tmp_path / "site" / "own_blocks.py").write_text(MODULE)
     (tmp_path / "site" / "own_exits.py").write_text("raise SystemExit(3)")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    networks._installed.cache_clear()
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # `upgrade` may take less than a second
+    forget()
     yield tmp_path / "site"
-    networks._installed.cache_clear()
+    forget()
 
 
 def variant(block: str) -> rv.Variant:
@@ -79,7 +106,25 @@ def test_a_run_is_trained_converted_and_predicts(installed, tmp_path):
     network = rv.load_deployed(tmp_path / "deploy")
     kernel = network.variables["params"]["stem"]["reparam"]["kernel"]
     assert kernel.shape == (5, 1, 1, 8)
-    assert network.predict(np.zeros((2, 8, 8, 1), np.uint8)).shape == (2, 10)
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    logits = network.predict(images)
+    assert logits.shape == (2, 10)
+
+    # A block of another title is the same network.
+    upgrade(installed, "1.1", '"crossed", Sum', '"renamed", Sum')
+    from_run(tmp_path / "run")
+    np.testing.assert_array_equal(rv.load_deployed(tmp_path / "deploy").predict(images), logits)
+    # Another weight decay is another training, but not another deploy form.
+    upgrade(installed, "1.2", 'Norm("bn_skip")', 'Norm("bn_skip", decay=True)')
+    rv.load_deployed(tmp_path / "deploy")
+    with pytest.raises(ValueError, match=r"own_blocks 1\.2 .* own_blocks 1\.0, .*; install own_bl"):
+        from_run(tmp_path / "run")
+    shutil.rmtree(installed / "own_blocks-1.2.dist-info")
+    forget()
+    for read in (from_run, rv.load_deployed):
+        path = tmp_path / ("run" if read is from_run else "deploy")
+        with pytest.raises(ValueError, match=r"'crossed' is of own_blocks 1\.0, which is not inst"):
+            read(path)
 
 
 @pytest.mark.core
@@ -94,10 +139,10 @@ def test_a_function_is_called_with_layers(installed):
     ("name", "message"),
     [
         ("crosed", r"variant 'own': unknown block 'crosed'; did you mean 'crossed'.*entry point"),
-        ("number", "'number', own_blocks:number of own-blocks, is a int.* BlockSpec or"),
-        ("missing", "own_blocks:missing of own-blocks, cannot .*: AttributeError.*'missing'"),
+        ("number", "'number', own_blocks:number of own_blocks, is a int.* BlockSpec or"),
+        ("missing", "own_blocks:missing of own_blocks, cannot .*: AttributeError.*'missing'"),
         ("nothing", "variant 'own': its block gives None for layer stem; .* BlockSpec or a tuple"),
-        ("exits", "own_exits:x of own-blocks, cannot be imported: SystemExit: 3"),
+        ("exits", "own_exits:x of own_blocks, cannot be imported: SystemExit: 3"),
         ("absent", "cannot be imported: ModuleNotFoundError: .*no_such_module_of_blocks"),
     ],
 )
@@ -112,3 +157,67 @@ def test_two_packages_of_one_name(installed):
     with pytest.raises(ValueError, match=r"CROSSED of [\w-]+ and .*CROSSED of [\w-]+; uninstall"):
         variant("crossed")
     variant("mobileone")  # those of this package are not replaced
+
+
+def saved(**changes) -> dict:
+    """What a file says of the architecture, as JSON gives it back."""
+    return json.loads(json.dumps(variant("crossed").as_dict() | changes))
+
+
+@pytest.mark.core
+class TestSaved:
+    """What a file records of an installed block."""
+
+    def test_is_read_back(self, installed):
+        for form in ("train", "deploy"):
+            fields = json.loads(json.dumps(variant("crossed").as_dict(form)))
+            assert fields["block"].keys() == {"name", "package", "version", "layers", "form"}
+            assert typed(rv.Variant, fields, "variant") == variant("crossed")
+            assert rv.Variant(**fields) == variant("crossed")
+
+    def test_names_alone_are_read(self, installed):
+        assert typed(rv.Variant, saved(block="crossed"), "variant") == variant("crossed")
+        assert variant("repvgg").as_dict()["block"] == "repvgg"
+
+    @pytest.mark.parametrize(
+        ("old", "new", "refused"),
+        [
+            ('"crossed", Sum', '"renamed", Sum', ""),
+            ('Norm("bn_skip")', 'Norm("bn_skip", initial=0.5)', ""),
+            ('Norm("bn_skip")', 'Norm("bn_skip", decay=True)', "train"),
+            ("(n, 1)", "(1, n)", "train deploy"),
+            ("(n, 1)", "(n, 1), dilation=2", "train deploy"),
+        ],
+    )
+    def test_what_counts(self, installed, old, new, refused):
+        """Only what changes the network, in the form that the file is of."""
+        before = {form: variant("crossed").as_dict(form) for form in ("train", "deploy")}
+        upgrade(installed, "2.0", old, new)
+        for form, fields in before.items():
+            if form in refused.split():
+                with pytest.raises(ValueError, match=r"own_blocks 2\.0 gives other layers"):
+                    typed(rv.Variant, fields, "variant")
+            else:
+                typed(rv.Variant, fields, "variant")
+
+    @pytest.mark.parametrize("field", ["activate=False", "residual=1"])
+    def test_connections_count(self, installed, field):
+        """They leave no trace in the parameters, neither in training nor in deploy form."""
+        before = {form: variant("twice").as_dict(form) for form in ("train", "deploy")}
+        upgrade(installed, "1.0", "identity=True)", f"identity=True, {field})")
+        for fields in before.values():
+            with pytest.raises(ValueError, match="install the package as it was"):
+                typed(rv.Variant, fields, "variant")
+
+    @pytest.mark.parametrize(
+        ("block", "message"),
+        [
+            (None, "variant.block=None must be a string or an object"),
+            ([1], r"variant.block=\[1\] must be a string or an object"),
+            ({"name": "crossed"}, "variant.block lacks package, version, layers"),
+            ({"train": {}}, "variant.block has no field 'train'"),
+        ],
+    )
+    def test_other_values_are_refused(self, installed, block, message):
+        with pytest.raises(ValueError, match=message):
+            typed(rv.Variant, saved(block=block), "variant")

@@ -39,9 +39,11 @@ def model_header(network: Network) -> dict[str, str]:
     if not network.is_repvgg:  # only its user can build it
         return {}
     variant = network.model.variant
+    if not isinstance(variant.block, str):  # nor a block that has no name
+        return {}
     header = {}
     if VARIANTS.get(variant.name) != variant:
-        header["architecture"] = json.dumps(dataclasses.asdict(variant), ensure_ascii=False)
+        header["architecture"] = json.dumps(variant.as_dict("deploy"), ensure_ascii=False)
     with contextlib.suppress(ValueError):  # one that `read_description` could not give back
         header["activation"] = activations.name_of(network.model.activation, variant.name) or "none"
     return header

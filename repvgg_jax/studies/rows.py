@@ -19,7 +19,7 @@ class Row:
       title: as the paper calls it.
       table: 6, 7 or 0 for one beside Table 7.
       paper: ImageNet top-1 of RepVGG-B0 with this change, in percent; None if not printed.
-      block: a name in `repvgg_jax.networks.BLOCKS`.
+      block: a name in `repvgg_jax.architecture.networks.BLOCKS`.
       residual: whether a block is two convolutions, so that there are half as many.
       reference: the row that it is compared with.
     """
@@ -82,7 +82,7 @@ def network(name: str, block: str, *, residual: bool = False) -> Variant:
 
     Args:
       name: of the variant.
-      block: a name in `repvgg_jax.networks.BLOCKS`.
+      block: a name in `repvgg_jax.architecture.networks.BLOCKS`.
       residual: whether a block is two convolutions.
     """
     depths = tuple(depth // 2 for depth in _DEPTHS) if residual else _DEPTHS

@@ -1,8 +1,4 @@
-"""What an architecture is: a `Variant`, unrolled into one `Layer` per block.
-
-A `Variant` says how deep, how wide and how grouped a network is. The model, the cost model and
-the weight readers all walk the one list of its layers, so they cannot disagree about a shape.
-"""
+"""A `Variant`: how deep, how wide and how grouped a network is, unrolled into its layers."""
 
 import dataclasses
 import functools
@@ -12,108 +8,16 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from repvgg_jax import networks
 from repvgg_jax.activations import ACTIVATIONS
-from repvgg_jax.reparam import REPVGG, BlockSpec, Geometry
+from repvgg_jax.architecture import networks
+from repvgg_jax.architecture.installed import Form, SavedBlock
+from repvgg_jax.architecture.layer import Layer, SqueezeExcite, check_layers
+from repvgg_jax.reparam import BlockSpec, Geometry
 from repvgg_jax.text import one_line, positive_integer
 
 _MOST_BLOCKS, _MOST_CHANNELS = 10_000, 1_000_000  # anything above is a damaged file
 
 Dilation = Literal["stage", "timm"]
-
-
-@dataclasses.dataclass(frozen=True)
-class SqueezeExcite:
-    """Squeeze-and-excite of every block of a variant.
-
-    Attributes:
-      reduction: the squeezed width is `channels // reduction`.
-      after_relu: False multiplies before the ReLU (D2se), True after it (plus-L2pse).
-      multiple: the squeezed width is `channels / reduction` to the nearest multiple of this
-        number, at least one.
-    """
-
-    reduction: int = 16
-    after_relu: bool = False
-    multiple: int = 1
-
-    def __post_init__(self) -> None:
-        for field in ("reduction", "multiple"):
-            number = positive_integer("SqueezeExcite", field, getattr(self, field))
-            object.__setattr__(self, field, number)
-
-    def squeezed(self, channels: int) -> int:
-        """The width inside, for that many channels."""
-        if self.multiple == 1:
-            return channels // self.reduction
-        nearest = int(channels / self.reduction + self.multiple / 2) // self.multiple
-        return max(1, nearest) * self.multiple
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One block and its place in the network; everything that fixes its shapes.
-
-    Attributes:
-      name: the block's name in the parameter tree, `stem` or `stage1_block0`; a second layer of
-        the stem is `stem_block1`.
-      in_channels: channels in; None for the stem, which follows the images.
-      features: channels out.
-      stride: spatial stride of the 3x3 and the 1x1 branch.
-      dilation: dilation of the 3x3 branch, which is padded by as much.
-      groups: channel groups of both convolutions.
-      identity: whether the block has the terms for equal input and output shape.
-      block: what the block computes.
-      se: its squeeze-and-excite, or None.
-      activate: whether the network's activation follows.
-      residual: layers that a residual connection around this one and those before it spans: the
-        first one's input is added to this one's output; 0 for no such connection.
-      wide: whether it computes in at least float32, whatever the network computes in.
-    """
-
-    name: str
-    in_channels: int | None
-    features: int
-    stride: int
-    dilation: int
-    groups: int
-    identity: bool
-    block: BlockSpec = REPVGG
-    se: SqueezeExcite | None = None
-    activate: bool = True
-    residual: int = 0
-    wide: bool = False
-
-    def __post_init__(self) -> None:
-        for field in ("features", "stride", "dilation", "groups"):
-            number = positive_integer(f"layer {self.name}", field, getattr(self, field))
-            object.__setattr__(self, field, number)
-
-    def geometry(self, image_channels: int = 3) -> Geometry:
-        """The shapes of its block, for images of that many channels."""
-        return Geometry(
-            in_channels=self.in_channels or image_channels,
-            features=self.features,
-            stride=self.stride,
-            dilation=self.dilation,
-            groups=self.groups,
-            same_shape=self.identity,
-        )
-
-    @property
-    def stage(self) -> str:
-        """The stage it belongs to: `stem`, `stage1`, `stage2` and so on."""
-        return self.name.partition("_")[0]
-
-    @property
-    def index(self) -> int:
-        """Its place in its stage, from 0."""
-        return int(self.name.partition("_block")[2] or 0)
-
-
-def residual_starts(layers: Sequence[Layer]) -> dict[int, int]:
-    """The layers at which residual connections start, by those at which they end."""
-    return {end: end + 1 - layer.residual for end, layer in enumerate(layers) if layer.residual}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,10 +43,10 @@ class Variant:
         Parameters are the same.
       block: what a layer is: a `BlockSpec`; a function of a `Layer` of RepVGG to a `BlockSpec`, or
         to the layers in its place, which are named by their place in the stage; or a name of
-        either, see `repvgg_jax.networks.block_named`. Only names can be saved in a config or a
-        deploy directory.
+        either, see `repvgg_jax.architecture.networks.block_named`. Only names can be saved in a
+        config or a deploy directory; those of installed packages with a digest of their layers.
       activation: of its layers, a name in `ACTIVATIONS`.
-      head: what classifies the pooled features, a name in `repvgg_jax.networks.HEADS`.
+      head: what classifies the pooled features, a name in `repvgg_jax.architecture.networks.HEADS`.
     """
 
     name: str
@@ -155,7 +59,9 @@ class Variant:
     strides: tuple[int, ...] | None = None
     stem_stride: int = 2
     dilation: Dilation = "stage"
-    block: "str | BlockSpec | Callable[[Layer], BlockSpec | tuple[Layer, ...]]" = "repvgg"
+    block: "str | BlockSpec | Callable[[Layer], BlockSpec | tuple[Layer, ...]]" = dataclasses.field(
+        default="repvgg", metadata={"saved": str | SavedBlock}
+    )
     activation: str = "relu"
     head: str = "linear"
 
@@ -172,13 +78,26 @@ class Variant:
                 object.__setattr__(self, field, self._integers(field, value))
         if isinstance(self.se, Mapping):
             object.__setattr__(self, "se", SqueezeExcite(**self.se))
+        saved = SavedBlock(**self.block) if isinstance(self.block, Mapping) else self.block
+        if isinstance(saved, SavedBlock):
+            object.__setattr__(self, "block", saved.name)
+            self._checked(saved.check_installed)
         self._check()
+        if isinstance(saved, SavedBlock):
+            self._checked(saved.check, self.layers())
 
     def _integers(self, field: str, value: Any) -> Any:
         """A positive integer, or nested tuples of such, as Python's integers."""
         if isinstance(value, tuple):
             return tuple(self._integers(field, number) for number in value)
         return positive_integer(f"variant {self.name!r}", field, value)
+
+    def _checked(self, check: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """Calls `check`; the message of a ValueError begins with the variant's name."""
+        try:
+            check(*arguments, **options)
+        except ValueError as error:
+            raise ValueError(f"variant {self.name!r}: {error}") from None
 
     def _check(self) -> None:
         where = f"variant {self.name!r}"
@@ -193,10 +112,7 @@ class Variant:
                 f"for {len(self.depths)} stages; give one for every stage"
             )
         if isinstance(self.block, str):
-            try:
-                networks.block_named(self.block)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+            self._checked(networks.block_named, self.block)
         elif not callable(self.block) and not isinstance(self.block, BlockSpec):
             raise ValueError(
                 f"{where}: block={one_line(self.block)} must be a name, a BlockSpec or a function "
@@ -231,19 +147,17 @@ class Variant:
                 f"{where}: {len(self.groups)} groups for {sum(self.depths)} blocks after the stem; "
                 f"give one for every block, or one int for the paper's every second block"
             )
-        for layer in self.layers():
-            for what, channels in (("in", layer.in_channels), ("out", layer.features)):
-                if channels is not None and channels % layer.groups:
-                    raise ValueError(
-                        f"{where}: {layer.name} has {channels} channels {what}, "
-                        f"which {layer.groups} groups do not divide"
-                    )
-        names = {layer.name for layer in self.layers()}
+        layers = tuple(self._undilated())
+        self._checked(check_layers, layers, features=self.features, total_stride=self.total_stride)
+        names = {layer.name for layer in layers}
         if unknown := [name for name in self.auxiliary if name not in names]:
             raise ValueError(f"{where}: auxiliary names no block: {', '.join(unknown)}")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, form: Form = "train") -> dict[str, Any]:
         """Its fields as a config or a deploy directory saves them.
+
+        Args:
+          form: of the network that is saved with it.
 
         Raises:
           ValueError: its `block` has no name, and no file can contain a function.
@@ -254,6 +168,9 @@ class Variant:
                 "be saved; give it a name, see docs/own_block.md"
             )
         fields = dataclasses.asdict(self)
+        if self.block not in networks.BLOCKS:
+            saved = SavedBlock.of(self.block, self.layers(), form)
+            fields["block"] = dataclasses.asdict(saved)
         # Digests of settings that were saved before these fields existed must not change.
         kept = _without_defaults(fields, Variant, ("activation", "head"))
         if kept["se"] is not None:

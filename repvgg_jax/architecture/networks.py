@@ -1,7 +1,7 @@
 """Networks of other blocks as data: MobileOne, QARepVGG, RepOpt-VGG and RepViT.
 
 They differ from RepVGG in what a layer is: `BLOCKS` has, by the name in `Variant.block`, a function
-of a `Layer` (`repvgg_jax.architecture`) of RepVGG to the layers that stand in its place. A layer
+of a `Layer` of RepVGG to the layers that stand in its place. A layer
 may add the input of an earlier one (`Layer.residual`), so a network need not be a plain stack.
 
 Sources: MobileOne (Vasu et al., CVPR 2023), table 2; QARepVGG (Chu et al., AAAI 2024);
@@ -11,11 +11,11 @@ authors' code.
 
 import dataclasses
 import functools
-import importlib.metadata
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from repvgg_jax.architecture.installed import Block, installed
 from repvgg_jax.reparam import (
     ABLATIONS,
     ACB,
@@ -29,10 +29,6 @@ from repvgg_jax.reparam import (
 )
 from repvgg_jax.reparam.ablations import residual
 from repvgg_jax.reparam.linear import Chain, Conv, Linear, Norm, Scale, Sum
-from repvgg_jax.text import did_you_mean, one_line
-
-Block = BlockSpec | Callable[[Any], BlockSpec | tuple[Any, ...]]
-"""What `Variant.block` may be, apart from names."""
 
 _DEPTHWISE = {branches: mobileone(3, branches) for branches in (1, 4)}
 _POINTWISE = {branches: mobileone(1, branches) for branches in (1, 4)}
@@ -162,49 +158,14 @@ BLOCKS: Mapping[str, Block] = types.MappingProxyType(
 )
 """The names of blocks that the package knows by itself."""
 
-ENTRY_POINTS = "repvgg_jax.blocks"
-"""The group of entry points in which installed packages name blocks of their own."""
-
 
 def block_named(name: str) -> Block:
     """The block of that name: one of `BLOCKS`, or that of an installed package.
 
-    A package names its blocks in the group `ENTRY_POINTS` of its entry points, each a `BlockSpec`
-    or a function as in `BLOCKS`; in its `pyproject.toml`, for example
-
-        [project.entry-points."repvgg_jax.blocks"]
-        crossed = "my_package.blocks:CROSS"
-
     Raises:
-      ValueError: there is none, there are several, or it cannot be imported.
+      ValueError: there is none, or it cannot be used; see `repvgg_jax.architecture.installed`.
     """
-    return BLOCKS[name] if name in BLOCKS else _installed(name)
-
-
-@functools.cache
-def _installed(name: str) -> Block:
-    points = importlib.metadata.entry_points(group=ENTRY_POINTS)
-    found = [point for point in points if point.name == name]
-    if not found:
-        known = (*BLOCKS, *(point.name for point in points))
-        raise ValueError(
-            f"unknown block {one_line(name, 60)!r}; {did_you_mean(name, known)}install the package "
-            f"that names it as an entry point of {ENTRY_POINTS}, or choose from {', '.join(known)}"
-        )
-    where = [f"{p.value} of {p.dist.name if p.dist else 'an unknown package'}" for p in found]
-    if len(found) > 1:
-        raise ValueError(f"block {name!r} is {' and '.join(where)}; uninstall all but one")
-    try:
-        block = found[0].load()
-    except (Exception, SystemExit) as error:  # whatever the package does when it is imported
-        reason = one_line(f"{type(error).__name__}: {error}")
-        raise ValueError(f"block {name!r}, {where[0]}, cannot be imported: {reason}") from error
-    if not callable(block) and not isinstance(block, BlockSpec):
-        raise ValueError(
-            f"block {name!r}, {where[0]}, is a {type(block).__name__}; it has to be a BlockSpec or "
-            "a function of a Layer"
-        )
-    return block
+    return BLOCKS[name] if name in BLOCKS else installed(name, tuple(BLOCKS))
 
 
 def _normed(*names: str) -> Linear:
