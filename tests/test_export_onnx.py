@@ -214,9 +214,8 @@ def test_another_network_is_never_written(runtime, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["B3", "D2se"])
-def test_the_largest_fit_in_4_gib(variant):
-    job = {"model": variant, "format": "onnx", "dtype": "float32", "image_size": 224, "images": 4}
+def test_the_largest_fits_in_4_gib():
+    job = {"model": "D2se", "format": "onnx", "dtype": "float32", "image_size": 224, "images": 4}
     result = subprocess.run(
         [sys.executable, "benchmarks/export.py", "--job", json.dumps(job)],
         cwd=Path(__file__).parents[1],
