@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, Literal, Self
 
 from repvgg_jax.reparam import BlockSpec
+from repvgg_jax.reparam.linear import without_initial
 from repvgg_jax.text import did_you_mean, one_line
 
 Block = BlockSpec | Callable[[Any], BlockSpec | tuple[Any, ...]]
@@ -28,8 +29,6 @@ Form = Literal["train", "deploy"]
 
 ENTRY_POINTS = "repvgg_jax.blocks"
 """The group of entry points in which packages name blocks."""
-
-_ONLY_INITIAL = ("initial", "spread")  # of terms: how training begins, not what they compute
 
 
 @functools.cache
@@ -138,7 +137,7 @@ def _trained(layer: Any) -> Any:
     block: BlockSpec = layer.block
     fields = _fields(layer, leave_out=("block",))
     return fields | {
-        "train": _plain(block.train),
+        "train": _plain(without_initial(block.train)),
         "deploy": block.deploy,
         "keep": sorted(block.keep),
     }
@@ -167,7 +166,7 @@ def _fields(value: Any, *, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """A value as JSON can hold it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"": type(value).__name__, **_fields(value, leave_out=_ONLY_INITIAL)}
+        return {"": type(value).__name__, **_fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (Set, tuple, list)):

@@ -28,7 +28,7 @@ from repvgg_jax.reparam import (
     repvit,
 )
 from repvgg_jax.reparam.ablations import residual
-from repvgg_jax.reparam.linear import Chain, Conv, Linear, Norm, Scale, Sum
+from repvgg_jax.reparam.terms import Chain, Conv, Linear, Norm, Scale, Sum
 
 _DEPTHWISE = {branches: mobileone(3, branches) for branches in (1, 4)}
 _POINTWISE = {branches: mobileone(1, branches) for branches in (1, 4)}

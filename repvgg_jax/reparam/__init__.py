@@ -39,26 +39,22 @@ from repvgg_jax.reparam.family import (
     repvit,
 )
 from repvgg_jax.reparam.fuse import fuse_block, fuse_params
-from repvgg_jax.reparam.linear import (
+from repvgg_jax.reparam.linear import Geometry, Leaf, kernel_size, leaves, macs
+from repvgg_jax.reparam.probe import fuse_linear
+from repvgg_jax.reparam.rep_optimizer import extract_scales, rep_init, rep_optimizer
+from repvgg_jax.reparam.terms import (
     AvgPool,
     Chain,
     Conv,
     Filter,
-    Geometry,
     Identity,
-    Leaf,
     Linear,
     Nonlinearity,
     Norm,
     SameShape,
     Scale,
     Sum,
-    kernel_size,
-    leaves,
-    macs,
 )
-from repvgg_jax.reparam.probe import fuse_linear
-from repvgg_jax.reparam.rep_optimizer import extract_scales, rep_init, rep_optimizer
 from repvgg_jax.reparam.tree import input_channels
 from repvgg_jax.reparam.unfuse import unfuse_params
 

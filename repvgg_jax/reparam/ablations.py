@@ -8,7 +8,7 @@ import types
 from collections.abc import Mapping
 
 from repvgg_jax.reparam.blocks import KEPT, QAREPVGG, REPVGG, BlockSpec, conv_norm
-from repvgg_jax.reparam.linear import (
+from repvgg_jax.reparam.terms import (
     Chain,
     Conv,
     Identity,

@@ -22,20 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repvgg_jax.reparam.linear import (
+from repvgg_jax.reparam.linear import Geometry, names, present
+from repvgg_jax.reparam.terms import (
     AvgPool,
     Chain,
     Conv,
     Filter,
-    Geometry,
     Identity,
     Linear,
     Nonlinearity,
     Norm,
     Scale,
     Sum,
-    names,
-    present,
 )
 
 Array = Any  # a NumPy or a JAX array, concrete or traced

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from repvgg_jax import covariance
-from repvgg_jax.reparam.linear import (
+from repvgg_jax.reparam.linear import Geometry, kernel_size, names, present, walk
+from repvgg_jax.reparam.terms import (
     AvgPool,
     Chain,
     Conv,
     Filter,
-    Geometry,
     Identity,
     Linear,
     Nonlinearity,
@@ -23,10 +23,6 @@ from repvgg_jax.reparam.linear import (
     SameShape,
     Scale,
     Sum,
-    kernel_size,
-    names,
-    present,
-    walk,
 )
 from repvgg_jax.text import first_few
 

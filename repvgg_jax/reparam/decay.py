@@ -16,7 +16,8 @@ from repvgg_jax.reparam.containers import (
     unboxed,
     variables_in,
 )
-from repvgg_jax.reparam.linear import Chain, Conv, Norm, Sum, walk
+from repvgg_jax.reparam.linear import walk
+from repvgg_jax.reparam.terms import Chain, Conv, Norm, Sum
 from repvgg_jax.reparam.tree import (
     Path,
     is_merged,

@@ -13,7 +13,8 @@ import numpy as np
 
 from repvgg_jax.reparam.ablations import ABLATIONS
 from repvgg_jax.reparam.blocks import KEPT, REPVGG, BlockSpec, conv_norm
-from repvgg_jax.reparam.linear import (
+from repvgg_jax.reparam.online import online_train
+from repvgg_jax.reparam.terms import (
     AvgPool,
     Chain,
     Conv,
@@ -25,7 +26,6 @@ from repvgg_jax.reparam.linear import (
     Scale,
     Sum,
 )
-from repvgg_jax.reparam.online import online_train
 
 REPCONV = dataclasses.replace(REPVGG, name="RepConv")
 """YOLOv7's RepConv, which is RepVGG's block: BN(K3 * x) + BN(K1 * x) + BN(x)."""

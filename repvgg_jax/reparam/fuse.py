@@ -19,7 +19,8 @@ from repvgg_jax.reparam.containers import (
     unboxed,
     variables_in,
 )
-from repvgg_jax.reparam.linear import Geometry, Linear, names
+from repvgg_jax.reparam.linear import Geometry, names
+from repvgg_jax.reparam.terms import Linear
 from repvgg_jax.reparam.tree import (
     Path,
     Walk,

@@ -15,7 +15,8 @@ from repvgg_jax.batch_stats import moments, per_image
 from repvgg_jax.covariance import BlockSettings
 from repvgg_jax.meshes import grouped_convolution
 from repvgg_jax.reparam.algebra import affine
-from repvgg_jax.reparam.linear import Chain, Geometry, Linear, Norm
+from repvgg_jax.reparam.linear import Geometry
+from repvgg_jax.reparam.terms import Chain, Linear, Norm
 
 
 def online_train(

@@ -22,20 +22,8 @@ from repvgg_jax.reparam.algebra import Affine, affine, dilated, identity_kernel,
 from repvgg_jax.reparam.blocks import BlockSpec
 from repvgg_jax.reparam.containers import Tree, children_of, rebuild
 from repvgg_jax.reparam.family import REPOPT
-from repvgg_jax.reparam.linear import (
-    Chain,
-    Conv,
-    Geometry,
-    Identity,
-    Linear,
-    Norm,
-    Scale,
-    Sum,
-    leaves,
-    names,
-    present,
-    walk,
-)
+from repvgg_jax.reparam.linear import Geometry, leaves, names, present, walk
+from repvgg_jax.reparam.terms import Chain, Conv, Identity, Linear, Norm, Scale, Sum
 from repvgg_jax.reparam.tree import Path, matching_block, path_name
 from repvgg_jax.text import first_few
 

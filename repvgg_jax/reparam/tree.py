@@ -16,12 +16,7 @@ import jax.numpy as jnp
 from repvgg_jax.reparam.blocks import BlockSpec
 from repvgg_jax.reparam.containers import Tree, children_of, unboxed
 from repvgg_jax.reparam.linear import (
-    Chain,
-    Conv,
     Geometry,
-    Linear,
-    Norm,
-    Scale,
     leaves,
     names,
     present,
@@ -29,6 +24,7 @@ from repvgg_jax.reparam.linear import (
     walk,
     without_initial,
 )
+from repvgg_jax.reparam.terms import Chain, Conv, Linear, Norm, Scale
 from repvgg_jax.text import first_few, tree_path
 
 Path = tuple[Any, ...]

@@ -22,19 +22,8 @@ from repvgg_jax.reparam.containers import (
     unboxed,
     variables_in,
 )
-from repvgg_jax.reparam.linear import (
-    Chain,
-    Conv,
-    Geometry,
-    Linear,
-    Norm,
-    Scale,
-    Sum,
-    kernel_size,
-    names,
-    present,
-    walk,
-)
+from repvgg_jax.reparam.linear import Geometry, kernel_size, names, present, walk
+from repvgg_jax.reparam.terms import Chain, Conv, Linear, Norm, Scale, Sum
 from repvgg_jax.reparam.tree import (
     Path,
     Walk,

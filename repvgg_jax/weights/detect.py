@@ -10,7 +10,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from repvgg_jax.reparam.linear import Conv, walk
+from repvgg_jax.reparam.linear import walk
+from repvgg_jax.reparam.terms import Conv
 from repvgg_jax.text import first_few, plural
 from repvgg_jax.variants import ALL, Variant
 from repvgg_jax.weights.names import NAMINGS
