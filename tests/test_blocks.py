@@ -308,7 +308,10 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"\(2, 2\) must be odd"):
             reparam.BlockSpec("x", chain)
 
-    @pytest.mark.parametrize("taps", [(1.0, 2.0), ((1.0, 2.0), (3.0,)), 1.0, "x", [[["1"]]]])
+    @pytest.mark.parametrize(
+        "taps",
+        [(1.0, 2.0), ((1.0, 2.0), (3.0,)), 1.0, "x", [[None]], [[10**400]], np.zeros((0, 3))],
+    )
     def test_filters_that_are_no_rows(self, taps):
         with pytest.raises(ValueError, match=r"Filter: taps=.* must be rows"):
             reparam.Filter(taps)

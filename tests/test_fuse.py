@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from repvgg_jax import (
     VARIANTS,
+    ReparamBlock,
     RepVGG,
     RepVGGBlock,
     Variant,
     create_model,
     fuse_params,
+    reparam,
     unfuse_params,
 )
 from repvgg_jax.layers import BatchNorm
@@ -34,6 +36,13 @@ from tests.helpers.trees import (
 )
 
 pytestmark = pytest.mark.core
+KEY = jax.random.key(0)
+
+
+def create_abstract(variant: Variant):
+    """The shapes of a network's variables."""
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    return jax.eval_shape(create_model(variant, num_classes=3).init, KEY, x)
 
 
 def block_variables(block: RepVGGBlock, in_channels: int, seed: int = 0):
@@ -258,6 +267,61 @@ class TestTrees:
                 for g, d in zip(jax.tree.leaves(found), jax.tree.leaves(direction), strict=True)
             )
             np.testing.assert_allclose(slope, (up - down) / (2 * step), rtol=1e-7)
+
+    def test_arrays_on_devices(self):
+        """They are folded in compiled programs, as exactly as NumPy's and one for all epsilons."""
+        tree = randomize(create_abstract(TINY))
+        arrays = jax.tree.map(jnp.asarray, tree)
+        for epsilon in (1e-5, 1e-3, jnp.float32(1e-3), np.array(1e-2)):
+            expected = fuse_params(tree, epsilon=float(epsilon))
+            got = fuse_params(arrays, epsilon=epsilon)
+            chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=1e-6)
+
+        def total(epsilon):
+            fused = fuse_params(arrays, epsilon=epsilon)
+            return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(fused))
+
+        eager, compiled = jax.grad(total)(1e-3), jax.jit(jax.grad(total))(1e-3)
+        np.testing.assert_allclose(eager, compiled, rtol=1e-4)
+
+    def test_replicated_vectors_stay_replicated(self):
+        """On meshes, the compiler is not asked for a sharding."""
+        mesh = jax.make_mesh((4,), ("m",), (jax.sharding.AxisType.Auto,))
+        spec = jax.sharding.PartitionSpec
+
+        def place(leaf):
+            axes = spec(None, None, None, "m") if leaf.ndim == 4 else spec()
+            return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, axes))
+
+        fused = fuse_params(jax.tree.map(place, randomize(create_abstract(TINY))))
+        bias = fused["params"]["stem"]["reparam"]["bias"]
+        assert bias.sharding.is_fully_replicated
+
+    def test_filters_of_functions_are_computed_each_time(self):
+        side = {"x": 1.0}
+        taps = reparam.Filter(lambda channels: np.full((3, 3, channels), side["x"]))
+        chain = (taps, reparam.Conv("conv", (1, 1), strided=False), reparam.Norm("bn"))
+        block = ReparamBlock(4, spec=reparam.BlockSpec("x", reparam.Chain(chain)))
+        x = jnp.zeros((1, 8, 8, 4))
+        variables = jax.tree.map(jnp.asarray, randomize(jax.eval_shape(block.init, KEY, x)))
+        kernels = []
+        for side["x"] in (1.0, 2.0):
+            fused = fuse_params(variables, blocks=(block.spec,))
+            kernels.append(fused["params"]["reparam"]["kernel"])
+        np.testing.assert_allclose(2 * kernels[0], kernels[1], rtol=1e-6)
+
+    @pytest.mark.parametrize("factor", [0.5, np.array(0.5), np.float32(0.5), "jax"])
+    def test_factors_of_any_library(self, factor):
+        factor = jnp.float32(0.5) if factor == "jax" else factor
+        chain = (reparam.Conv("conv", (3, 3)), reparam.Norm("bn"), reparam.Scale(factor=factor))
+        block = ReparamBlock(4, spec=reparam.BlockSpec("x", reparam.Chain(chain)))
+        x = jnp.zeros((1, 8, 8, 4))
+        variables = randomize(jax.eval_shape(block.init, KEY, x))
+        fused = [
+            fuse_params(tree, blocks=(block.spec,))
+            for tree in (variables, jax.tree.map(jnp.asarray, variables))
+        ]
+        chex.assert_trees_all_close(*fused, rtol=1e-5, atol=1e-6)
 
     def test_sharded_arrays_stay_sharded_and_are_not_gathered(self, variables):
         mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -182,7 +182,11 @@ def two_layers(first=None, second=None, stem=None):
         (two_layers(stem={"stride": 1}), "strides of its layers multiply to 2, not to 4"),
         (two_layers(first={"identity": True}), "block0 has identity=True, but 8 channels in, 16"),
         (two_layers(second={"residual": 7}), "block1 has residual=7; it must be 0, .* up to 2 "),
-        (two_layers(second={"residual": -1}), "block1 has residual=-1"),
+        (two_layers(second={"residual": -1}), "layer stage1_block0: residual=-1|residual=-1"),
+        (two_layers(second={"dilation": 2}), "block1 has dilation=2, but dilations follow"),
+        (two_layers(second={"block": "acb"}), "block='acb' must be a BlockSpec"),
+        (two_layers(second={"se": 4}), "se=4 must be a SqueezeExcite"),
+        (two_layers(stem={"groups": 2}), "stem, the first layer, has 2 groups; it must have 1"),
         (two_layers(second={"residual": 2}), "block0 takes 8 .* gives 16 at a stride of 2"),
         (two_layers(second={"groups": 3}), "16 channels in, which 3 groups do not divide"),
     ],
@@ -194,7 +198,7 @@ def test_layers_that_do_not_follow_each_other(block, message):
 
 @pytest.mark.core
 def test_layers_that_follow_each_other():
-    block = two_layers(second={"residual": 1})
+    block = two_layers(second={"residual": np.int64(1)})
     variant = rv.Variant("x", (2,), (16,), stem_channels=8, block=block)
     assert [layer.in_channels for layer in variant.layers()] == [None, 8, 16, 16, 16]
     model = rv.create_model(variant, num_classes=3)

@@ -1,5 +1,6 @@
 """Blocks that an installed package names in its entry points, from training to prediction."""
 
+import contextlib
 import importlib
 import json
 import pathlib
@@ -15,19 +16,38 @@ from repvgg_jax.convert.output import Output
 from repvgg_jax.convert.pipeline import convert
 from repvgg_jax.convert.source import from_run
 from repvgg_jax.export import parse_targets
+from repvgg_jax.train.config import default_config
 from repvgg_jax.train.loop import train
+from repvgg_jax.train.settings import Settings
+from repvgg_jax.train.workdir import Workdir
 from repvgg_jax.typed import typed
 from tests.helpers.jit import QUICK
 from tests.helpers.runs import small_config
 
 MODULE = """
 import dataclasses
+import functools
 
-from repvgg_jax.reparam import BlockSpec, Chain, Conv, Norm, SameShape, Sum
+import numpy as np
+
+from repvgg_jax.reparam import BlockSpec, Chain, Conv, Filter, Norm, SameShape, Sum
 
 branches = [Chain((Conv(f"conv{n}x1", (n, 1)), Norm(f"bn{n}x1"))) for n in (5, 3)]
 CROSSED = BlockSpec("crossed", Sum((*branches, SameShape(Norm("bn_skip")))))
 number = 3
+SIDE = 0.5
+
+
+def blur(side, channels):
+    taps = np.zeros((3, 3, channels))
+    taps[1], taps[:, 1] = side, side
+    return taps
+
+
+FILTER = Filter(functools.partial(blur, SIDE))
+BLURRED = BlockSpec(
+    "blurred", Chain((FILTER, Conv("conv", (1, 1), strided=False), Norm("bn")))
+)
 
 
 def twice(layer):
@@ -37,15 +57,26 @@ def twice(layer):
 
 def nothing(layer):
     pass
+
+
+def empty(layer):
+    return ()
+
+
+def fails(layer):
+    return {}["x"]
 """
 ENTRIES = """
 [repvgg_jax.blocks]
 crossed = own_blocks:CROSSED
+blurred = own_blocks:BLURRED
 twice = own_blocks:twice
 number = own_blocks:number
 missing = own_blocks:missing
 absent = no_such_module_of_blocks:x
 nothing = own_blocks:nothing
+empty = own_blocks:empty
+fails = own_blocks:fails
 exits = own_exits:x
 """
 
@@ -142,6 +173,8 @@ def test_a_function_is_called_with_layers(installed):
         ("number", "'number', own_blocks:number of own_blocks, is a int.* BlockSpec or"),
         ("missing", "own_blocks:missing of own_blocks, cannot .*: AttributeError.*'missing'"),
         ("nothing", "variant 'own': its block gives None for layer stem; .* BlockSpec or a tuple"),
+        ("empty", "variant 'own': it has no layers"),
+        ("fails", "variant 'own': its block fails for layer stem: KeyError: 'x'"),
         ("exits", "own_exits:x of own_blocks, cannot be imported: SystemExit: 3"),
         ("absent", "cannot be imported: ModuleNotFoundError: .*no_such_module_of_blocks"),
     ],
@@ -161,7 +194,7 @@ def test_two_packages_of_one_name(installed):
 
 def saved(**changes) -> dict:
     """What a file says of the architecture, as JSON gives it back."""
-    return json.loads(json.dumps(variant("crossed").as_dict() | changes))
+    return json.loads(json.dumps(variant("crossed").as_saved("train") | changes))
 
 
 @pytest.mark.core
@@ -170,14 +203,15 @@ class TestSaved:
 
     def test_is_read_back(self, installed):
         for form in ("train", "deploy"):
-            fields = json.loads(json.dumps(variant("crossed").as_dict(form)))
+            fields = json.loads(json.dumps(variant("crossed").as_saved(form)))
             assert fields["block"].keys() == {"name", "package", "version", "layers", "form"}
             assert typed(rv.Variant, fields, "variant") == variant("crossed")
             assert rv.Variant(**fields) == variant("crossed")
 
     def test_names_alone_are_read(self, installed):
         assert typed(rv.Variant, saved(block="crossed"), "variant") == variant("crossed")
-        assert variant("repvgg").as_dict()["block"] == "repvgg"
+        assert variant("crossed").as_dict()["block"] == "crossed"
+        assert variant("repvgg").as_saved("train")["block"] == "repvgg"
 
     @pytest.mark.parametrize(
         ("old", "new", "refused"),
@@ -185,13 +219,14 @@ class TestSaved:
             ('"crossed", Sum', '"renamed", Sum', ""),
             ('Norm("bn_skip")', 'Norm("bn_skip", initial=0.5)', ""),
             ('Norm("bn_skip")', 'Norm("bn_skip", decay=True)', "train"),
+            ('Norm("bn_skip")', 'Norm("bn_skip", decay=0, initial=2)', ""),
             ("(n, 1)", "(1, n)", "train deploy"),
             ("(n, 1)", "(n, 1), dilation=2", "train deploy"),
         ],
     )
     def test_what_counts(self, installed, old, new, refused):
         """Only what changes the network, in the form that the file is of."""
-        before = {form: variant("crossed").as_dict(form) for form in ("train", "deploy")}
+        before = {form: variant("crossed").as_saved(form) for form in ("train", "deploy")}
         upgrade(installed, "2.0", old, new)
         for form, fields in before.items():
             if form in refused.split():
@@ -200,10 +235,57 @@ class TestSaved:
             else:
                 typed(rv.Variant, fields, "variant")
 
+    @pytest.mark.parametrize(
+        ("old", "new", "same"),
+        [
+            ("functools.partial(blur, SIDE)", "lambda channels: blur(SIDE, channels)", True),
+            ("functools.partial(blur, SIDE)", "blur(SIDE, 1)[..., 0]", True),
+            ("SIDE = 0.5", "SIDE = 0.5 + 1e-12", True),
+            ("SIDE = 0.5", "SIDE = 0.6", False),
+        ],
+    )
+    def test_filters_are_what_they_compute(self, installed, old, new, same):
+        fields = variant("blurred").as_saved("train")
+        upgrade(installed, "2.0", old, new)
+        with contextlib.nullcontext() if same else pytest.raises(ValueError, match="other layers"):
+            typed(rv.Variant, fields, "variant")
+
+    @pytest.mark.parametrize("body", ["return ()", "return {}['x']", "return layer, layer"])
+    def test_the_versions_are_named_where_the_new_one_fails(self, installed, body):
+        fields = variant("twice").as_saved("train")
+        upgrade(installed, "2.0", "return layer, second", body)
+        with pytest.raises(ValueError, match=r"saved with own_blocks 1\.0, and own_blocks 2\.0 is"):
+            typed(rv.Variant, fields, "variant")
+
+    def test_a_package_without_a_version(self, installed):
+        upgrade(installed, "1.0", "number = 3", "number = 4")
+        (info,) = installed.glob("own_blocks*.dist-info")
+        (info / "METADATA").write_text("Metadata-Version: 2.1\n")
+        fields = json.loads(json.dumps(variant("crossed").as_saved("train")))
+        assert typed(rv.Variant, fields, "variant") == variant("crossed")
+
+    def test_settings_may_still_be_changed(self, installed):
+        """What is recorded is of files only."""
+        config = default_config(variant("crossed"))
+        config.model.variant.depths = (2, 1)
+        config.model.variant.block = "twice"
+        changed = Settings.from_config(config).model.variant
+        assert (changed.depths, changed.block) == ((2, 1), "twice")
+
+    def test_a_run_without_a_checkpoint_begins_anew(self, installed, tmp_path):
+        settings = Settings.from_config(small_config(variant("crossed")))
+        workdir = Workdir(tmp_path / "run")
+        workdir.claim(settings)
+        workdir.claim(settings)
+        upgrade(installed, "2.0", "(n, 1)", "(1, n)")
+        workdir.claim(Settings.from_config(small_config(variant("crossed"))))
+        saved = json.loads(workdir.config.read_text())["model"]["variant"]["block"]
+        assert saved["version"] == "2.0"
+
     @pytest.mark.parametrize("field", ["activate=False", "residual=1"])
     def test_connections_count(self, installed, field):
         """They leave no trace in the parameters, neither in training nor in deploy form."""
-        before = {form: variant("twice").as_dict(form) for form in ("train", "deploy")}
+        before = {form: variant("twice").as_saved(form) for form in ("train", "deploy")}
         upgrade(installed, "1.0", "identity=True)", f"identity=True, {field})")
         for fields in before.values():
             with pytest.raises(ValueError, match="install the package as it was"):

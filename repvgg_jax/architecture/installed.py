@@ -14,11 +14,14 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Self
 
+import numpy as np
+
 from repvgg_jax.reparam import BlockSpec
-from repvgg_jax.reparam.linear import without_initial
+from repvgg_jax.reparam.linear import visit, without_initial
+from repvgg_jax.reparam.terms import Filter, Linear
 from repvgg_jax.text import did_you_mean, one_line
 
 Block = BlockSpec | Callable[[Any], BlockSpec | tuple[Any, ...]]
@@ -116,6 +119,13 @@ class SavedBlock:
                 f"{self._saved_with if version != self.version else 'the package as it was'}"
             )
 
+    def other_version(self) -> str:
+        """A remark for messages if another version of the package is installed, else empty."""
+        package, version = _owner(self.name) or ("", "")
+        if (package, version) == (self.package, self.version):
+            return ""
+        return f"; this was saved with {self._saved_with}, and {package} {version} is installed"
+
     @property
     def _saved_with(self) -> str:
         return one_line(f"{self.package} {self.version}", 80)
@@ -134,20 +144,34 @@ def layers_digest(layers: Iterable[Any], form: Form) -> str:
 
 
 def _trained(layer: Any) -> Any:
-    block: BlockSpec = layer.block
-    fields = _fields(layer, leave_out=("block",))
-    return fields | {
-        "train": _plain(without_initial(block.train)),
-        "deploy": block.deploy,
-        "keep": sorted(block.keep),
+    expression = without_initial(layer.block.train)
+    taps = [[f"{tap + 0.0:.6g}" for tap in kernel.flat] for kernel in _filters(layer)]
+    return {
+        **_fields(layer, leave_out=("block",)),
+        "train": _plain(expression),
+        "filters": taps,  # rounded, as functions may give other last digits on another machine
+        "deploy": layer.block.deploy,
     }
 
 
 def _deployed(layer: Any) -> Any:
-    block: BlockSpec = layer.block
-    fields = _fields(layer, leave_out=("block", "identity"))
-    size = _plain(block.kernel_size(layer.geometry()))
-    return fields | {"kernel_size": size, "deploy": block.deploy, "keep": sorted(block.keep)}
+    return {
+        **_fields(layer, leave_out=("block", "identity")),
+        "kernel_size": layer.block.kernel_size(layer.geometry()),
+        "deploy": layer.block.deploy,
+    }
+
+
+def _filters(layer: Any) -> list[np.ndarray]:
+    """The constant kernels in a layer's block, in order."""
+    found: list[np.ndarray] = []
+
+    def collect(term: Linear, in_channels: int, *_: int) -> None:
+        if isinstance(term, Filter):
+            found.append(term.kernel(in_channels))
+
+    visit(layer.block.train, layer.geometry(), collect)
+    return found
 
 
 def _fields(value: Any, *, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -157,26 +181,24 @@ def _fields(value: Any, *, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
     """
     found = {}
     for field in dataclasses.fields(value):
-        own, default = getattr(value, field.name), field.default
-        if field.name not in leave_out and (type(own) is not type(default) or own != default):
-            found[field.name] = _plain(own)
+        if field.name not in leave_out:
+            own, default = _plain(getattr(value, field.name)), field.default
+            if default is dataclasses.MISSING or own != _plain(default):
+                found[field.name] = own
     return found
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can hold it."""
+    """A term, or a field of a term or layer, as JSON can hold it."""
+    if isinstance(value, Filter):
+        return ["Filter", value.kernel_size, value.strided]  # its taps are there as numbers
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"": type(value).__name__, **_fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (Set, tuple, list)):
-        items = [_plain(item) for item in value]
-        return sorted(items, key=repr) if isinstance(value, Set) else items
-    if hasattr(value, "tolist"):  # of NumPy
-        return value.tolist()
-    if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
-    return value
+        return [type(value).__name__, _fields(value)]
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, str) or value is None:
+        return value
+    return float(value)  # 1, 1.0 and True of any library are the same
 
 
 def _owner(name: str) -> tuple[str, str] | None:
@@ -186,4 +208,5 @@ def _owner(name: str) -> tuple[str, str] | None:
 
 
 def _package(point: importlib.metadata.EntryPoint) -> tuple[str, str]:
-    return (point.dist.name, point.dist.version) if point.dist else ("an unknown package", "")
+    name, version = (point.dist.name, point.dist.version) if point.dist else (None, None)
+    return name or "an unknown package", version or ""

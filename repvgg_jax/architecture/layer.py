@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from repvgg_jax.reparam import REPVGG, BlockSpec, Geometry
-from repvgg_jax.text import positive_integer
+from repvgg_jax.text import one_line, positive_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,16 @@ class Layer:
         for field in ("features", "stride", "dilation", "groups"):
             number = positive_integer(f"layer {self.name}", field, getattr(self, field))
             object.__setattr__(self, field, number)
+        if self.residual != 0:
+            number = positive_integer(f"layer {self.name}", "residual", self.residual)
+            object.__setattr__(self, "residual", number)
+        for field, kind in (("block", BlockSpec), ("se", SqueezeExcite)):
+            value = getattr(self, field)
+            if not isinstance(value, kind) and (field, value) != ("se", None):
+                raise ValueError(
+                    f"layer {self.name}: {field}={one_line(repr(value), 60)} must be a "
+                    f"{kind.__name__}"
+                )
 
     def geometry(self, image_channels: int = 3) -> Geometry:
         """The shapes of its block, for images of that many channels."""
@@ -113,6 +123,8 @@ def check_layers(layers: Sequence[Layer], *, features: int, total_stride: int) -
     Raises:
       ValueError: the first layer that does not fit, and why.
     """
+    if not layers:
+        raise ValueError("it has no layers")
     given = None
     for position, layer in enumerate(layers):
         if layer.in_channels != given:
@@ -144,7 +156,21 @@ def _check_alone(layer: Layer) -> None:
                 f"{layer.name} has {channels} channels {what}, which {layer.groups} groups do not "
                 "divide"
             )
-    if layer.identity and (layer.stride > 1 or layer.in_channels != layer.features):
+    if layer.dilation != 1:
+        raise ValueError(
+            f"{layer.name} has dilation={layer.dilation}, but dilations follow from the output "
+            "stride; leave it at 1, or give the convolutions of its block a dilation"
+        )
+    if layer.in_channels is None:  # those of the images, which may be any number
+        if layer.groups > 1:
+            raise ValueError(
+                f"{layer.name}, the first layer, has {layer.groups} groups; it must have 1, since "
+                "images have any number of channels"
+            )
+        channels_differ = False
+    else:
+        channels_differ = layer.in_channels != layer.features
+    if layer.identity and (layer.stride > 1 or channels_differ):
         raise ValueError(
             f"{layer.name} has identity=True, but {layer.in_channels} channels in, "
             f"{layer.features} out, and stride {layer.stride}; these have to be equal, and 1"
@@ -155,7 +181,7 @@ def _check_residual(layers: Sequence[Layer], position: int) -> None:
     """Checks the residual connection that ends at a layer."""
     layer = layers[position]
     number = layer.residual
-    if not isinstance(number, int) or not 0 < number <= position:
+    if number > position:
         raise ValueError(
             f"{layer.name} has residual={number}; it must be 0, or the number of layers that a "
             f"residual connection spans, up to {position} here (the stem's first is not spanned)"

@@ -14,6 +14,7 @@ from repvgg_jax.architecture.installed import Form, SavedBlock
 from repvgg_jax.architecture.layer import Layer, SqueezeExcite, check_layers
 from repvgg_jax.reparam import BlockSpec, Geometry
 from repvgg_jax.text import one_line, positive_integer
+from repvgg_jax.typed import typed
 
 _MOST_BLOCKS, _MOST_CHANNELS = 10_000, 1_000_000  # anything above is a damaged file
 
@@ -78,13 +79,18 @@ class Variant:
                 object.__setattr__(self, field, self._integers(field, value))
         if isinstance(self.se, Mapping):
             object.__setattr__(self, "se", SqueezeExcite(**self.se))
-        saved = SavedBlock(**self.block) if isinstance(self.block, Mapping) else self.block
-        if isinstance(saved, SavedBlock):
-            object.__setattr__(self, "block", saved.name)
-            self._checked(saved.check_installed)
-        self._check()
-        if isinstance(saved, SavedBlock):
-            self._checked(saved.check, self.layers())
+        block: Any = self.block
+        saved = typed(SavedBlock, block, "block") if isinstance(block, Mapping) else block
+        if not isinstance(saved, SavedBlock):
+            self._check()
+            return
+        object.__setattr__(self, "block", saved.name)
+        self._checked(saved.check_installed)
+        try:
+            self._check()
+        except ValueError as error:
+            raise ValueError(f"{error}{saved.other_version()}") from error
+        self._checked(saved.check, self.layers())
 
     def _integers(self, field: str, value: Any) -> Any:
         """A positive integer, or nested tuples of such, as Python's integers."""
@@ -153,11 +159,8 @@ class Variant:
         if unknown := [name for name in self.auxiliary if name not in names]:
             raise ValueError(f"{where}: auxiliary names no block: {', '.join(unknown)}")
 
-    def as_dict(self, form: Form = "train") -> dict[str, Any]:
-        """Its fields as a config or a deploy directory saves them.
-
-        Args:
-          form: of the network that is saved with it.
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields as JSON can hold them.
 
         Raises:
           ValueError: its `block` has no name, and no file can contain a function.
@@ -168,14 +171,26 @@ class Variant:
                 "be saved; give it a name, see docs/own_block.md"
             )
         fields = dataclasses.asdict(self)
-        if self.block not in networks.BLOCKS:
-            saved = SavedBlock.of(self.block, self.layers(), form)
-            fields["block"] = dataclasses.asdict(saved)
         # Digests of settings that were saved before these fields existed must not change.
         kept = _without_defaults(fields, Variant, ("activation", "head"))
         if kept["se"] is not None:
             kept["se"] = _without_defaults(kept["se"], SqueezeExcite, ("multiple",))
         return kept
+
+    def as_saved(self, form: Form) -> dict[str, Any]:
+        """`as_dict` for files: what is known of a block of an installed package is part of it.
+
+        Args:
+          form: of the network that is saved with it.
+
+        Raises:
+          ValueError: as `as_dict`.
+        """
+        fields = self.as_dict()
+        if self.block not in networks.BLOCKS:
+            saved = SavedBlock.of(fields["block"], self.layers(), form)
+            fields["block"] = dataclasses.asdict(saved)
+        return fields
 
     @property
     def stage_strides(self) -> tuple[int, ...]:
@@ -307,7 +322,13 @@ class Variant:
     def _in_place_of(self, layer: Layer) -> tuple[Layer, ...]:
         """What the variant's `block` makes of a layer of RepVGG."""
         block = networks.block_named(self.block) if isinstance(self.block, str) else self.block
-        found = block if isinstance(block, BlockSpec) else block(layer)
+        try:
+            found = block if isinstance(block, BlockSpec) else block(layer)
+        except Exception as error:  # whatever the function does
+            reason = one_line(f"{type(error).__name__}: {error}")
+            raise ValueError(
+                f"variant {self.name!r}: its block fails for layer {layer.name}: {reason}"
+            ) from error
         if isinstance(found, BlockSpec):
             return (dataclasses.replace(layer, block=found),)
         if not isinstance(found, (tuple, list)) or not all(isinstance(x, Layer) for x in found):

@@ -87,9 +87,9 @@ def _locked(directory: pathlib.Path) -> Iterator[bool]:
 def _architecture(model: Any) -> dict[str, Any]:
     variant = model.variant
     if not isinstance(model, Segmenter):
-        return {"variant": variant.as_dict("deploy")}
+        return {"variant": variant.as_saved("deploy")}
     return {
-        "variant": variant.as_dict("deploy") if isinstance(variant, Variant) else None,
+        "variant": variant.as_saved("deploy") if isinstance(variant, Variant) else None,
         "segmentation": dataclasses.asdict(SegmenterForm.of(model)),
     }
 

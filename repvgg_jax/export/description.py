@@ -43,7 +43,7 @@ def model_header(network: Network) -> dict[str, str]:
         return {}
     header = {}
     if VARIANTS.get(variant.name) != variant:
-        header["architecture"] = json.dumps(variant.as_dict("deploy"), ensure_ascii=False)
+        header["architecture"] = json.dumps(variant.as_saved("deploy"), ensure_ascii=False)
     with contextlib.suppress(ValueError):  # one that `read_description` could not give back
         header["activation"] = activations.name_of(network.model.activation, variant.name) or "none"
     return header

@@ -19,8 +19,8 @@ from repvgg_jax.reparam.containers import (
     unboxed,
     variables_in,
 )
-from repvgg_jax.reparam.linear import Geometry, names
-from repvgg_jax.reparam.terms import Linear
+from repvgg_jax.reparam.linear import Geometry, names, walk, without_initial
+from repvgg_jax.reparam.terms import Filter, Linear
 from repvgg_jax.reparam.tree import (
     Path,
     Walk,
@@ -127,9 +127,16 @@ def fuse_block(
     leaves = jax.tree.leaves((own, stats))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         fold = functools.partial(jax.eval_shape, fold)
-    elif all(_is_on_device(leaf) for leaf in leaves):
+    elif _can_be_compiled(leaves, spec.train, epsilon):
         # One program per shape of a block; otherwise each operation would be compiled.
-        fold = functools.partial(_fold_compiled, **fold.keywords)
+        same = geometry.has_same_shape
+        fold = functools.partial(
+            _fold_compiled,
+            train=without_initial(spec.train),
+            geometry=dataclasses.replace(geometry, stride=1, dilation=1, same_shape=same),
+            epsilon=epsilon,
+            dtype=dtype,
+        )
     fused = fold(own, stats or {})
     if dtype == np.float16:
         _check_range(path_name((*path, spec.deploy)), fused)
@@ -149,9 +156,26 @@ def _fold(
 _fold_compiled = jax.jit(_fold, static_argnames=("train", "geometry", "epsilon", "dtype"))
 
 
-def _is_on_device(leaf: Any) -> bool:
-    """Whether it is an array of JAX with values, not one of NumPy or a tracer."""
-    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+def _can_be_compiled(leaves: Sequence[Any], train: Linear, epsilon: Any) -> bool:
+    """Whether `_fold_compiled` gives what `_fold` gives, sooner.
+
+    All leaves have to be arrays of JAX with values, on one device each: a compiler would choose
+    another sharding. Everything else has to be constant, and to say whether it is the same.
+    """
+    if not all(
+        isinstance(leaf, jax.Array)
+        and not isinstance(leaf, jax.core.Tracer)
+        and len(leaf.sharding.device_set) == 1
+        for leaf in leaves
+    ):
+        return False
+    if any(isinstance(term, Filter) and callable(term.taps) for term in walk(train)):
+        return False
+    try:
+        hash((train, epsilon))
+    except TypeError:
+        return False
+    return True
 
 
 @dataclasses.dataclass

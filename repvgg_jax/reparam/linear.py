@@ -145,7 +145,7 @@ def leaves(term: Linear, geometry: Geometry) -> tuple[Leaf, ...]:
     def collect(part: Linear, in_channels: int, out_channels: int, _: int) -> None:
         found.extend(_own_leaves(part, in_channels, out_channels, geometry.groups))
 
-    _visit(term, geometry, collect)
+    visit(term, geometry, collect)
     return tuple(found)
 
 
@@ -172,14 +172,17 @@ def macs(term: Linear, geometry: Geometry, height: int, width: int) -> int:
             taps = part.kernel_size[0] * part.kernel_size[1]
             total += taps * in_channels // groups * out_channels * pixels
 
-    _visit(term, geometry, count)
+    visit(term, geometry, count)
     return total
 
 
-def _visit(
-    term: Linear, geometry: Geometry, visit: Callable[[Linear, int, int, int], None]
-) -> None:
-    """Calls `visit` with every term, its channels in and out and the stride behind it.
+def visit(term: Linear, geometry: Geometry, call: Callable[[Linear, int, int, int], None]) -> None:
+    """Calls `call` with every term, its channels in and out and the stride behind it.
+
+    Args:
+      term: the expression.
+      geometry: of the block.
+      call: takes a term, its channels in, its channels out, and the stride behind it.
 
     Raises:
       ValueError: the terms do not fit together or do not give the block's shape.
@@ -212,7 +215,7 @@ def _visit(
                 )
         if isinstance(part, (Conv, AvgPool, Filter)) and part.strided:
             stride *= geometry.stride
-        visit(part, channels, out, stride)
+        call(part, channels, out, stride)
         return out, stride
 
     resolved = present(term, geometry.has_same_shape)

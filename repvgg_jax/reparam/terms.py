@@ -109,9 +109,9 @@ class Filter:
             return
         try:
             taps = np.asarray(self.taps, np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             taps = np.empty(0)
-        if taps.ndim != 2:
+        if taps.ndim != 2 or not taps.size or not np.isfinite(taps).all():
             raise ValueError(
                 f"Filter: taps={one_line(self.taps, 80)} must be rows of as many numbers each"
             )

@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from repvgg_jax.text import first_few, plural
+from repvgg_jax.variants import Variant
 from repvgg_jax.weights import Weights, files, merge_weights
 from repvgg_jax.weights.state_dict import find_state_dict
 from repvgg_jax.weights.tensor import Shapes, read_float32
@@ -42,7 +43,9 @@ class Started:
         )
 
 
-def start_from_classifier(loaded: Weights, fresh: Mapping[str, Any]) -> Started:
+def start_from_classifier(
+    loaded: Weights, fresh: Mapping[str, Any], *, variant: Variant | None = None
+) -> Started:
     """Replaces a freshly initialized backbone by that of a classifier.
 
     Dilation changes neither names nor shapes, and blocks have an identity branch where the
@@ -52,6 +55,7 @@ def start_from_classifier(loaded: Weights, fresh: Mapping[str, Any]) -> Started:
       loaded: a classifier of the same variant and epsilon, from `load_weights` or
         `load_pretrained`; the deploy form is unfused.
       fresh: `create_segmenter(…).init(…)`.
+      variant: of the backbone, as in `merge_weights`.
 
     Raises:
       ValueError: `fresh` is not a segmenter in training form, or has another backbone; the message
@@ -63,7 +67,8 @@ def start_from_classifier(loaded: Weights, fresh: Mapping[str, Any]) -> Started:
             "a segmenter starts in training form, but these variables have no backbone with "
             "batch_stats; build it with create_segmenter(…, deploy=False)"
         )
-    merged = merge_weights(loaded, {name: fresh[name]["backbone"] for name in collections})
+    backbone = {name: fresh[name]["backbone"] for name in collections}
+    merged = merge_weights(loaded, backbone, variant=variant)
     variables = {
         **fresh,
         **{name: {**fresh[name], "backbone": merged.variables[name]} for name in collections},

@@ -273,7 +273,7 @@ def evaluate_only(
     settings = dataclasses.replace(
         Settings.from_config(config), init_from=init_from or "", init_entry=init_entry or ""
     )
-    consensus.require_same(settings.as_json())
+    consensus.require_same(settings.as_saved())
     check_batches(settings, devices=jax.device_count(), processes=jax.process_count())
     workdir = run_directory(init_from) if init_from else Workdir(pathlib.Path(path))
     if workdir is None and step != "newest":

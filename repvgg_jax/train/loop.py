@@ -92,7 +92,7 @@ def train(
         settings = dataclasses.replace(settings, init_from=init_from)
     if init_entry is not None:
         settings = dataclasses.replace(settings, init_entry=init_entry)
-    consensus.require_same(settings.as_json())
+    consensus.require_same(settings.as_saved())
     check_batches(settings, devices=jax.device_count(), processes=jax.process_count())
     consensus.announce(
         batch_size=settings.train.batch_size,

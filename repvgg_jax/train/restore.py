@@ -207,13 +207,13 @@ def starting_state(experiment: Experiment) -> TrainState:
     fresh, ranges = split_ranges(jax.device_get(state.variables))
     merged: Merged | Started
     if isinstance(experiment.model, Segmenter) and not loaded.is_segmenter:
-        merged, note = start_from_classifier(loaded.weights, fresh), ""
+        own = _own_variant(experiment)
+        merged = start_from_classifier(loaded.weights, fresh, variant=own)
+        note = ""
     else:
         weights, note = fit_head(loaded.weights, loaded.classes, experiment.dataset.classes)
         weights = _fit_channels(weights, experiment)
-        variant = experiment.model.variant
-        own = variant if isinstance(variant, Variant) else None
-        merged = merge_weights(weights, fresh, variant=own)
+        merged = merge_weights(weights, fresh, variant=_own_variant(experiment))
     logger.info("%s%s (%s)", merged, f"; {note}" if note else "", source)
     if loaded.weights.unused:
         logger.info("left out of %s: %s", source, first_few(loaded.weights.unused))
@@ -225,6 +225,12 @@ def starting_state(experiment: Experiment) -> TrainState:
     begun = state_from(variables, experiment.optimizer, average=bool(state.ema))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.device_put(begun, shardings)
+
+
+def _own_variant(experiment: Experiment) -> Variant | None:
+    """The network's variant, which knows its blocks; None on a ResNet."""
+    variant = experiment.model.variant
+    return variant if isinstance(variant, Variant) else None
 
 
 def _fit_channels(weights: Weights, experiment: Experiment) -> Weights:
@@ -257,7 +263,7 @@ def starting_weights(experiment: Experiment, loaded: "Loaded") -> Merged:
             "train it as a segmenter first, with --init_from"
         )
     fresh, _ = split_ranges(jax.device_get(experiment.initial_state().variables))
-    return merge_weights(loaded.weights, fresh)
+    return merge_weights(loaded.weights, fresh, variant=_own_variant(experiment))
 
 
 def _with_measured_norms(experiment: Experiment, variables: dict[str, Any]) -> dict[str, Any]:

@@ -396,8 +396,18 @@ class Settings(Section, path="config"):
             raise ValueError(f'{found[0]} is for config.task="classification"; leave it off')
 
     def as_json(self) -> dict[str, Any]:
-        """The content of `config.json`, which `from_mapping` takes back."""
+        """The settings as JSON, which `from_mapping` takes back."""
         return as_json(self.plain())
+
+    def as_saved(self) -> dict[str, Any]:
+        """The content of `config.json`: `as_json`, and which block of which package it has.
+
+        Without that, another version of the package would go unnoticed.
+        """
+        found, variant = self.as_json(), self.model.variant
+        if isinstance(variant, Variant) and isinstance(found["model"]["variant"], dict):
+            found["model"]["variant"] = variant.as_saved("train")
+        return found
 
     @property
     def statistics_group(self) -> int:

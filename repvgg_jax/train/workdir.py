@@ -17,7 +17,7 @@ from repvgg_jax.cluster import lock
 from repvgg_jax.data.identity import DataIdentity
 from repvgg_jax.files import write_text
 from repvgg_jax.normalize import Normalize
-from repvgg_jax.text import differences, first_few
+from repvgg_jax.text import differences, first_few, one_line
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.typed import typed
 
@@ -219,8 +219,7 @@ class Workdir:
           OSError: it cannot be written.
         """
         if self.config.exists():
-            stored = self.read_settings()
-            changed = differences(stored.as_json(), settings.as_json())
+            stored, changed = self._compared(settings)
             if not changed:
                 return
             if self.has_checkpoint:
@@ -249,8 +248,18 @@ class Workdir:
             )
         self._write_settings(settings)
 
+    def _compared(self, settings: Settings) -> tuple[Settings | None, list[str]]:
+        """The settings that are there, None if they are of no use, and how others differ."""
+        try:
+            stored = self.read_settings()
+        except ValueError as error:
+            if self.has_checkpoint:
+                raise
+            return None, [f"another config.json ({one_line(error)})"]
+        return stored, differences(stored.as_json(), settings.as_json())
+
     def _write_settings(self, settings: Settings) -> None:
-        write_text(self.config, json.dumps(settings.as_json(), indent=2) + "\n")
+        write_text(self.config, json.dumps(settings.as_saved(), indent=2) + "\n")
 
     def check_there(self) -> None:
         """Checks that nobody has removed the directory while its run is at work.
