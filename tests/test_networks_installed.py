@@ -17,6 +17,7 @@ from repvgg_jax.convert.pipeline import convert
 from repvgg_jax.convert.source import from_run
 from repvgg_jax.export import parse_targets
 from repvgg_jax.train.config import default_config
+from repvgg_jax.train.evaluate import evaluate_only
 from repvgg_jax.train.loop import train
 from repvgg_jax.train.settings import Settings
 from repvgg_jax.train.workdir import Workdir
@@ -140,6 +141,9 @@ def test_a_run_is_trained_converted_and_predicts(installed, tmp_path):
     images = np.zeros((2, 8, 8, 1), np.uint8)
     logits = network.predict(images)
     assert logits.shape == (2, 10)
+
+    evaluated = evaluate_only(config, tmp_path / "none", init_from=str(tmp_path / "deploy"))
+    assert evaluated.trained["accuracy"] == pytest.approx(outcome.accuracy, abs=0.011)
 
     # A block of another title is the same network.
     upgrade(installed, "1.1", '"crossed", Sum', '"renamed", Sum')

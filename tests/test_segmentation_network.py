@@ -331,6 +331,22 @@ def test_a_segmenter_starts_from_a_classifier(form):
     )
 
 
+def test_a_deployed_classifier_of_other_blocks():
+    """Its variant says what its convolutions are unfused to."""
+    variant = rv.Variant("q", (1, 1), (8, 16), stem_channels=8, strides=(1, 2), block="qarepvgg")
+    model = rv.create_model(variant, num_classes=7)
+    deployed = model.fuse(random_variables(model))
+    weights = rv.load_weights(jax.device_get(named_leaves(deployed)), variant=variant)
+    network = rv.create_segmenter(
+        variant, CLASSES, output_stride=4, bins=(1, 2), width=8, auxiliary_width=4
+    )
+    fresh = jax.tree.map(np.asarray, random_variables(network, size=33))
+    started = start_from_classifier(weights, fresh, variant=variant)
+    fused = model.fuse({name: tree["backbone"] for name, tree in started.variables.items()})
+    for name, block in fused["params"].items():
+        chex.assert_trees_all_close(block, deployed["params"][name], rtol=1e-5, atol=1e-5)
+
+
 def test_another_backbone_is_refused():
     other = rv.Variant("other", (1, 1, 6, 1), (8, 8, 16, 32), stem_channels=8, groups=2)
     fresh = random_variables(tiny(other), size=33)
