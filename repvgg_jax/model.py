@@ -99,6 +99,7 @@ def create_model(
       ValueError: unknown variant, an output stride it cannot have, or an option that cannot be.
     """
     variant = get_variant(name)
+    dilations = None if dilations is None else tuple(dilations)
     variant.layers(output_stride, dilations)  # raises where the stride cannot be had
     is_integer = isinstance(num_classes, (int, np.integer)) and not isinstance(num_classes, bool)
     if not is_integer or num_classes < 0:

@@ -20,12 +20,16 @@ from absl.testing import flagsaver
 from flax import linen as nn
 
 from repvgg_jax import create_model, files, fuse_params, load_weights, save_weights, to_state_dict
+from repvgg_jax.classifier import center_crop
 from repvgg_jax.convert import command
 from repvgg_jax.convert.deployed import load_deployed
+from repvgg_jax.convert.metadata import Crop
 from repvgg_jax.convert.output import Output
 from repvgg_jax.convert.pipeline import convert
-from repvgg_jax.convert.source import Facts, from_run, from_weights
-from repvgg_jax.export import FORMATS, Normalize, Target, parse_targets
+from repvgg_jax.convert.source import Facts, crop_of, from_run, from_weights
+from repvgg_jax.data.dataset import load
+from repvgg_jax.export import FORMATS, Normalize, Target, export, parse_targets
+from repvgg_jax.export.description import read_description
 from repvgg_jax.model import RepVGG
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.experiment import build_model
@@ -34,6 +38,7 @@ from repvgg_jax.train.state import TrainState
 from repvgg_jax.train.workdir import RunMetadata, Workdir
 from tests.helpers import export_networks as nets
 from tests.helpers.commands import ROOT, check_one_line, run
+from tests.helpers.runs import small_settings
 from tests.helpers.trees import random_variables
 
 OLD = ROOT / "tests" / "data" / "v0.1-0164ae8"  # a run and a deploy directory of that commit
@@ -597,13 +602,15 @@ class TestSource:
     @pytest.mark.parametrize("kind", ["plain", "silu", "features"])
     def test_a_file_of_ours_says_what_it_takes(self, kind, tmp_path):
         """Its architecture, too, if that is of one's own."""
-        done = convert(nets.source(kind), Output(tmp_path / "deploy"), targets=DEFAULT)
+        source = dataclasses.replace(nets.source(kind), crop=Crop(0.7, (0, 0, 9), 10.0))
+        done = convert(source, Output(tmp_path / "deploy"), targets=DEFAULT)
         alone = tmp_path / "alone.safetensors"
         shutil.copy(done.output / "model.safetensors", alone)
         given, wanted = from_weights(str(alone)), load_deployed(done.output)
         assert given.model.variant == wanted.model.variant
         assert given.model.activation == wanted.model.activation
         assert given.labels == nets.source(kind).labels
+        assert given.crop == source.crop
         assert given.normalize == nets.source(kind).normalize
         assert given.images.shape[1:] == nets.images().shape[1:]
         assert given.notes == ()
@@ -613,6 +620,34 @@ class TestSource:
         assert again.metadata["classes"] == wanted.metadata["classes"]
         with pytest.raises(ValueError, match=r"--mean .* header"):
             from_weights(str(alone), Facts(mean=(0.5,) * 3))
+
+    def test_a_file_of_an_activation_without_a_name(self, tmp_path):
+        """It must not come back as ReLU."""
+        network = nets.fresh("plain")
+        network.model = network.model.clone(activation=jnp.tanh)
+        export("safetensors", network, tmp_path / "tanh.safetensors")
+        with pytest.raises(ValueError, match=r"which activation .* none of relu, silu, gelu"):
+            from_weights(str(tmp_path / "tanh.safetensors"))
+        assert read_description(tmp_path / "tanh.safetensors").labels == network.labels
+
+    @pytest.mark.parametrize(
+        "sizes",
+        [
+            {},
+            {"train_size": 6},
+            {"eval_size": 6},
+            {"train_size": 6, "eval_crop": 0.5},
+            {"train_size": 6, "eval_size": 7, "eval_crop": 1.0},
+        ],
+    )
+    def test_image_files_are_cropped_as_in_evaluation(self, sizes):
+        settings = small_settings(**{f"data__{k}": v for k, v in sizes.items()}).data
+        dataset = load(settings)
+        crop = center_crop(dataset.eval_shape, **dataclasses.asdict(crop_of(settings)))
+        for number in range(3):
+            example = dataset.evaluation[number]
+            expected = example["image"] if dataset.eval_crop is None else dataset.eval_crop(example)
+            np.testing.assert_array_equal(crop(example), expected)
 
     def test_a_file_of_an_older_version_lacks_its_architecture(self, tmp_path):
         """It is in the directory, not in the file."""

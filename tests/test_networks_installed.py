@@ -174,7 +174,10 @@ def test_a_function_is_called_with_layers(installed):
     ("name", "message"),
     [
         ("crosed", r"variant 'own': unknown block 'crosed'; did you mean 'crossed'.*entry point"),
-        ("number", "'number', own_blocks:number of own_blocks, is a int.* BlockSpec or"),
+        (
+            "number",
+            "'number', own_blocks:number of own_blocks, is of the type int; .* BlockSpec or",
+        ),
         ("missing", "own_blocks:missing of own_blocks, cannot .*: AttributeError.*'missing'"),
         ("nothing", "variant 'own': its block gives None for layer stem; .* BlockSpec or a tuple"),
         ("empty", "variant 'own': it has no layers"),

@@ -119,6 +119,16 @@ def test_containers(name, variables):
     np.testing.assert_allclose(equivalent_l2(wrapped), penalty, rtol=1e-6)
 
 
+def test_blocks_of_a_partly_fused_nnx_state_are_counted():
+    variables = random_variables(MODEL)
+    state = nnx_state(variables)
+    count = len(rv.fuse_params(variables)["params"]) - 1  # without the head
+    part = rv.fuse_params(state, exclude=("stem",), expect=count - 1)
+    rv.fuse_params(part, expect=count)
+    with pytest.raises(ValueError, match=f"found {count} blocks of the {count + 1}"):
+        rv.fuse_params(part, expect=count + 1)
+
+
 @pytest.mark.parametrize("name", ["FrozenDict", "defaultdict", "Partitioned", "nnx.State"])
 def test_masks_have_the_structure_of_their_parameters(name, variables):
     wrapped = CONTAINERS[name][0](variables)

@@ -105,6 +105,20 @@ def test_a_longer_run_has_the_rates_of_one_that_was_longer_from_its_start():
     assert resume.started(found.settings, "cpu").train.step_offset == 0
 
 
+def test_other_data_keep_the_place_in_the_schedule():
+    """Twice the images are twice the steps per epoch; the epoch stays what it is."""
+    settings = resume.resumed(
+        small_settings(), small_settings(), step=11, images=2 * 1437, images_before=1437
+    )
+    assert settings.train.step_offset == 11
+    half = resume.resumed(settings, small_settings(), step=33, images=1437, images_before=2 * 1437)
+    assert half.train.step_offset == 22 - 33
+    same = resume.resumed(settings, small_settings(), step=20, images=2874, images_before=2874)
+    assert same.train.step_offset == 11
+    with pytest.raises(ValueError, match=r"100 training images are fewer .*batch_size=128"):
+        resume.resumed(small_settings(), small_settings(), step=10, images=100)
+
+
 def test_a_length_that_is_over():
     with pytest.raises(ValueError, match=r"epochs=1 .* epoch 2"):
         resume.resumed(small_settings(), small_settings(train__epochs=1), step=22, images=1437)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repvgg_jax import create_model
+from repvgg_jax import Variant, create_model
 from repvgg_jax.reparam import decay_mask, equivalent_l2
 from repvgg_jax.train.experiment import REMAT_POLICIES, Experiment, balanced_weights
 from repvgg_jax.train.freezing import Frozen
@@ -17,8 +17,14 @@ from repvgg_jax.train.settings import OptimizerSettings, Settings
 from repvgg_jax.train.step import Classification, EvalStep
 from repvgg_jax.train.validate import check_batches
 from tests.helpers.jit import QUICK, quick_jit
-from tests.helpers.runs import assert_same, in_float64, small_config, small_experiment
-from tests.helpers.trees import TINY_AUXILIARY, paths, random_variables
+from tests.helpers.runs import (
+    assert_same,
+    in_float64,
+    small_config,
+    small_experiment,
+    small_settings,
+)
+from tests.helpers.trees import TINY_AUXILIARY, paths, random_variables, randomize
 
 
 def batch_of(run: Experiment, size: int = 64):
@@ -312,6 +318,30 @@ class TestEquivalentL2:
             moved = b.params["stem"][name]["kernel"] - a.params["stem"][name]["kernel"]
             np.testing.assert_allclose(moved, rate * 0.3 * (kernel - expected), atol=1e-10)
         assert_same(a.params["head"], b.params["head"])
+
+    def test_of_other_blocks(self):
+        """What is penalized instead of decayed is what the network's own blocks add up."""
+        variant = Variant("m", (1, 1), (8, 8), 8, strides=(1, 2), block="mobileone")
+        run = small_experiment(variant, optimizer__equivalent_l2=True)
+        assert run.train_step.blocks == variant.blocks
+        shapes = jax.eval_shape(run.model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+        variables = randomize(shapes)
+        assert float(equivalent_l2(variables)) == 0.0
+        assert float(equivalent_l2(variables, blocks=run.train_step.blocks)) > 1.0
+        mask = decay_mask(variables["params"], equivalent_l2=True, blocks=variant.blocks)
+        updates, _ = run.optimizer.update(
+            jax.tree.map(jnp.zeros_like, variables["params"]),
+            run.optimizer.init(variables["params"]),
+            variables["params"],
+        )
+        assert not all(jax.tree.leaves(mask["stem"]))
+        assert not any(leaf.any() for leaf in jax.tree.leaves(updates["stem"]))
+
+    @pytest.mark.parametrize("block", ["repopt_search", "diracnet", "qarepvgg"])
+    def test_blocks_without_one_are_refused(self, block):
+        variant = Variant("x", (1, 1), (8, 8), 8, strides=(1, 2), block=block)
+        with pytest.raises(ValueError, match="equivalent_l2 has no effect on x"):
+            small_settings(variant, optimizer__equivalent_l2=True)
 
     def test_the_value(self, rng):
         variables = random_variables(create_model(TINY_AUXILIARY, num_classes=5))

@@ -63,8 +63,8 @@ def installed(name: str, known: tuple[str, ...] = ()) -> Block:
         raise ValueError(f"block {name!r}, {where[0]}, cannot be imported: {reason}") from error
     if not callable(block) and not isinstance(block, BlockSpec):
         raise ValueError(
-            f"block {name!r}, {where[0]}, is a {type(block).__name__}; it has to be a BlockSpec or "
-            "a function of a Layer"
+            f"block {name!r}, {where[0]}, is of the type {type(block).__name__}; it has to be a "
+            "BlockSpec or a function of a Layer"
         )
     return block
 

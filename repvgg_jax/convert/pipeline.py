@@ -150,6 +150,7 @@ def convert(
         with_preprocessing=with_preprocessing,
         feature_maps=feature_maps,
         dynamic_size=dynamic_size,
+        crop=dataclasses.asdict(source.crop),
     )
     for target in targets:
         target.check(network)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from repvgg_jax.activations import ACTIVATIONS
 from repvgg_jax.convert.deployed import load_deployed
 from repvgg_jax.convert.metadata import Crop, Metadata, is_deployment
 from repvgg_jax.convert.subject import PROOF_IMAGES, Source, Trained, proof_images
@@ -28,6 +29,7 @@ from repvgg_jax.train.proof_images import (
     validation_images,
 )
 from repvgg_jax.train.restore import Step, load_run
+from repvgg_jax.typed import typed
 from repvgg_jax.variants import Variant
 from repvgg_jax.weights import Weights, is_pretrained, load_file_or_pretrained
 from repvgg_jax.weights.detect import UnknownVariantError
@@ -126,7 +128,7 @@ def from_run(path: pathlib.Path, *, step: Step = "newest", data: str | None = No
 def crop_of(settings: DataSettings) -> Crop:
     """How a run's evaluation reads image files."""
     # Without a size, images are taken as they are.
-    fraction = settings.eval_crop if settings.eval_size else 1.0
+    fraction = settings.eval_crop if settings.size_of_evaluation else 1.0
     return Crop(fraction, settings.background, settings.white)
 
 
@@ -204,6 +206,13 @@ def _from_deployed(path: pathlib.Path, data: str | None, *, adding: bool) -> Sou
 
 
 def _from_own_file(path: pathlib.Path, description: Description, data: str | None) -> Source:
+    if description.has_other_activation:
+        raise ValueError(
+            f"{path} does not say which activation its network has, since it is none of "
+            f"{', '.join(ACTIVATIONS)}; build the network with create_model(activation=…) and give "
+            "it to repvgg_jax.export.export"
+        )
+    crop = Crop() if description.crop is None else typed(Crop, description.crop, f"{path}: crop")
     loaded = _load(str(path), {"variant": description.variant})
     images, image_source = _images(description.image_shape, data)
     return Source(
@@ -215,6 +224,7 @@ def _from_own_file(path: pathlib.Path, description: Description, data: str | Non
         normalize=description.normalize,
         labels=description.labels,
         details={"weights": str(path), "family": loaded.family, "images": image_source},
+        crop=crop,
         **_data_of(description.image_shape, data),
     )
 

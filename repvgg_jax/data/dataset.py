@@ -284,7 +284,7 @@ def load(settings: DataSettings, *, training: bool = True) -> Dataset:
             f"config.data.num_classes={settings.num_classes}, but {name} has {len(classes)} "
             f"classes; 0 takes the number from the data"
         )
-    train_size, eval_size = settings.train_size, settings.eval_size or settings.train_size
+    train_size, eval_size = settings.train_size, settings.size_of_evaluation
     if isinstance(train, ArraySource):
         height, width, channels = train.images.shape[1:]
     elif isinstance(train, SceneSource):

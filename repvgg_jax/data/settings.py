@@ -165,6 +165,11 @@ class DataSettings(Section, path="config.data"):
         (0.229, 0.224, 0.225), "standard deviation per channel of pixels on the scale 0 … 1"
     )
 
+    @property
+    def size_of_evaluation(self) -> int | tuple[int, int]:
+        """Size of validation images: `eval_size`, or without one `train_size`; 0: as they are."""
+        return self.eval_size or self.train_size
+
     def check(self) -> None:
         """Checks crops, standard deviations, the background and sizes."""
         for name in ("train_size", "eval_size"):

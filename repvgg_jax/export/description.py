@@ -1,10 +1,9 @@
 """What the header of our own `model.safetensors` says about the network in it."""
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from repvgg_jax import activations, files
@@ -13,6 +12,8 @@ from repvgg_jax.normalize import Normalize
 from repvgg_jax.text import one_line
 from repvgg_jax.typed import typed
 from repvgg_jax.variants import VARIANTS, Variant
+
+_OTHER = "other"  # an activation that has no name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Description:
       image_shape: (height, width, channels).
       normalize: pixels to what the network takes.
       labels: class names by label; empty if unknown.
+      has_other_activation: whether the blocks have an activation without a name, which the file
+        cannot tell.
+      crop: how evaluation crops image files; None if an older version wrote the file.
     """
 
     variant: Variant | None
@@ -32,6 +36,8 @@ class Description:
     image_shape: tuple[int, int, int]
     normalize: Normalize
     labels: tuple[str, ...]
+    has_other_activation: bool = False
+    crop: Mapping[str, Any] | None = None
 
 
 def model_header(network: Network) -> dict[str, str]:
@@ -41,11 +47,13 @@ def model_header(network: Network) -> dict[str, str]:
     variant = network.model.variant
     if not isinstance(variant.block, str):  # nor a block that has no name
         return {}
-    header = {}
+    header = {} if network.crop is None else {"crop": json.dumps(network.crop)}
     if VARIANTS.get(variant.name) != variant:
         header["architecture"] = json.dumps(variant.as_saved("deploy"), ensure_ascii=False)
-    with contextlib.suppress(ValueError):  # one that `read_description` could not give back
+    try:
         header["activation"] = activations.name_of(network.model.activation, variant.name) or "none"
+    except ValueError:
+        header["activation"] = _OTHER
     return header
 
 
@@ -72,7 +80,11 @@ def read_description(path: str | os.PathLike) -> Description | None:
         activation = header.get("activation", "relu")
         return Description(
             variant=variant,
-            activation=activations.OR_NONE[None if activation == "none" else activation],
+            activation=None if activation in ("none", _OTHER) else activations.OR_NONE[activation],
+            has_other_activation=activation == _OTHER,
+            crop=typed(
+                Mapping[str, Any] | None, files.parse_json(header.get("crop", "null")), "crop"
+            ),
             image_shape=(height, width, typed(int, given["channels"], "channels")),
             normalize=Normalize(mean, std),
             labels=tuple(map(str, given["labels"])),

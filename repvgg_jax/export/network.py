@@ -55,6 +55,7 @@ class Network:
         with_preprocessing: bool = False,
         feature_maps: Sequence[str] = (),
         dynamic_size: bool = False,
+        crop: Mapping[str, Any] | None = None,
     ):
         """Checks everything before anything is written.
 
@@ -73,6 +74,8 @@ class Network:
           feature_maps: names of stages, e.g. `("stage2", "stage3", "stage4")`, of a RepVGG: the
             outputs are their last feature maps, as of its method `features`.
           dynamic_size: see the class; proofs then run on images of two sizes.
+          crop: how evaluation crops image files, as `metadata.json` of a deploy directory says
+            it; part of the header of `model.safetensors`.
 
         Raises:
           ValueError: variables in training form or of another network, weights that are not
@@ -84,6 +87,7 @@ class Network:
         self.with_preprocessing = with_preprocessing
         self.feature_maps = self._checked_stages(feature_maps)
         self.dynamic_size = dynamic_size
+        self.crop = crop
         self.images = self._checked_images(np.asarray(images))
         self.params, self.state = self._checked_variables(variables)
         self._check_outputs()

@@ -60,7 +60,7 @@ def equivalent_l2(
     stray: list[Path] = []
     for spec, params, stats in _all_blocks(variables, blocks, (), stray):
         found = True
-        if pairs := _penalized(spec):
+        if pairs := penalized(spec):
             total += _block_l2(pairs, params, stats, epsilon)
     if stray and not found:
         raise ValueError(
@@ -96,7 +96,7 @@ def decay_mask(
             if isinstance(term, Norm) and term.decay:
                 own[term.name] = {"scale": True}
         if spec and equivalent_l2:
-            own |= {conv.name: {"kernel": False} for conv, _ in _penalized(spec)}
+            own |= {conv.name: {"kernel": False} for conv, _ in penalized(spec)}
         return rebuild(
             node,
             {
@@ -108,7 +108,7 @@ def decay_mask(
     return mask(params, "", {})
 
 
-def _penalized(spec: BlockSpec) -> list[tuple[Conv, Norm]]:
+def penalized(spec: BlockSpec) -> list[tuple[Conv, Norm]]:
     """The convolutions, each with its norm, whose scaled kernels add up to the deploy kernel."""
     terms = spec.train.terms if isinstance(spec.train, Sum) else (spec.train,)
     return [
@@ -166,7 +166,7 @@ def _blocks(
     """Every training-form block inside a tree, with its statistics."""
     if spec := matching_block(params, blocks):
         params, stats = (unboxed(part) for part in with_statistics(spec, params, stats))
-        if absent := [norm.name for _, norm in _penalized(spec) if norm.name not in (stats or {})]:
+        if absent := [norm.name for _, norm in penalized(spec) if norm.name not in (stats or {})]:
             raise ValueError(
                 f"{path_name(path)} has no running statistics of {', '.join(absent)}; give the "
                 "whole variables, {'params': …, 'batch_stats': …}"

@@ -184,6 +184,7 @@ class _Fusing(Walk):
 
     stray: Path | None = None
     deployed_outside: int = 0  # as in a state of Flax NNX, where there is no `params`
+    merged: int = 0  # blocks with statistics beside the parameters, as there
     near_misses: list[str] = dataclasses.field(default_factory=list)
     variances: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -193,6 +194,7 @@ class _Fusing(Walk):
             return rebuild(node, self.collections(collections, path, isinstance(node, Mapping)))
         if spec := self.train_spec(node, path):
             if is_merged(spec, node):
+                self.merged += 1
                 return self.inside_params(node, None, path)[0]
             self.stray = self.stray or path
             return node
@@ -296,17 +298,20 @@ class _Fusing(Walk):
 
     def check(self, expect: int | None) -> None:
         """Raises for too few or too many blocks, or a variance that cannot be one."""
-        if not self.count and self.stray is None:
-            self.count = self.deployed_outside
+        if self.stray is None and (self.merged or not self.count):
+            self.count += self.deployed_outside
         if not self.count and self.stray is not None:
             raise ValueError(
                 f"{path_name(self.stray)} is a block outside any 'params': give the whole "
                 "variables, {'params': …, 'batch_stats': …}, not the parameters alone"
             )
         if expect is not None and self.count != expect:
+            looked = ", ".join(spec.name for spec in self.blocks)
             raise ValueError(
                 f"found {plural(self.count, 'block')} of the {expect} that were expected"
-                + "".join(f"; {text}" for text in self.near_misses[:3])
+                + ("".join(f"; {text}" for text in self.near_misses[:3]))
+                + f"; looked for {looked}, and others have to be given, e.g. "
+                "blocks=(*BUILT_IN, spec)"
             )
         if not self.count:
             known = ", ".join(spec.name for spec in self.blocks)

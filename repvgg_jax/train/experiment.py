@@ -20,7 +20,7 @@ from repvgg_jax.data.transforms import TrainSizes
 from repvgg_jax.model import RematPolicy, RepVGG, create_model, keep_convolutions
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.quantization.qat import Qat, Simulation, with_ranges
-from repvgg_jax.reparam import rep_init, repopt_search
+from repvgg_jax.reparam import BUILT_IN, BlockSpec, rep_init, repopt_search
 from repvgg_jax.segmentation.inference import PROTOCOLS
 from repvgg_jax.segmentation.network import Segmenter, create_segmenter
 from repvgg_jax.segmentation.task import Segmentation
@@ -51,6 +51,13 @@ REMAT_POLICIES: Mapping[str, bool | RematPolicy] = {
 
 Model = RepVGG | Segmenter
 Evaluated = Model | Simulation
+
+
+def blocks_of(model: Model) -> tuple[BlockSpec, ...]:
+    """The kinds of blocks in a network."""
+    variant = model.variant
+    own = variant.blocks if isinstance(variant, Variant) else ()
+    return own if isinstance(model, RepVGG) else (*own, *BUILT_IN)
 
 
 def build_model(settings: Settings, num_classes: int) -> Model:
@@ -221,7 +228,7 @@ class Experiment:
                 steps_per_epoch=steps_per_epoch,
                 total_steps=total_steps,
                 offset=offset,
-                blocks=model.variant.blocks if isinstance(model, RepVGG) else (),
+                blocks=blocks_of(model),
                 scales=scales,
             ),
             normalize=normalize,
@@ -246,6 +253,7 @@ class Experiment:
             mixing=self.mixing,
             seed=self.settings.seed,
             equivalent_l2=settings.weight_decay if settings.equivalent_l2 else 0.0,
+            blocks=blocks_of(self.model),
             ema_decay=self.settings.ema.decay,
             microbatches=self.settings.train.accumulate,
             group_size=self.settings.bn.group_size or 1,

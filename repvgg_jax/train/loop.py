@@ -159,15 +159,20 @@ class _Begun:
         self, given: Settings, *, extend: bool, other_data: bool
     ) -> tuple[Settings, Dataset]:
         """Settings and data that it goes on with; raises ValueError where it must not."""
-        known_data = self.metadata is not None and self.metadata.data is not None
+        data = None if self.metadata is None else self.metadata.data
         changes = resume.check_changes(
-            self.settings, given, owner=str(self.path), extend=extend, known_data=known_data
+            self.settings, given, owner=str(self.path), extend=extend, known_data=data is not None
         )
         dataset = for_resuming(
             load(given.data), self.metadata, owner=str(self.path), other_data=other_data
         )
-        images = len(dataset.train)
-        settings = resume.resumed(self.settings, given, step=self.step, images=images)
+        settings = resume.resumed(
+            self.settings,
+            given,
+            step=self.step,
+            images=len(dataset.train),
+            images_before=None if data is None else data.train.images,
+        )
         if changes:
             logger.info("%s goes on with %s", self.path, "; ".join(changes))
         length = settings.train.epochs, settings.train.batch_size
@@ -183,6 +188,11 @@ class _Begun:
                 settings.train.epochs,
                 old.learning_rate(self.step),
                 new.learning_rate(self.step + 1),
+            )
+        elif settings.train.step_offset != self.settings.train.step_offset:
+            logger.info(
+                "the epochs of the run have another number of images from here on; the learning "
+                "rates follow the epochs"
             )
         return settings, dataset
 

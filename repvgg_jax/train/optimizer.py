@@ -48,9 +48,8 @@ def make_optimizer(
     )
 
     def mask(params: Any) -> Any:
-        if settings.equivalent_l2:
-            return decay_mask(params, equivalent_l2=True)
-        return decay_mask(params, blocks=tuple(blocks) or BUILT_IN)
+        known = tuple(blocks) or BUILT_IN
+        return decay_mask(params, equivalent_l2=settings.equivalent_l2, blocks=known)
 
     clipping = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     heads = []

@@ -71,7 +71,9 @@ def check_changes(
     return changed
 
 
-def resumed(stored: Settings, given: Settings, *, step: int, images: int) -> Settings:
+def resumed(
+    stored: Settings, given: Settings, *, step: int, images: int, images_before: int | None = None
+) -> Settings:
     """The settings that a run goes on with.
 
     Args:
@@ -79,12 +81,19 @@ def resumed(stored: Settings, given: Settings, *, step: int, images: int) -> Set
       given: that it is resumed with; `check_changes` allows them.
       step: of the newest checkpoint.
       images: number of training images.
+      images_before: the same of the run until now; None if it is not known to be another one.
 
     Raises:
-      ValueError: a new length that is already over.
+      ValueError: a new length that is already over, or fewer images than a batch.
     """
     given = _with_train_form(given, stored.model.train_form)
-    before, after = (images // s.train.batch_size for s in (stored, given))
+    after = images // given.train.batch_size
+    if not after:
+        raise ValueError(
+            f"{images} training images are fewer than a batch of "
+            f"config.train.batch_size={given.train.batch_size}"
+        )
+    before = (images_before or images) // stored.train.batch_size or after
     offset = stored.train.step_offset
     epochs = (step + offset) / before
     if given.train.epochs < epochs and given.train.epochs < stored.train.epochs:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from repvgg_jax.data.settings import AugmentSettings, DataSettings
 from repvgg_jax.quantization.settings import TARGETS
+from repvgg_jax.reparam.decay import penalized
 from repvgg_jax.segmentation.inference import PROTOCOLS
 from repvgg_jax.segmentation.resnet import RESNETS, ResNetVariant
 from repvgg_jax.settings import Section, as_json, setting
@@ -355,6 +356,15 @@ class Settings(Section, path="config"):
                 "after its training"
             )
         variant = self.model.variant
+        if (
+            self.optimizer.equivalent_l2
+            and isinstance(variant, Variant)
+            and not any(penalized(block) for block in variant.blocks)
+        ):
+            raise ValueError(
+                f"config.optimizer.equivalent_l2 has no effect on {variant.name}: none of its "
+                "blocks adds up convolutions that have a norm each; leave it off"
+            )
         plain = isinstance(variant, Variant) and variant.block == "repopt"
         if self.optimizer.scales and not (plain and self.task == "classification"):
             raise ValueError(

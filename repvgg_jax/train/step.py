@@ -13,7 +13,7 @@ from flax import linen as nn
 from repvgg_jax.data.augment import Augmentation, Mixing
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.quantization.qat import Qat, Simulation
-from repvgg_jax.reparam import equivalent_l2
+from repvgg_jax.reparam import BUILT_IN, BlockSpec, equivalent_l2
 from repvgg_jax.train.freezing import Frozen
 from repvgg_jax.train.state import TrainState
 
@@ -221,6 +221,7 @@ class TrainStep:
       mixing: mixup and cutmix, or None.
       seed: of the augmentation.
       equivalent_l2: weight decay of the equivalent kernel (`repvgg_jax.reparam.equivalent_l2`).
+      blocks: those that have an equivalent kernel.
       ema_decay: decay per step of the moving averages, if the state has any.
       microbatches: number of microbatches whose gradients are accumulated.
       group_size: images of a group that microbatches must not split.
@@ -238,6 +239,7 @@ class TrainStep:
     mixing: Mixing | None
     seed: int | jax.Array
     equivalent_l2: float = 0.0
+    blocks: tuple[BlockSpec, ...] = BUILT_IN
     ema_decay: float = 0.0
     microbatches: int = 1
     group_size: int = 1
@@ -259,7 +261,9 @@ class TrainStep:
         gradients, batch_stats, metrics = self._gradients(state, images, targets, key)
         if self.equivalent_l2:
             penalty = jax.grad(
-                lambda params: equivalent_l2({"params": params, "batch_stats": batch_stats})
+                lambda params: equivalent_l2(
+                    {"params": params, "batch_stats": batch_stats}, blocks=self.blocks
+                )
             )(state.params)
             gradients = jax.tree.map(
                 lambda g, p: g + self.equivalent_l2 / 2 * p, gradients, penalty
