@@ -9,19 +9,19 @@ Function = Callable[[jax.Array], jax.Array]
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """X times the normal distribution function of x, exactly; `nn.gelu` approximates by default."""
+    """Exact GELU, `x * Phi(x)`; `nn.gelu` approximates it by default."""
     return jax.nn.gelu(x, approximate=False)
 
 
 ACTIVATIONS: Mapping[str, Function] = types.MappingProxyType(
     {"relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": gelu}
 )
-"""What `Variant.activation` may be, and what it means."""
+"""Activations by name, the values of `Variant.activation`."""
 
 OR_NONE: Mapping[str | None, Function | None] = types.MappingProxyType(
     {None: None, **dict(ACTIVATIONS.items())}
 )
-"""With that of blocks without one."""
+"""`ACTIVATIONS`, and None for no activation."""
 
 
 def name_of(function: Function | None, where: str) -> str | None:
@@ -35,6 +35,6 @@ def name_of(function: Function | None, where: str) -> str | None:
             return name
     label = getattr(function, "__name__", function)
     raise ValueError(
-        f"{where}: exports know the activations nn.relu, nn.silu, repvgg_jax.layers.gelu and None, "
-        f"not {label}"
+        f"{where}: exports know the activations nn.relu, nn.silu, repvgg_jax.activations.gelu "
+        f"and None, not {label}"
     )

@@ -1,4 +1,4 @@
-"""The RepVGG block, and the module that it is a case of: any block that is one expression.
+"""`ReparamBlock`, a Linen module for any block expression, and `RepVGGBlock`, its RepVGG case.
 
 RepVGG in training form (paper, figure 2):
 
@@ -91,7 +91,8 @@ class ReparamBlock(nn.Module):
       stride: spatial stride.
       dilation: dilation of kernels and poolings larger than 1x1, padded by as much.
       groups: channel groups of the convolutions.
-      identity: whether the terms in `SameShape` exist; None for where the shapes agree.
+      identity: whether the terms in `SameShape` exist. None decides it from the shapes: True if
+        input and output channels are equal and the stride is 1.
       se: squeeze-and-excite, or None.
       deploy: the fused form instead of the training form.
       bn_group_size: images that share batch statistics in training; None for the whole batch.

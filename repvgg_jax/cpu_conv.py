@@ -44,7 +44,7 @@ from repvgg_jax.meshes import Convolution, grouped_convolution, on_auto_axes
 Lowering = Literal["auto", "measured", "plain"]
 
 NAME = "repvgg_jax_convolution"
-"""Of the result of a convolution in training, to `jax.checkpoint_policies`."""
+"""The `checkpoint_name` of the results of training convolutions."""
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # Where the substitutes were measured: channels of a convolution, most groups of channels that gain

@@ -41,7 +41,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         yield temporary
         written = temporary.rglob("*") if temporary.is_dir() else [temporary]
         for file in written:
-            # A file with a second name was there before; its mode is its owner's matter.
+            # A file with a second hard link existed before; leave its mode alone.
             if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
                 _follow_umask(file)
         sync(temporary)

@@ -45,9 +45,9 @@ class Layer:
         the stem is `stem_block1`.
       in_channels: channels in; None for the stem, which follows the images.
       features: channels out.
-      stride: spatial stride of the 3x3 and the 1x1 branch.
-      dilation: dilation of the 3x3 branch, which is padded by as much.
-      groups: channel groups of both convolutions.
+      stride: spatial stride of the block.
+      dilation: dilation of kernels and poolings larger than 1x1, which are padded by as much.
+      groups: channel groups of convolutions that have no groups of their own.
       identity: whether the block has the terms for equal input and output shape.
       block: what the block computes.
       se: its squeeze-and-excite, or None.
@@ -108,7 +108,7 @@ class Layer:
 
 
 def residual_starts(layers: Sequence[Layer]) -> dict[int, int]:
-    """The layers at which residual connections start, by those at which they end."""
+    """Maps the index of each layer that ends a residual connection to that of its first layer."""
     return {end: end + 1 - layer.residual for end, layer in enumerate(layers) if layer.residual}
 
 

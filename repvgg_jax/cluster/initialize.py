@@ -328,8 +328,8 @@ def from_launcher(environment: Mapping[str, str]) -> ProcessInfo | None:
       environment: of the process.
 
     Returns:
-      Of a run of one process if this is the only one; None if jax detects the launcher, or if
-      there is none.
+      `ProcessInfo` of this process, with `num_processes=1` for a single one; None if jax detects
+      the launcher, or if there is none.
 
     Raises:
       ValueError: there are other processes, and the address of process 0 is unknown.

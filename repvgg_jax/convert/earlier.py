@@ -1,4 +1,4 @@
-"""What stays of an earlier conversion when another one takes its place.
+"""Which files of an earlier conversion are kept when it is replaced.
 
 Files that `convert.py` did not write stay in any case. Earlier formats stay if they are of the same
 network, to the bit; those of another network would be taken for this one's, and go.

@@ -89,7 +89,10 @@ class Measured:
 
 
 class Conversion:
-    """A quantized network, ready to be written: whatever can fail for its input has not.
+    """A quantized network, ready to be written.
+
+    The constructor checks the network and its images. `write` fails only if an artifact cannot be
+    written, or disagrees with the simulation.
 
     Attributes:
       quantized: the network.

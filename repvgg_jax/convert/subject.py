@@ -54,7 +54,7 @@ class Trained:
         Args:
           fused: deploy-form variables.
           images: normalized, to measure noise on.
-          settings: of which the target counts.
+          settings: only `target` is used; `float_layers` must be empty or those of the training.
 
         Raises:
           ValueError: other layers in float than those of the training.

@@ -106,7 +106,7 @@ class RandomResizedCrop:
                 top = int(down * (height - crop_height + 1))
                 left = int(across * (width - crop_width + 1))
                 return top, left, crop_height, crop_width
-        # The image is longer than any crop may be: its center, in the nearest shape.
+        # No crop fits the aspect ratio: take the center at the nearest allowed ratio.
         crop_width = min(width, max(1, round(height * ratios[1])))
         crop_height = min(height, max(1, round(width / ratios[0])))
         return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width

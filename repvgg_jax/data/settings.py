@@ -119,7 +119,7 @@ class DataSettings(Section, path="config.data"):
     train_size: int | tuple[int, int] = setting(
         0,
         "height and width, pixels: one number or (height, width); 0: as they are, for digits, "
-        "clutter and fake only",
+        "clutter, fake and scenes only",
         parse=parse_size,
         any_type=True,
     )
@@ -249,7 +249,7 @@ class AffineSettings(Section, path="config.augment.affine"):
 
 
 def _parse_erase_mode(name: str, value: Any) -> Any:
-    return "color" if value == "colour" else value  # its spelling before this version
+    return "color" if value == "colour" else value  # its spelling in version 0.1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -200,7 +200,10 @@ def identity_kernel(channels: int, in_per_group: int, dtype: Any) -> np.ndarray:
 
 
 class _Partial(NamedTuple):
-    """What a chain computes up to a term; None stands for no kernel yet and for no bias."""
+    """What a chain computes up to a term.
+
+    `kernel` is None before the first convolution, `bias` is None while it is zero.
+    """
 
     kernel: Array | None
     bias: Array | None

@@ -1,7 +1,7 @@
-"""The blocks that this package knows, each one value.
+"""`BlockSpec`, the type that describes a block, and the built-in blocks.
 
 A block of your own is a `BlockSpec`, too: give it to `repvgg_jax.ReparamBlock` and to
-`fuse_params(variables, blocks=(spec,))`. `docs/reparameterization.md` shows one in twenty lines.
+`fuse_params(variables, blocks=(spec,))`. `docs/own_block.md` shows one from definition to export.
 """
 
 import dataclasses
@@ -265,7 +265,7 @@ def dbb(size: int = 3, *, depthwise: bool = False, single_init: bool = False) ->
 
 
 DBB = dbb()
-"""The diverse branch block of 3x3 kernels with fewer groups than channels."""
+"""Diverse branch block with 3x3 kernels, for blocks that are not depthwise."""
 
 
 def mobileone(size: int, branches: int = 1) -> BlockSpec:

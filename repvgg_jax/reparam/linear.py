@@ -27,7 +27,8 @@ class Geometry:
       stride: spatial stride.
       dilation: dilation of kernels larger than 1x1.
       groups: channel groups.
-      same_shape: whether the terms in `SameShape` exist; None for where the shapes agree.
+      same_shape: whether the terms in `SameShape` exist. None decides it from the shapes: True if
+        input and output channels are equal and the stride is 1.
     """
 
     in_channels: int

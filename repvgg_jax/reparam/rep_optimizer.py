@@ -171,7 +171,7 @@ def rep_init(
     """
     _check_spec(spec)
     pairs = list(_pairs(params, scales, spec, target))
-    # In the order of names: that of a mapping is another one behind `jax.jit`.
+    # Sorted by name, because `jax.jit` reorders the keys of mappings.
     order = sorted((path for path, *_ in pairs), key=path_name)
     keys = dict(zip(order, jax.random.split(key, len(pairs)), strict=True))
     found = {path: _initial(spec, own, kernel, keys[path]) for path, kernel, own in pairs}

@@ -50,11 +50,11 @@ class Conv:
     initial: Literal["torch", "he", "zeros", "identity"] = "torch"
 
     def groups_of(self, in_channels: int, block_groups: int) -> int:
-        """Its groups in a block with that many, behind that many channels."""
+        """The number of groups, given the input channels and the block's groups."""
         return in_channels if self.groups == "depthwise" else self.groups or block_groups
 
     def out_channels(self, in_channels: int, features: int) -> int:
-        """Its output channels in a block with those features."""
+        """The number of output channels, given the input channels and the block's features."""
         if self.expansion is not None:
             return self.expansion * in_channels
         return self.multiple * features
@@ -98,7 +98,7 @@ class Filter:
       strided: as in `Conv`.
 
     Raises:
-      ValueError: the taps are no rows.
+      ValueError: the taps are not a rectangular array of finite numbers.
     """
 
     taps: Taps | Callable[[int], np.ndarray]
@@ -113,7 +113,8 @@ class Filter:
             taps = np.empty(0)
         if taps.ndim != 2 or not taps.size or not np.isfinite(taps).all():
             raise ValueError(
-                f"Filter: taps={one_line(self.taps, 80)} must be rows of as many numbers each"
+                f"Filter: taps={one_line(self.taps, 80)} must be rows of equal length with finite "
+                "numbers"
             )
         # Lists and arrays are not hashable.
         object.__setattr__(self, "taps", tuple(map(tuple, taps.tolist())))
@@ -205,4 +206,4 @@ class SameShape:
 
 
 Linear = Conv | Norm | AvgPool | Filter | Nonlinearity | Identity | Scale | Chain | Sum | SameShape
-"""A linear map of feature maps, with parameters in a tree (not linear with an `Nonlinearity`)."""
+"""A linear map of feature maps, with parameters in a tree (not linear with a `Nonlinearity`)."""

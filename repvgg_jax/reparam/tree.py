@@ -63,7 +63,7 @@ class Walk:
         return bool(found)
 
     def check_exclude(self) -> None:
-        """Raises ValueError for a pattern that has named nothing: a block of a misspelled path."""
+        """Raises ValueError if a pattern of `exclude` matched no path, e.g. a misspelled one."""
         if unmet := [pattern for pattern in self.exclude if pattern not in self.met]:
             raise ValueError(f"exclude: the tree has no path {first_few(map(repr, unmet))}")
 

@@ -55,7 +55,7 @@ class ByClass:
         return sorted(known, key=lambda label: (self.score[label], label))[:count]
 
     def mistaken_for(self, label: int) -> str:
-        """The class that images of another are most often taken for, with the share of them."""
+        """The class that images of class `label` are most often mistaken for, and their share."""
         if self.confusion is None:
             return ""
         row = self.confusion[label].copy()

@@ -88,7 +88,7 @@ def write(evaluation: "Evaluation", directory: str | pathlib.Path) -> list[pathl
 
 
 def worst_images(images: Mapping[str, np.ndarray]) -> list[int]:
-    """Numbers of the images, that of the largest loss first; without those that do not count."""
+    """Indices of the counted images, sorted by decreasing loss; NaN comes first."""
     loss = np.where(images["mask"], np.nan_to_num(images["loss"], nan=np.inf), -np.inf)
     return np.argsort(-loss, kind="stable")[: int(images["mask"].sum())].tolist()
 

@@ -14,7 +14,7 @@ from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.text import did_you_mean
 
 EVERY = "all"
-"""In place of names: every block and head."""
+"""Given alone in `config.bn.freeze_statistics`, stands for every block and head."""
 
 
 @dataclasses.dataclass(frozen=True)

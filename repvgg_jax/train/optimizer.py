@@ -88,10 +88,10 @@ def schedule(
     """The learning rate by step: linear warm-up from 0, then the schedule of that name.
 
     The peak is `learning_rate` for a batch of 256 images and proportional to the batch.
-    `cosine`, `linear` and `poly` reach 0 at the last step, `poly` as `power` of the share of steps
-    that are left; `step` multiplies by `step_factor` every
-    `step_epochs` epochs, counted from the start of the run. At a step it is what it would be
-    `offset` steps later without one.
+    `cosine`, `linear` and `poly` reach 0 at the last step, `poly` as the share of steps that are
+    left to the power of `power`; `step` multiplies by `step_factor` every `step_epochs` epochs,
+    counted from the start of the run. With `offset`, the rate at step n is that of step
+    n + `offset` of a schedule that is `offset` steps longer.
     """
     peak = settings.learning_rate * batch_size / REFERENCE_BATCH
     warmup = round(settings.warmup_epochs * steps_per_epoch)

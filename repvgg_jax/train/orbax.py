@@ -33,7 +33,7 @@ class DurablePath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 class Best:
-    """Orbax's question which checkpoints to keep, answered with the best one."""
+    """A preservation policy for Orbax that keeps the checkpoint that `best_of` chooses."""
 
     def __init__(self, best_of: Callable[[Sequence[int]], int | None]):
         self._best_of = best_of

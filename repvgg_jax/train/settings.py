@@ -368,8 +368,8 @@ class Settings(Section, path="config"):
         plain = isinstance(variant, Variant) and variant.block == "repopt"
         if self.optimizer.scales and not (plain and self.task == "classification"):
             raise ValueError(
-                f"config.optimizer.scales is for classifiers such as repopt_b1, and {variant.name} "
-                "is none that a RepOptimizer trains; leave it empty"
+                f"config.optimizer.scales is for classifiers such as repopt_b1, but {variant.name} "
+                "is not trained by a RepOptimizer; leave it empty"
             )
         if self.task == "segmentation":
             self._check_segmentation()

@@ -402,7 +402,8 @@ class EvalStep:
         outputs = self.task.outputs(network, self.normalize(batch["image"]))
         single: dict[str, Any] = {"examples": self.task.examples(outputs, batch)}
         if self.per_image:
-            # Behind a barrier: XLA fails to replicate both the mask and, in the examples, a part.
+            # The barrier works around a failure of XLA when the mask and a slice of it, in
+            # `examples`, are both replicated.
             counted = jax.lax.optimization_barrier(batch["mask"])
             single["per_image"] = {**self.task.per_image(outputs, batch), "mask": counted}
         if self.replicated is not None:

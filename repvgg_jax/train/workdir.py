@@ -31,7 +31,7 @@ unsound/           checkpoints that were found corrupt, if any
 metrics.jsonl      one JSON object per row
 tensorboard/       the same for TensorBoard
 curves.png         the same as a picture
-confusion.png      what the final evaluation took for what
+confusion.png      confusion matrix of the final evaluation
 examples.png       of segmentation: images, labels, predictions and errors of the last evaluation
 report.html        the same as a page, with the configuration and the machine
 evaluation.json    what --eval_only found, with evaluation_confusion.png and evaluation_worst.png
@@ -123,17 +123,17 @@ class Workdir:
 
     @property
     def config(self) -> pathlib.Path:
-        """See the module."""
+        """`config.json`, the configuration."""
         return self.path / "config.json"
 
     @property
     def metadata(self) -> pathlib.Path:
-        """See the module."""
+        """`metadata.json`: classes, image shapes, normalization and the data's identity."""
         return self.path / "metadata.json"
 
     @property
     def checkpoints(self) -> pathlib.Path:
-        """See the module."""
+        """`checkpoints/`, one directory per checkpoint, named by its step."""
         return self.path / "checkpoints"
 
     @property
@@ -149,42 +149,42 @@ class Workdir:
 
     @property
     def metrics(self) -> pathlib.Path:
-        """See the module."""
+        """`metrics.jsonl`, one JSON object per row."""
         return self.path / "metrics.jsonl"
 
     @property
     def tensorboard(self) -> pathlib.Path:
-        """See the module."""
+        """`tensorboard/`, the metrics for TensorBoard."""
         return self.path / "tensorboard"
 
     @property
     def curves(self) -> pathlib.Path:
-        """See the module."""
+        """`curves.png`, the metrics as a picture."""
         return self.path / "curves.png"
 
     @property
     def readme(self) -> pathlib.Path:
-        """See the module."""
+        """`README.txt`, which describes the directory."""
         return self.path / "README.txt"
 
     @property
     def confusion(self) -> pathlib.Path:
-        """See the module."""
+        """`confusion.png`, the confusion matrix of the final evaluation."""
         return self.path / "confusion.png"
 
     @property
     def examples(self) -> pathlib.Path:
-        """See the module."""
+        """`examples.png`: images, labels, predictions and errors of the last evaluation."""
         return self.path / "examples.png"
 
     @property
     def report(self) -> pathlib.Path:
-        """See the module."""
+        """`report.html`, the metrics with the configuration and the machine."""
         return self.path / "report.html"
 
     @property
     def profile(self) -> pathlib.Path:
-        """See the module."""
+        """`profile/`, a trace of the steps that are profiled."""
         return self.path / "profile"
 
     @contextlib.contextmanager
