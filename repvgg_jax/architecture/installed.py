@@ -28,7 +28,7 @@ Block = BlockSpec | Callable[[Any], BlockSpec | tuple[Any, ...]]
 """What `Variant.block` may be, apart from names."""
 
 Form = Literal["train", "deploy"]
-"""Of the network that a file describes."""
+"""Form of the network that a file describes."""
 
 ENTRY_POINTS = "repvgg_jax.blocks"
 """The group of entry points in which packages name blocks."""

@@ -98,12 +98,12 @@ class Layer:
 
     @property
     def stage(self) -> str:
-        """The stage it belongs to: `stem`, `stage1`, `stage2` and so on."""
+        """Stage of the block: `stem`, `stage1`, `stage2` and so on."""
         return self.name.partition("_")[0]
 
     @property
     def index(self) -> int:
-        """Its place in its stage, from 0."""
+        """Index of the block in its stage, from 0."""
         return int(self.name.partition("_block")[2] or 0)
 
 

@@ -160,7 +160,7 @@ class Variant:
             raise ValueError(f"{where}: auxiliary names no block: {', '.join(unknown)}")
 
     def as_dict(self) -> dict[str, Any]:
-        """Its fields as JSON can hold them.
+        """The fields, in types that JSON has.
 
         Raises:
           ValueError: its `block` has no name, and no file can contain a function.

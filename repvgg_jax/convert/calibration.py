@@ -16,7 +16,7 @@ from repvgg_jax.text import first_few, one_line, plural
 from repvgg_jax.train.proof_images import data_settings
 
 CALIBRATION_IMAGES = 256
-"""Without a number in `--calibrate`, at most; more change ranges little."""
+"""Largest number of images if `--calibrate` gives none; more change ranges little."""
 
 RUN = "run"
 """The training images of the run that is converted."""
@@ -161,7 +161,7 @@ def _of_directory(source: Source, asked: Calibrate) -> Examples:
     whole = WholeImage(shape[:2], (red, green, blue))
 
     def read(path: str) -> np.ndarray:
-        """As evaluation does: cropped, or if every pixel has a class, whole with a border."""
+        """Reads an image as evaluation does: a crop, or for segmenters the whole with a border."""
         if not source.per_pixel:
             return reader.preprocess(path)
         image = reader.whole(path)

@@ -30,7 +30,7 @@ from repvgg_jax.text import plural
 logger = logging.getLogger(__name__)
 
 KEY = "int8"
-"""Of the measurements in `proof.json`."""
+"""Key of the measurements in `proof.json`."""
 
 TIMED_ROUNDS = 3, 15  # at least, at most
 TIMED_SECONDS = 6.0  # no further round after this
@@ -312,7 +312,7 @@ def _speed(images_per_second: float) -> str:
 
 
 def _images_per_second(runs: Sequence[Run], batch: np.ndarray) -> tuple[float, float]:
-    """Of the fastest of several turns that both artifacts take.
+    """Images per second of both artifacts, each in the fastest of several turns.
 
     Threads of a runtime go on waiting for work for a while, which slows the other one down: a turn
     begins with a pause and a run that does not count.

@@ -62,7 +62,7 @@ class SegmenterForm:
 
     @classmethod
     def of(cls, model: Segmenter) -> Self:
-        """That of a network."""
+        """The form of a network."""
         return cls(model.variant.name, model.fast, model.output_stride, model.bins, model.width)
 
 

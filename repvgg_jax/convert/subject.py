@@ -39,7 +39,7 @@ class Trained:
 
     @classmethod
     def of(cls, run: RunWeights) -> "Trained | None":
-        """Those of a run; None if it was trained in float."""
+        """The integers of a run; None if it was trained in float."""
         if run.ranges is None:
             return None
         settings = run.settings.quantize
@@ -133,7 +133,7 @@ class Source:
         return at_most(BATCH, BATCH_PIXELS, self.images.shape[1:3])
 
     def at_most(self, count: int) -> int:
-        """That many images, or as many as are affordable if every pixel has a class."""
+        """`count`, reduced to the number of images in a proof: segmenters get fewer."""
         height, width, channels = self.images.shape[1:]
         return min(count, proof_images(self.model, (height, width, channels)))
 

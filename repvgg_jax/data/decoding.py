@@ -26,7 +26,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from repvgg_jax.files import open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
-"""Of Pillow, all that are read. Others start programs (EPS: Ghostscript) or are rarely tried."""
+"""Pillow's formats that are read. Others start programs (EPS: Ghostscript) or are rarely tried."""
 
 MAX_PIXELS = 178_956_970
 """Height times width of the largest image, by default: where Pillow refuses, too."""
@@ -243,7 +243,7 @@ def _stored(encoded: bytes) -> np.ndarray | None:
 
 
 decode = Decoder()
-"""With the default settings."""
+"""A decoder with the default settings."""
 
 
 def _check_pixels(height: int, width: int, most: int) -> None:

@@ -157,7 +157,7 @@ class Relabeled:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """As the source's, with another label."""
+        """The example of the source, with the new label."""
         example = self.source[index]
         label = np.asarray(example["label"])
         if label.ndim:

@@ -22,7 +22,7 @@ from repvgg_jax.typed import typed
 
 MANIFEST = "manifest.json"
 VERSION, MASKS_VERSION = 1, 2
-"""Of a manifest, without and with masks, which earlier versions of this package cannot read."""
+"""Versions of a manifest, without and with masks. The first readers know the former only."""
 
 
 def pack(*, encoded: bytes, label: int, name: str) -> bytes:

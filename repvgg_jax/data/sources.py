@@ -107,8 +107,8 @@ def _noise(count: int, seed: int) -> ArraySource:
 FOLDER_SPLITS = ("train", "val")
 _JPEG, _OTHERS = (".jpeg", ".jpg", ".jfif"), (".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SUFFIXES = (*_JPEG, *_OTHERS, ".ppm", ".pgm")
-"""Of image files, in either case. Other files are counted, and names that begin with a dot are
-ignored."""
+"""Suffixes of image files, in either case. Other files are counted, and names that begin with a dot
+are ignored."""
 
 _OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # in folders that were opened under Windows
 

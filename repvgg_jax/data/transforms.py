@@ -106,7 +106,7 @@ class EvalTransform:
     masks: bool = False
 
     def __call__(self, number: int) -> Element:
-        """As `TrainTransform`, and `mask`, False for blanks and for images that are bad."""
+        """Like `TrainTransform`, with `mask`: False for blanks and for images that are bad."""
         blank = np.zeros(self.shape, np.uint8)
         label = _no_label(blank, self.masks)
         if number >= len(self.source):

@@ -133,7 +133,7 @@ class Artifact:
 
     @property
     def sha256(self) -> str:
-        """Of a file; of a directory, that of the lines "sha256  path" of its files in order."""
+        """Digest of the file; of a directory, that of the lines "sha256  path" of its files."""
         if self.checksums.keys() == {self.path.name}:
             return self.checksums[self.path.name]
         prefix = f"{self.path.name}/"

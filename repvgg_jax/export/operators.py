@@ -174,7 +174,7 @@ class Resample:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ResampleToSize:
-    """As `Resample`, by matrices that the artifact computes, for images of any size.
+    """Resampling as `Resample`, for images of any size: the artifact computes the matrices.
 
     Attributes:
       name: of the result.

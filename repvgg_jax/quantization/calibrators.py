@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 BINS = 2048
-"""Of a histogram, between the smallest and the largest value."""
+"""Number of bins of a histogram, between the smallest and the largest value."""
 
 STEPS = 256
-"""Numbers of int8."""
+"""Number of values of int8."""
 
 _CANDIDATES = np.linspace(0.02, 1.0, 99)
 """Ranges that are tried, relative to the largest value."""
@@ -51,7 +51,7 @@ class Histogram:
 
     @classmethod
     def of(cls, values: np.ndarray, bins: int = BINS) -> "Histogram":
-        """That of an array."""
+        """The histogram of an array."""
         low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
         used = values[values != 0]
         counts, _ = np.histogram(used, bins, (low, high) if high > low else (0.0, 1.0))

@@ -11,7 +11,7 @@ import numpy as np
 from repvgg_jax.quantization.settings import Target
 
 _LARGEST_BIAS = 2**30
-"""Of an int32 bias: half of what fits, so that sums stay below 2^31."""
+"""Largest magnitude of an int32 bias: half of what fits, so that sums stay below 2^31."""
 
 
 @functools.partial(
@@ -37,7 +37,7 @@ class Grid:
 
     @classmethod
     def of_range(cls, low: float, high: float, target: Target) -> Self:
-        """That of activations between two values, one at most 0 and one at least 0."""
+        """The grid of activations between two values, one at most 0 and one at least 0."""
         if target.symmetric:
             scale = np.float32(max(-low, high) / target.highest)
             return cls(np.maximum(scale, _tiny), 0, target.lowest, target.highest)
@@ -47,7 +47,7 @@ class Grid:
 
     @classmethod
     def of_weights(cls, kernel: Any, bias: Any, activation: "Grid") -> Self:
-        """That of a kernel, symmetric per output channel, for activations on another grid.
+        """The grid of a kernel, symmetric per output channel, for activations on another grid.
 
         The bias is an int32 of scale `activation.scale * scale`. Where it would not fit, because a
         channel's weights are tiny beside its bias, the steps of the weights are made larger.
@@ -64,7 +64,7 @@ class Grid:
 
     @property
     def dtype(self) -> Any:
-        """Of the numbers."""
+        """Type of the numbers, int8 or uint8."""
         return np.uint8 if self.lowest == 0 else np.int8
 
     @property

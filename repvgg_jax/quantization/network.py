@@ -112,7 +112,7 @@ def layers_of(model: Model) -> tuple[QuantizableLayer, ...]:
 
 
 def _of_repvgg(model: RepVGG, above: str = "") -> Iterator[QuantizableLayer]:
-    """Those of a classifier or, below the path `above`, of a backbone."""
+    """The layers of a classifier or, below the path `above`, of a backbone."""
     following = [*(f"{above}{layer.name}" for layer in model.layers[1:]), None]
     if model.num_classes:
         following[-1] = HEAD

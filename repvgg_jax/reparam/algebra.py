@@ -213,7 +213,7 @@ class _Partial(NamedTuple):
     is_input: bool = False  # whether the kernel is an array of the caller
 
     def materialize(self, params: Params) -> Affine:
-        """With the identity's kernel and a bias of zero where there are none."""
+        """Kernel and bias, with the identity's kernel and a bias of zero in place of None."""
         kernel, bias = self.kernel, self.bias
         if kernel is None:
             leaves = jax.tree.leaves(params)
@@ -226,7 +226,7 @@ class _Partial(NamedTuple):
         return Affine(kernel, bias)
 
     def scaled(self, factor: Array, shift: Array | None, params: Params) -> Self:
-        """Behind a multiplication and an addition per channel, (…, channels)."""
+        """Appends a multiplication and an addition per channel, (…, channels)."""
         kernel = self.materialize(params).kernel
         bias = shift if self.bias is None else self.bias * factor + (0 if shift is None else shift)
         kernel = kernel * factor[..., None, None, None, :]

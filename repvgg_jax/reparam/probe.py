@@ -123,7 +123,7 @@ def fuse_linear(
 
 
 def _trimmed(kernel: np.ndarray, spatial_dims: int) -> np.ndarray:
-    """Without outer taps that are zero up to rounding."""
+    """Removes outer taps that are zero up to rounding."""
     small = np.abs(kernel).max() * 1e-6
     for axis in range(spatial_dims):
         while kernel.shape[axis] > 1 and np.abs(kernel.take([0, -1], axis)).max() <= small:

@@ -8,7 +8,7 @@ import numpy as np
 from repvgg_jax.segmentation.labels import IGNORE, class_colors
 
 OPACITY = 0.6
-"""Of the colors over an image."""
+"""Opacity of the colors over an image."""
 
 
 def colorize(mask: np.ndarray, colors: np.ndarray) -> np.ndarray:

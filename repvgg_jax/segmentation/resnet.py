@@ -40,7 +40,7 @@ class ResNetVariant:
     stem_channels: tuple[int, int, int] = (64, 64, 128)
 
     activation = "relu"
-    """As of a `Variant`, but the same for all of them."""
+    """Name of the activation, as `Variant.activation`; the same for all ResNets."""
 
     @property
     def total_stride(self) -> int:

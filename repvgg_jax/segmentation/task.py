@@ -111,7 +111,7 @@ class Segmentation:
         return outputs
 
     def per_image(self, outputs: jax.Array, batch: Mapping[str, Any]) -> Sums:
-        """Of every image the mean loss of its labeled pixels, and the share of them found."""
+        """For each image, the mean loss of its labeled pixels and the share predicted correctly."""
         labels = self.targets(batch["label"])
         loss, counted = pixel_losses(self._logits(outputs), labels, ignore=self.ignore)
         right = counted & (outputs.argmax(-1) == labels)

@@ -141,7 +141,7 @@ def _methods(model: Any, fused: Any, calibration: np.ndarray) -> dict[str, Calla
 
 
 def per_tensor(quantized: Quantized) -> Quantized:
-    """With one scale per kernel instead of one per output channel."""
+    """The network with one scale per kernel instead of one per output channel."""
     weights = {
         name: Grid(np.asarray(grid.scale.max()), 0, grid.lowest, grid.highest)
         for name, grid in quantized.weights.items()

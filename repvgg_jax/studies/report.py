@@ -49,7 +49,7 @@ class Sample:
 
 
 def difference(sample: Sample, reference: Sample) -> tuple[float, float]:
-    """Of two means, and its standard error."""
+    """Difference of two means, and its standard error."""
     return sample.mean - reference.mean, math.hypot(sample.error, reference.error)
 
 

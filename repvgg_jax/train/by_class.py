@@ -38,7 +38,7 @@ class ByClass:
 
     @classmethod
     def of(cls, names: Sequence[str], means: Mapping[str, np.ndarray]) -> Self:
-        """From what `Evaluator` returns."""
+        """The scores in what `Evaluator` returns."""
         if "class_iou" in means:
             matrix = means["confusion"]
             return cls(tuple(names), matrix.sum(1), means["class_iou"], matrix, "IoU", "pixels")

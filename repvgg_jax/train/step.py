@@ -178,13 +178,13 @@ class Classification:
         return {**means, **counts, **({} if confusion is None else {"confusion": confusion})}
 
     def per_image(self, logits: jax.Array, batch: Mapping[str, Any]) -> Sums:
-        """Of every image its loss, without smoothing, its label and its predicted class."""
+        """For each image, the loss without label smoothing, the label and the predicted class."""
         labels = batch["label"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return {"loss": loss, "label": labels, "predicted": logits.argmax(-1)}
 
     def examples(self, outputs: jax.Array, batch: Mapping[str, Any]) -> Mapping[str, jax.Array]:
-        """Nothing: there is no picture."""
+        """An empty mapping: there is no picture."""
         return {}
 
     def draw(

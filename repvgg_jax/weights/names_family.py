@@ -1,7 +1,7 @@
 """Other projects' names of the children of blocks that are not RepVGG's, keyed by our names."""
 
 _BRANCHES = range(4)
-"""Of MobileOne: the most that a published network has."""
+"""Branches of MobileOne: the most that a published network has."""
 
 
 def _mobileone(branch: str, conv: str, norm: str) -> dict[str, str]:

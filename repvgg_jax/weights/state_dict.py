@@ -31,7 +31,7 @@ class StateDict(NamedTuple):
 
     @property
     def shapes(self) -> Shapes:
-        """Of the arrays."""
+        """Shapes of the arrays, by key."""
         return {key: tensor.shape for key, tensor in self.tensors.items()}
 
 

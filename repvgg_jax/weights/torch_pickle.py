@@ -151,7 +151,7 @@ class _Storage:
 
     @functools.cached_property
     def data(self) -> memoryview:
-        """Its bytes, fetched and verified once."""
+        """Bytes of the storage, fetched and verified once."""
         return self.fetch()
 
     def described_as(self, dtype: np.dtype, numel: int, key: str) -> "_Storage":

@@ -101,7 +101,7 @@ class Policy(Protocol):
 
     @property
     def resampling(self) -> str:
-        """Of geometric operations, see `warp`."""
+        """Resampling of geometric operations, see `warp`."""
 
     @property
     def possible(self) -> frozenset[Op]:
