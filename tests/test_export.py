@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from repvgg_jax import create_model, fuse_params
 from repvgg_jax.activations import name_of
+from repvgg_jax.data.images import CenterCrop
 from repvgg_jax.export import FORMATS, Network, Normalize, Target, export, operators, parse_targets
 from repvgg_jax.export.decompose import decompose
 from repvgg_jax.export.format import checksums
@@ -361,13 +362,22 @@ class TestDocs:
     def test_images_from_files(self, channels, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         Path("deploy").mkdir()
-        Path("deploy/metadata.json").write_text(f'{{"image_shape": [24, 32, {channels}]}}')
-        Image.fromarray(nets.images()[0]).resize((48, 64)).save("a.png")
-        given = {"paths": ["a.png", "a.png"]}
+        about = {"image_shape": [24, 32, channels], "crop": {"fraction": 0.7}}
+        Path("deploy/metadata.json").write_text(json.dumps(about))
+        tall = Image.fromarray(nets.images()[0]).resize((49, 67))
+        wide = tall.resize((97, 53))
+        tall.save("tall.png")
+        wide.save("wide.png")
+        given = {"paths": ["tall.png", "wide.png"]}
         (block,) = nets.documented("Images in, classes out")
         exec(compile(block, "docs/deploy.md", "exec"), given)
         assert given["images"].shape == (2, 24, 32, channels)
         assert given["images"].dtype == np.uint8
+        evaluation = CenterCrop((24, 32), 0.7)
+        for image, picture in zip(given["images"], (tall, wide), strict=True):
+            pixels = np.asarray(picture if channels == 3 else picture.convert("L"))
+            pixels = pixels.reshape(*pixels.shape[:2], channels)
+            np.testing.assert_array_equal(image, evaluation({"image": pixels}))
 
     def test_the_table_lists_every_format(self):
         rows = re.findall(r"^\| `([\w-]+)` \| `(\S+?)/?` \|.*?\| (.*?) ?\|$", PAGE, re.M)
