@@ -30,10 +30,10 @@ INTRODUCTION = """\
 # Models
 
 Written by `python benchmarks/models_page.py` from the code. Parameters are exact: those that are
-trained, without auxiliary heads, and those of the deploy form. Multiply-accumulates (MACs) and
-Winograd multiplications (F(2x2, 3x3) for every 3x3 convolution of stride 1) are of one image in
-deploy form, at 224 pixels unless stated. `rv.cost(name)` returns all of them for any size and
-number of classes.
+trained, without auxiliary classifiers (which the README's table counts for plus-L2pse), and those
+of the deploy form. Multiply-accumulates (MACs) and Winograd multiplications (F(2x2, 3x3) for every
+3x3 convolution of stride 1) are of one image in deploy form, at 224 pixels unless stated.
+`rv.cost(name)` returns all of them for any size and number of classes.
 
 Accuracies are top-1 in percent on ImageNet-1k, as published by others; none was measured here.
 """

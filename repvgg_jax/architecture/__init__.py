@@ -1,5 +1,8 @@
 """What an architecture is: a `Variant`, unrolled into one `Layer` per block.
 
+`networks` has the layers of MobileOne, QARepVGG, RepOpt-VGG and RepViT; `installed` finds blocks
+that other packages name.
+
 The model, the cost model and the weight readers all walk the one list of a variant's layers, so
 they cannot disagree about a shape.
 """

@@ -1,11 +1,13 @@
 """Structural re-parameterization: describe a block once, train it, fuse it, unfuse it.
 
-`linear` is the expression that describes a block, `algebra` turns it into one kernel and bias,
-and `blocks` are the blocks of the literature as values. `tree` recognizes blocks in trees of
-parameters, `fuse` and `unfuse` convert them, `decay` is their weight decay, and `equalize` scales
-the channels between fused ones. `probe` reads the kernel of any linear layer off its impulse
-response. None of them depends on Flax: they work on NumPy or JAX arrays, traced, sharded or stacked
-along leading axes.
+`terms` are the terms of the expression that describes a block, `linear` derives names, shapes and
+MACs from it, and `algebra` turns it into one kernel and bias. `blocks` has `BlockSpec` and the
+built-in blocks, `family` those of other papers, and `ablations` RepVGG's and QARepVGG's ablations.
+`tree` recognizes blocks in trees of parameters, made of the `containers` of any library; `fuse` and
+`unfuse` convert them, `decay` is their weight decay, and `equalize` scales the channels between
+fused ones. `rep_optimizer` and `online` train one convolution in place of branches. `probe` reads
+the kernel of any linear layer off its impulse response. None of them depends on Flax: they work on
+NumPy or JAX arrays, traced, sharded or stacked along leading axes.
 """
 
 from repvgg_jax.reparam.ablations import ABLATIONS, QAREPVGG_VERSIONS

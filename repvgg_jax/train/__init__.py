@@ -1,5 +1,6 @@
 """Training: settings, task, step, loop, checkpoints and reports.
 
-Below `loop` everything is a pure function of its arguments; only `checkpoint`, `workdir`,
-`metrics` and `report` touch the disk.
+Everything inside the step is a pure function of its arguments. The files of a run are read and
+written by `checkpoint`, `manifest`, `restore`, `workdir`, `scales`, `metrics`, `tensorboard`,
+`report`, `findings` and `by_class`.
 """
