@@ -62,7 +62,7 @@ class Graph:
         self.model.graph.name = network.name
 
     def enter(self, images: str) -> str:
-        """From the input to the first block: normalization, layout, dtype."""
+        """Adds what comes before the first block: normalization, layout, dtype."""
         if not self.network.with_preprocessing:
             return self._cast("images/cast", images, self.dtype, source=np.float32)
         # The cast comes first: TensorRT takes uint8 inputs only if they are cast at once.

@@ -201,7 +201,7 @@ IMAGES = "images"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Widen:
-    """From here on in float32."""
+    """Everything after this computes in float32."""
 
 
 Operator = (

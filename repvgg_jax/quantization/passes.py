@@ -90,7 +90,7 @@ def extremes(model: Model, planned: Plan, params: Any, images: jax.Array) -> Any
 def counts(
     model: Model, planned: Plan, ranges: dict[str, Any], params: Any, images: jax.Array
 ) -> dict[str, jax.Array]:
-    """By tensor, how many values are in each bin of its range, and last how many are exactly 0."""
+    """For each tensor, the number of values per bin of its range, then the number of zeros."""
     found: dict[str, Any] = {}
 
     def count(name: str, x: jax.Array) -> jax.Array:

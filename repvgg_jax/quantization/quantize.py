@@ -320,7 +320,7 @@ def correct_biases(quantized: Quantized, images: np.ndarray) -> Quantized:
 
 
 def layer_noise(quantized: Quantized, images: np.ndarray) -> dict[str, float]:
-    """By layer, the mean squared change of its outputs relative to their variance.
+    """For each layer, the mean squared change of its outputs relative to their variance.
 
     The layer's inputs and weights are rounded, and nothing before it.
     """

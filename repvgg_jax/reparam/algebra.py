@@ -359,7 +359,7 @@ def _wide_dtype(array: Array) -> Any:
 
 
 def widened(array: Array) -> Array:
-    """In float64 for NumPy arrays, else in at least float32."""
+    """The array in float64 if it is NumPy's, else in at least float32."""
     dtype = _wide_dtype(array)
     return array if array.dtype == dtype else array.astype(dtype)
 

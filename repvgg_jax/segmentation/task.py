@@ -51,7 +51,7 @@ class Segmentation:
     """The metric that says how good a network is."""
 
     names: ClassVar = {"miou": "mIoU", "accuracy": "pixel accuracy"}
-    """Metrics in words: that of `headline`, and one beside it."""
+    """Metrics in words: the metric of `headline`, and one beside it."""
 
     def targets(self, labels: jax.Array) -> jax.Array:
         """What the loss takes: int32 labels (images, height, width)."""

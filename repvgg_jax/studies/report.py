@@ -28,12 +28,12 @@ class Sample:
 
     @property
     def mean(self) -> float:
-        """Their mean."""
+        """Mean of the values."""
         return statistics.fmean(self.values)
 
     @property
     def spread(self) -> float:
-        """Their standard deviation; NaN for a single one."""
+        """Standard deviation of the values; NaN for a single one."""
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
     @property

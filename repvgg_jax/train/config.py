@@ -252,7 +252,7 @@ class RecipeParser(flags.ArgumentParser):
         return config.lock()
 
     def flag_type(self) -> str:
-        """For --help."""
+        """What `--help` says of the values of this flag."""
         return "recipe"
 
 

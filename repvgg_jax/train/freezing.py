@@ -22,8 +22,10 @@ class Frozen:
     """What stays as it is, by names of blocks and heads.
 
     Attributes:
-      blocks: that keep parameters and running statistics, and compute as in evaluation.
-      statistics: that keep running statistics, and normalize by them; `(EVERY,)` for all.
+      blocks: names of those that keep parameters and running statistics, and compute as in
+        evaluation.
+      statistics: names of those that keep running statistics, and normalize by them; `(EVERY,)`
+        for all.
     """
 
     blocks: tuple[str, ...] = ()

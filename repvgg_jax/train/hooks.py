@@ -84,13 +84,13 @@ class Profile:
         self._running = False
 
     def before(self, step: int) -> None:
-        """To be called before every step."""
+        """Starts the trace if `step` is the first of the range; call it before every step."""
         if step in self._steps and not self._running:
             jax.profiler.start_trace(self._path)
             self._running = True
 
     def after(self, step: int, result: Any) -> None:
-        """To be called after every step with its result."""
+        """Ends the trace if `step` is the last of the range; call it after every step."""
         if self._running and step + 1 not in self._steps:
             jax.block_until_ready(result)
             self._stop()

@@ -42,7 +42,7 @@ from repvgg_jax.weights.tree import head_width
 logger = logging.getLogger(__name__)
 
 Step = int | Literal["best", "newest"]
-"""Which checkpoint of a run: that of a step, of the best validation accuracy, or the newest."""
+"""Which checkpoint of a run: a step, the best by validation accuracy, or the newest."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Task(Protocol):
 
     @property
     def names(self) -> Mapping[str, str]:
-        """Metrics in words: that of `headline`, and one beside it."""
+        """Metrics in words: the metric of `headline`, and one beside it."""
 
     def targets(self, labels: jax.Array) -> jax.Array:
         """What the loss takes of the labels of a batch."""
@@ -98,7 +98,7 @@ class Classification:
     """The metric that says how good a network is."""
 
     names: ClassVar = {"accuracy": "accuracy", "macro_accuracy": "macro accuracy"}
-    """Metrics in words: that of `headline`, and one beside it."""
+    """Metrics in words: the metric of `headline`, and one beside it."""
 
     def targets(self, labels: jax.Array) -> jax.Array:
         """Smoothed one-hot targets (images, classes) of labels (images,)."""

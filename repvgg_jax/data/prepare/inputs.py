@@ -85,7 +85,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """All that is to be prepared.
+    """The images that are to be prepared.
 
     Attributes:
       classes: class names by label.
