@@ -415,6 +415,36 @@ class TestLock:
         with lock.locked(tmp_path):
             pass  # it is free afterwards
 
+    def test_heart_beats_on_after_an_error(self, tmp_path, monkeypatch, caplog):
+        read, errors = lock._read, iter([errno.ESTALE, errno.EIO])
+
+        def flaky(file):
+            if threading.current_thread() is not threading.main_thread():
+                for number in errors:
+                    raise OSError(number, os.strerror(number))
+            return read(file)
+
+        monkeypatch.setattr(lock, "_read", flaky)
+        with lock.locked(tmp_path, heartbeat=0.001):
+            changed(tmp_path / lock.FILE)
+        assert next(errors, None) is None
+        assert list(tmp_path.iterdir()) == []
+        (warning,) = caplog.messages
+        assert "a heartbeat is left out" in warning
+        assert os.strerror(errno.ESTALE) in warning
+
+    def test_error_at_the_end_hides_no_other(self, tmp_path, monkeypatch):
+        def stale(file):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+        def fail():
+            with lock.locked(tmp_path):
+                monkeypatch.setattr(lock, "_read", stale)
+                raise KeyError("of the run")
+
+        with pytest.raises(KeyError, match="of the run"):
+            fail()
+
     @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF])
     def test_without_flock_the_file_decides(self, tmp_path, monkeypatch, caplog, error):
         def flock(*_):

@@ -141,21 +141,34 @@ class _Owner:
         finally:
             self._ended.set()
             thread.join()
-            if self._is_own():
-                self._file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what ended the run matters more
+                if self._is_own():
+                    self._file.unlink(missing_ok=True)
 
     def _run(self, heartbeat: float) -> None:
+        warned = False
         while not self._ended.wait(heartbeat):
-            if not self._is_own():
-                if self._file.exists():
-                    _log.warning(
-                        "%s was taken over by another run; stop one of them", self._file.parent
-                    )
-                return
-            self._beats += 1
-            # Overwrite in place with the same length, so it works on a full disk.
-            with contextlib.suppress(OSError), self._file.open("r+") as file:
-                file.write(self._text())
+            try:
+                if not self._beat():
+                    return
+            except OSError as error:  # of a network file system, for a moment perhaps
+                if not warned:
+                    _log.warning("%s: a heartbeat is left out: %s", self._file, one_line(error))
+                warned = True
+
+    def _beat(self) -> bool:
+        """Writes a heartbeat; returns False if the directory is no longer this run's."""
+        if not self._is_own():
+            if self._file.exists():
+                _log.warning(
+                    "%s was taken over by another run; stop one of them", self._file.parent
+                )
+            return False
+        self._beats += 1
+        # Overwrite in place with the same length, so it works on a full disk.
+        with self._file.open("r+") as file:
+            file.write(self._text())
+        return True
 
     def _is_own(self) -> bool:
         found = _parse(_read(self._file) or "")
