@@ -8,6 +8,7 @@ module.
 
 import gc
 import importlib
+import io
 import itertools
 import logging
 import os
@@ -79,6 +80,12 @@ def _configure_logging(*, aside: bool) -> None:
     logger.propagate = False  # absl's handler on the root logger would write all of it again
 
 
+def _print_any_name() -> None:
+    """Lets standard output escape what its encoding lacks, as standard error does."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _keep_compiled_programs() -> None:
     """Sets up jax's compilation cache on disk: a second start of the same run skips compiling.
 
@@ -108,6 +115,7 @@ def run(
       logs_aside: whether progress goes to standard error, and results alone to standard output.
     """
     _configure_logging(aside=logs_aside)
+    _print_any_name()
     # Tracing makes many objects and little garbage: with Python's own threshold, its collector
     # takes a tenth of the time until the first step.
     gc.set_threshold(5_000)

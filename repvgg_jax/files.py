@@ -177,9 +177,9 @@ def cache_directory() -> pathlib.Path | None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file atomically."""
+    """Writes a text file atomically, in UTF-8, with escapes for what that cannot hold."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def sha256(path: str | os.PathLike) -> str:

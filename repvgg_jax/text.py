@@ -38,9 +38,17 @@ def how_to_install(*, extra: str) -> str:
     return f'pip install ".[{extra}]" in a checkout of repvgg_jax'
 
 
+def encodable(text: str) -> str:
+    r"""`text` as UTF-8 can hold it: bytes of a file name that are not become `\udce9`.
+
+    In a JSON text that is an escape, which stands for the same name.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def one_line(text: object, length: int = 160) -> str:
     """`text` on a single line of at most `length` characters."""
-    line = " ".join(str(text).split())
+    line = encodable(" ".join(str(text).split()))
     return line if len(line) <= length else f"{line[:length]} …"
 
 

@@ -124,6 +124,18 @@ class TestPreparing:
         with pytest.raises(ValueError, match="shards missing"):
             load(settings)
 
+    def test_names_that_are_not_utf8(self, tmp_path):
+        kind, name = os.fsdecode(b"caf\xe9"), os.fsdecode(b"1\xff.JPEG")
+        files = {f"{split}/{kind}/{name}": FILES[PNG] for split in ("train", "val")}
+        prepare(write_tree(tmp_path / "in", files), tmp_path / "out")
+        assert stored(tmp_path / "out").keys() == {f"train/{kind}/{name}"}
+        assert records.Manifest.read(tmp_path / "out").classes == (kind,)
+        preparing.verify(tmp_path / "out")
+
+    def test_pairs_whose_names_are_not_utf8(self):
+        pair = {"encoded": b"i", "mask": b"m", "name": "i\udcff", "mask_name": "m\udce9"}
+        assert records.unpack(records.pack_pair(**pair)) == pair
+
     def test_a_test_set_alone(self, tmp_path):
         tree = write_tree(tmp_path / "in", FILES)
         (tree / "val").rename(tree / "test")

@@ -49,6 +49,12 @@ def fused_plain():
     return fuse_params(nets.variables("plain"))
 
 
+def test_labels_that_are_not_utf8():
+    labels = ("caf\udce9", *nets.LABELS[1:])
+    header = network_of(fused_plain(), labels=labels).header("NHWC")
+    assert tuple(json.loads(header["labels"].encode())) == labels
+
+
 @pytest.mark.system
 def test_the_room_imports_no_runtime():
     code = """

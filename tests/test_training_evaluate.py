@@ -1,5 +1,6 @@
 """Evaluation without training: the same numbers as at the end of training, in both forms."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -150,6 +151,14 @@ def test_what_an_evaluation_leaves_behind(evaluation, small_run, tmp_path):
         assert count == ((labels == int(of)) & (predicted == int(other))).sum()
     counts = [row["images"] for row in content["confused"]]
     assert counts == sorted(counts, reverse=True)
+
+
+def test_classes_whose_names_are_not_utf8(evaluation, tmp_path):
+    names = ("caf\udce9", *evaluation.classes[1:])
+    written = dataclasses.replace(evaluation, classes=names).write(tmp_path)
+    content = json.loads(written[0].read_text(encoding="utf-8"))
+    assert content["classes"][0]["class"] == names[0]
+    assert len(written) == 3
 
 
 def test_a_map_of_classes(evaluation, small_run, tmp_path):

@@ -1,9 +1,11 @@
 """What a run reports: rows, TensorBoard, curves and the page."""
 
 import contextlib
+import io
 import itertools
 import logging
 import re
+import sys
 import threading
 import time
 
@@ -189,6 +191,14 @@ def test_the_best_of_several_evaluations():
     table += [{"step": 4, "eval/accuracy": 0.7}, {"step": 5, "eval/accuracy": None}]
     assert report.best_row(table) is table[3]
     assert report.best_row([{"step": 3}]) is None
+
+
+def test_names_that_are_not_utf8_are_printed(monkeypatch):
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="utf-8"))
+    cli._print_any_name()
+    print("café caf\udce9", flush=True)
+    assert output.getvalue() == "café caf\\udce9\n".encode()
 
 
 class TestByClass:

@@ -24,20 +24,26 @@ MANIFEST = "manifest.json"
 VERSION, MASKS_VERSION = 1, 2
 """Versions of a manifest, without and with masks. The first readers know the former only."""
 
+_NAMES = "surrogateescape"  # names of files are bytes, which need not be UTF-8
+
 
 def pack(*, encoded: bytes, label: int, name: str) -> bytes:
     """A record of an image with a class."""
-    return msgpack.packb({"encoded": encoded, "label": label, "name": name})
+    return _packed({"encoded": encoded, "label": label, "name": name})
 
 
 def pack_pair(*, encoded: bytes, mask: bytes, name: str, mask_name: str) -> bytes:
     """A record of an image with a class per pixel."""
-    return msgpack.packb({"encoded": encoded, "mask": mask, "name": name, "mask_name": mask_name})
+    return _packed({"encoded": encoded, "mask": mask, "name": name, "mask_name": mask_name})
 
 
 def unpack(record: bytes) -> dict[str, Any]:
     """The keyword arguments of `pack` or of `pack_pair`."""
-    return msgpack.unpackb(record)
+    return msgpack.unpackb(record, unicode_errors=_NAMES)
+
+
+def _packed(record: Mapping[str, Any]) -> bytes:
+    return msgpack.packb(record, unicode_errors=_NAMES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from repvgg_jax.layers import check_classes
 from repvgg_jax.model import RepVGG
 from repvgg_jax.normalize import Normalize
 from repvgg_jax.segmentation.network import Segmenter
-from repvgg_jax.text import first_few, named_leaves, one_line
+from repvgg_jax.text import encodable, first_few, named_leaves, one_line
 
 BATCH = 16
 """Images per batch in a proof: enough to keep two cores busy, little memory at 224 pixels."""
@@ -289,7 +289,9 @@ class Network:
     def header(self, layout: str) -> dict[str, str]:
         """The description for formats that store text by key; other values become JSON."""
         return {
-            key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            key: encodable(
+                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            )
             for key, value in self.description(layout).items()
         }
 

@@ -23,6 +23,7 @@ from repvgg_jax.export.decompose import decompose
 from repvgg_jax.export.format import Format, Run, Runtime
 from repvgg_jax.export.network import Network
 from repvgg_jax.proof import TOLERANCE
+from repvgg_jax.text import encodable
 
 SIGNATURE = "serving_default"
 
@@ -160,7 +161,7 @@ def write_savedmodel(network: Network, path: Path, dtype: str) -> None:
     tf.saved_model.save(module, str(path), {SIGNATURE: module.serve})
     extra = path / "assets.extra"
     extra.mkdir()
-    description = json.dumps(network.description(SAVEDMODEL.layout), indent=2, ensure_ascii=False)
+    description = _json(network.description(SAVEDMODEL.layout))
     (extra / "metadata.json").write_text(description + "\n", encoding="utf-8")
 
 
@@ -213,9 +214,13 @@ def converter_of(module: Any, tf: Any) -> Any:
 def describe(path: Path, network: Network, description: Mapping[str, Any]) -> None:
     """Adds the description to a .tflite file, and the labels."""
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("metadata.json", json.dumps(description, indent=2, ensure_ascii=False))
+        archive.writestr("metadata.json", _json(description))
         if network.labels:
-            archive.writestr("labels.txt", "\n".join(network.labels) + "\n")
+            archive.writestr("labels.txt", encodable("\n".join(network.labels)) + "\n")
+
+
+def _json(description: Mapping[str, Any]) -> str:
+    return encodable(json.dumps(description, indent=2, ensure_ascii=False))
 
 
 def _open_tflite(path: Path, network: Network) -> Run:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from repvgg_jax.segmentation.labels import IGNORE, class_colors
+from repvgg_jax.text import encodable
 
 OPACITY = 0.6
 """Opacity of the colors over an image."""
@@ -83,7 +84,7 @@ def grid(
     for panel, title in zip(axes[0], columns, strict=True):
         panel.set_title(title, fontsize=10)
     handles = [
-        Patch(facecolor=color / 255, edgecolor="#888888", label=name)
+        Patch(facecolor=color / 255, edgecolor="#888888", label=encodable(name))
         for name, color in zip(classes, colors, strict=True)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)

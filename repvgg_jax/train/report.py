@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from repvgg_jax.files import replacing, write_text
-from repvgg_jax.text import versions
+from repvgg_jax.text import encodable, versions
 from repvgg_jax.train.by_class import ByClass
 from repvgg_jax.train.workdir import Workdir
 
@@ -221,7 +221,7 @@ def draw_curves(
 ) -> None:
     """Draws the rows of `metrics.jsonl`, as PNG: the loss, and `headline` beside it."""
     figure = Figure(figsize=(9, 3.6), dpi=130, layout="constrained")
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(encodable(title), fontsize=11, x=0.01, ha="left")
     loss, accuracy = figure.subplots(1, 2)
     for axes, name, label in ((loss, "loss", "loss"), (accuracy, headline, headline)):
         for part, color, legend in (("train", _TRAIN, "training"), ("eval", _EVAL, "validation")):
