@@ -191,6 +191,23 @@ def test_the_best_of_several_evaluations():
     table += [{"step": 4, "eval/accuracy": 0.7}, {"step": 5, "eval/accuracy": None}]
     assert report.best_row(table) is table[3]
     assert report.best_row([{"step": 3}]) is None
+    table[0]["eval/accuracy"] = float("nan")
+    assert report.best_row(table) is table[3]
+    assert report.best_row(table[:1]) is None
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_numbers_that_are_not_finite(final, tmp_path):
+    Workdir(tmp_path).config.touch()
+    with MetricsWriter(Workdir(tmp_path), small_experiment(), start_step=0) as writer:
+        for step, accuracy in enumerate((float("nan"), 0.5, float("inf"))):
+            writer.write({"step": step, "eval/accuracy": accuracy, "eval/loss": float("nan")})
+        if final:
+            writer.write({"step": 2, "final/accuracy": float("nan"), "final/loss": 1.0})
+    page = (tmp_path / "report.html").read_text()
+    assert [row["eval/accuracy"] for row in rows(tmp_path)[:3]] == [None, 0.5, None]
+    assert "<td>1</td><td>0.5000</td><td>not finite</td><td>best</td>" in page
+    assert "<td>0</td><td>not finite</td><td>not finite</td><td></td>" in page
 
 
 def test_names_that_are_not_utf8_are_printed(monkeypatch):

@@ -86,8 +86,8 @@ class MetricsWriter:
         if not self._active:
             return
         self._workdir.check_there()
-        self._rows.append(row)
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        self._rows.append(finite)
         with self._workdir.metrics.open("a") as file:
             file.write(json.dumps(finite) + "\n")
         scalars = {
@@ -277,7 +277,7 @@ class StepMetrics:
         )
 
 
-def _rows_until(step: int, workdir: Workdir) -> list[Row]:
+def _rows_until(step: int, workdir: Workdir) -> list[report.Row]:
     if not workdir.metrics.exists():
         return []
     *lines, last = workdir.metrics.read_bytes().split(b"\n")
@@ -294,7 +294,7 @@ def _rows_until(step: int, workdir: Workdir) -> list[Row]:
     ]
 
 
-def _row(line: bytes) -> Row | None:
+def _row(line: bytes) -> report.Row | None:
     """A row of `metrics.jsonl`; None if it is damaged."""
     try:
         row = typed(dict[str, int | float | None], files.parse_json(line), "row")

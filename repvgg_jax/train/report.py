@@ -2,11 +2,12 @@
 
 import base64
 import html
+import math
 import pathlib
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 from matplotlib.figure import Figure
@@ -157,9 +158,9 @@ def _evaluations(rows: Sequence[Row], headline: str) -> list[str]:
 
 
 def best_row(rows: Sequence[Row], headline: str = "accuracy") -> Row | None:
-    """The evaluation with the best headline, the last of equal ones; None if there is none."""
+    """The evaluation with the best headline, the last of equal ones; None if none is finite."""
     name = f"eval/{headline}"
-    found = [row for row in rows if row.get(name) is not None]
+    found = [row for row in rows if _is_finite(row.get(name))]
     return max(found, key=lambda row: (row[name], row["step"]), default=None)
 
 
@@ -199,8 +200,13 @@ def _flat(settings: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
     return lines
 
 
+def _is_finite(value: float | None) -> TypeGuard[float]:
+    """Of a row's number; what is not finite is None, and was NaN in files of earlier versions."""
+    return value is not None and math.isfinite(value)
+
+
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
+    return f"{value:.4f}" if _is_finite(value) else "not finite"
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -225,7 +231,8 @@ def draw_curves(
     loss, accuracy = figure.subplots(1, 2)
     for axes, name, label in ((loss, "loss", "loss"), (accuracy, headline, headline)):
         for part, color, legend in (("train", _TRAIN, "training"), ("eval", _EVAL, "validation")):
-            points = [(r["step"], r[f"{part}/{name}"]) for r in rows if f"{part}/{name}" in r]
+            found = [(r["step"], r.get(f"{part}/{name}")) for r in rows]
+            points = [point for point in found if _is_finite(point[1])]
             if points:
                 marker = "o" if len(points) < 40 else None
                 axes.plot(
@@ -256,8 +263,7 @@ def draw_curves(
             label=f"best, step {best['step']:,}",
         )
     final = [row for row in rows if "final/accuracy" in row]
-    if final:
-        value = final[-1][f"final/{headline}"]
+    if final and _is_finite(value := final[-1][f"final/{headline}"]):
         accuracy.annotate(
             f"{value:.2%}",
             (final[-1]["step"], value),
