@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import repvgg_jax as rv
 from repvgg_jax import reparam
@@ -150,6 +151,24 @@ def test_multipliers_are_the_authors():
             expected[1, 1] += np.eye(4)
         np.testing.assert_allclose(got[name]["conv"]["kernel"], expected)
     assert "scale_identity" not in scales()["stem"]
+
+
+def test_boxes_are_kept():
+    params = jax.tree.map(np.float32, plain()["params"])
+    axes = (None, None, None, "model")
+
+    def boxed(tree):
+        return jax.tree.map(lambda leaf: nn.Partitioned(leaf, axes[-np.ndim(leaf) :]), tree)
+
+    def outcome(params, scales):
+        transform = reparam.rep_optimizer(SEARCH, scales)
+        updates, _ = transform.update(params, transform.init(params))
+        return updates, reparam.rep_init(SEARCH, scales, params, jax.random.key(2))
+
+    found = reparam.extract_scales(SEARCH, boxed(searched()["params"]))
+    got = outcome(boxed(params), found)
+    chex.assert_trees_all_equal(got, boxed(outcome(params, scales())))
+    assert got[0]["stem"]["conv"]["kernel"].names == axes
 
 
 def test_kernels_start_as_those_of_the_branches():

@@ -20,7 +20,7 @@ import numpy as np
 
 from repvgg_jax.reparam.algebra import Affine, affine, dilated, identity_kernel, parallel
 from repvgg_jax.reparam.blocks import BlockSpec
-from repvgg_jax.reparam.containers import Tree, children_of, rebuild
+from repvgg_jax.reparam.containers import Tree, boxed_like, children_of, rebuild, unboxed
 from repvgg_jax.reparam.family import REPOPT
 from repvgg_jax.reparam.linear import Geometry, leaves, names, present, walk
 from repvgg_jax.reparam.terms import Chain, Conv, Identity, Linear, Norm, Scale, Sum
@@ -88,7 +88,7 @@ def rep_optimizer(
 
     Returns:
       A gradient transformation for the parameters of the network of `target` blocks; other
-      parameters keep their gradients.
+      parameters keep their gradients. Boxes such as `flax.linen.Partitioned` are kept.
 
     Raises:
       ValueError: `optimizer` clips gradients, which would differ between the two networks; or
@@ -129,9 +129,9 @@ def rep_optimizer(
 
         def multiply(node: Tree, path: Path) -> Tree:
             if path in found:
-                kernel = node[conv]["kernel"]
+                kernel = unboxed(node[conv]["kernel"])
                 scaled = kernel * jnp.asarray(found[path], kernel.dtype)
-                return {**node, conv: {**node[conv], "kernel": scaled}}
+                return _with_kernel(node, conv, scaled)
             children = {key: multiply(child, (*path, key)) for key, child in children_of(node)}
             return rebuild(node, children) if children else node
 
@@ -164,7 +164,7 @@ def rep_init(
       target: as in `rep_optimizer`.
 
     Returns:
-      The parameters with other kernels.
+      The parameters with other kernels; boxes are kept.
 
     Raises:
       ValueError: scales of another network.
@@ -179,7 +179,7 @@ def rep_init(
 
     def replace(node: Tree, path: Path) -> Tree:
         if path in found:
-            return {**node, conv: {**node[conv], "kernel": found[path]}}
+            return _with_kernel(node, conv, found[path])
         children = {key: replace(child, (*path, key)) for key, child in children_of(node)}
         return rebuild(node, children) if children else node
 
@@ -214,10 +214,16 @@ def _kernel_name(target: BlockSpec) -> str:
     return next(term.name for term in walk(target.train) if isinstance(term, Conv))
 
 
+def _with_kernel(block: Mapping[str, Any], conv: str, kernel: Any) -> Tree:
+    """A block with another kernel, in a box like that of the old one."""
+    boxed = boxed_like(block[conv]["kernel"], kernel)
+    return {**block, conv: {**block[conv], "kernel": boxed}}
+
+
 def _pairs(
     params: Tree, scales: Scales, spec: BlockSpec, target: BlockSpec
 ) -> Iterator[tuple[Path, Any, Mapping[str, Any]]]:
-    """Every block's path, kernel and scales.
+    """Every block's path, kernel and scales, without boxes.
 
     Raises:
       ValueError: the scales are not those of this network.
@@ -227,7 +233,7 @@ def _pairs(
 
     def find(node: Tree, path: Path) -> None:
         if matching_block(node, (target,)):
-            blocks[path] = node[conv]["kernel"]
+            blocks[path] = unboxed(node[conv]["kernel"])
             return
         for key, child in children_of(node):
             find(child, (*path, key))
@@ -238,7 +244,7 @@ def _pairs(
 
     def collect(node: Tree, path: Path) -> None:
         if isinstance(node, Mapping) and node.keys() & known:
-            given[path] = node
+            given[path] = unboxed(node)
             return
         for key, child in children_of(node):
             collect(child, (*path, key))
