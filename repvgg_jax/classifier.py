@@ -259,27 +259,45 @@ def center_crop(
 def find_images(arguments: Sequence[str]) -> list[str]:
     """Image files of paths, directories (with their subdirectories) and glob patterns.
 
+    Of a directory, these are the files whose names end in one of `SUFFIXES`. Directories that a
+    pattern matches are searched, too; each file of a pattern is in the list once.
+
     Raises:
-      ValueError: there is no such file, or no image in a directory.
+      ValueError: there is no such file, or no image in a directory or in all that a pattern
+        matches.
     """
     found: list[str] = []
     for argument in arguments:
         path = pathlib.Path(argument)
         if path.is_dir():
-            files = sorted(
-                str(file)
-                for file in path.rglob("*")
-                if file.suffix.lower() in SUFFIXES and file.is_file()
-            )
-            if not files:
-                raise ValueError(
-                    f"{argument} holds no images; their names end in {first_few(SUFFIXES)}"
-                )
-            found += files
+            files = _images_below(path)
         elif path.exists():
-            found.append(argument)
+            files = [argument]
         elif matches := sorted(glob.glob(argument, recursive=True)):
-            found += matches
+            files = _matched(matches)
         else:
             raise ValueError(f"there is no image file, directory or pattern {argument}")
+        if not files:
+            raise ValueError(
+                f"{argument} holds no images; their names end in {first_few(SUFFIXES)}"
+            )
+        found += files
     return found
+
+
+def _images_below(directory: pathlib.Path) -> list[str]:
+    return sorted(
+        str(file)
+        for file in directory.rglob("*")
+        if file.suffix.lower() in SUFFIXES and file.is_file()
+    )
+
+
+def _matched(matches: Sequence[str]) -> list[str]:
+    """Files among the matches of a pattern, and images below its directories, each once."""
+    found: dict[pathlib.Path, str] = {}
+    for match in matches:
+        path = pathlib.Path(match)
+        for file in _images_below(path) if path.is_dir() else [match]:
+            found.setdefault(pathlib.Path(file), file)
+    return list(found.values())

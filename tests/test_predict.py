@@ -195,7 +195,12 @@ def test_images_are_found(tmp_path):
     names = [name.removeprefix(f"{tmp_path}/") for name in find_images([str(tmp_path)])]
     assert names == ["a.JPG", "b/c.png", "b/d/e.webp"]
     assert find_images([f"{tmp_path}/**/*.png"]) == [f"{tmp_path}/b/c.png"]
+    assert find_images([f"{tmp_path}/*"]) == find_images([str(tmp_path)])  # b is a directory
+    assert find_images([f"{tmp_path}/b/**/[!n]*"]) == find_images([f"{tmp_path}/b"])
     (tmp_path / "none").mkdir()
+    assert find_images([f"{tmp_path}/*"]) == find_images([str(tmp_path)])
+    with pytest.raises(ValueError, match=r"n\* holds no images"):
+        find_images([f"{tmp_path}/n*"])
     with pytest.raises(ValueError, match="none holds no images"):
         find_images([f"{tmp_path}/none"])
     with pytest.raises(ValueError, match=r"no image file.*nothing\.png"):
