@@ -134,6 +134,10 @@ def test_variables_that_are_not_saved(tmp_path):
         rv.save_variables(tmp_path / "a.npz", {"params": {"a": "?"}})
     with pytest.raises(ValueError, match="params/a has dtype complex64"):
         rv.save_variables(tmp_path / "a.npz", {"params": {"a": np.complex64(1)}})
+    with pytest.raises(ValueError, match=r"params/a has dtype bool; .* int32, int64, uint32$"):
+        rv.save_variables(tmp_path / "a.npz", {"params": {"a": np.ones(1, bool)}})
+    with pytest.raises(ValueError, match="'params/' has an empty part"):
+        rv.save_variables(tmp_path / "a.npz", {"params": {"": np.ones(1, np.float32)}})
     with pytest.raises(ValueError, match="suffix"):
         rv.save_variables(tmp_path / "a.bin", {"params": {"a": np.ones(1)}})
     assert not list(tmp_path.iterdir())

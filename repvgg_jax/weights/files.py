@@ -25,6 +25,7 @@ from repvgg_jax.weights.tensor import Tensor, describe
 from repvgg_jax.weights.unpickle import Contents
 
 _WRITABLE = ("float16", "float32", "float64")
+_SAVED = (*_WRITABLE, "int32", "int64", "uint32")  # of other modules' variables
 _MAX_ARRAYS = 10_000  # of an .npz or safetensors file; a RepVGG has at most 1500
 _MAX_HEADER = 8 << 20  # bytes of a safetensors header
 
@@ -270,15 +271,20 @@ def save_variables(path: str | os.PathLike, variables: Mapping[str, Any]) -> Non
       variables: nested mappings of NumPy or JAX arrays, e.g. `{"params": …, "batch_stats": …}`.
 
     Raises:
-      ValueError: unknown suffix, `path` cannot be written, something that is not an array, or a
-        dtype that such files do not have.
+      ValueError: unknown suffix, `path` cannot be written, something that is not an array, an
+        empty key, or a dtype that such files do not have.
     """
     writer = _writer(path)
     state = {}
     for key, tensor in _described(variables).items():
-        if "" in key.split("/") or tensor.dtype not in (*_WRITABLE, "int32", "int64", "uint32"):
+        if "" in key.split("/"):
             raise ValueError(
-                f"variables: {key} has dtype {tensor.dtype}; files take {', '.join(_WRITABLE)}"
+                f"variables: {key!r} has an empty part; the keys of nested mappings, joined by "
+                "slashes, name an array"
+            )
+        if tensor.dtype not in _SAVED:
+            raise ValueError(
+                f"variables: {key} has dtype {tensor.dtype}; files take {', '.join(_SAVED)}"
             )
         state[key] = np.asarray(tensor.read(), order="C")
     _write(path, state, writer)
