@@ -45,6 +45,8 @@ class TestCalibrate:
             ("folder:/data:12", ("folder:/data", 12)),
             ("tfds:mnist", ("tfds:mnist", None)),
             ("folder:2024", ("folder:2024", None)),
+            ("masks:2020", ("masks:2020", None)),
+            ("cityscapes:7:12", ("cityscapes:7", 12)),
         ],
     )
     def test_source_and_number(self, text, expected):

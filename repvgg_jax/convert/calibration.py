@@ -8,7 +8,7 @@ import numpy as np
 from repvgg_jax.classifier import Classifier, center_crop, find_images
 from repvgg_jax.convert.source import reading_of
 from repvgg_jax.convert.subject import PROOF_IMAGES, Source
-from repvgg_jax.data.dataset import BUILT_IN, Dataset, load
+from repvgg_jax.data.dataset import BUILT_IN, LOCATED, Dataset, load
 from repvgg_jax.data.joint_crop import WholeImage
 from repvgg_jax.data.records import MANIFEST
 from repvgg_jax.data.settings import DataSettings
@@ -42,11 +42,7 @@ class Calibrate:
           ValueError: no source, or a number below 1.
         """
         source, colon, count = text.rpartition(":")
-        if (
-            not colon
-            or not count.lstrip("-").isdecimal()
-            or source in ("folder", "records", "tfds")
-        ):
+        if not colon or not count.lstrip("-").isdecimal() or source in LOCATED:
             source, count = text, ""
         if not source or (count and int(count) < 1):
             raise ValueError(

@@ -238,6 +238,9 @@ _LOADERS: Mapping[str, Callable[[str, DataSettings, bool], Splits]] = {
 BUILT_IN = tuple(name for name in _LOADERS if not name.endswith(":"))
 """Data sets that come with the package, of images of one size."""
 
+LOCATED = tuple(name.removesuffix(":") for name in _LOADERS if name.endswith(":"))
+"""Kinds of data sets whose name or directory follows a colon."""
+
 _SOURCES = (
     "digits, clutter, fake, tfds:NAME, folder:DIRECTORY, records:DIRECTORY; with a class per pixel "
     "scenes, cityscapes:DIRECTORY, masks:DIRECTORY, records:DIRECTORY, tfds:NAME"
