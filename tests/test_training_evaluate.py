@@ -204,6 +204,12 @@ def test_sets_of_labels(evaluation, small_run, tmp_path):
     assert any(line.startswith("real_accuracy") for line in found.lines())
 
 
+def test_numbers_of_images_in_words():
+    assert evaluate.counted({"images": np.float32(1)}, 1) == "1 image"
+    assert evaluate.counted({"images": np.float32(1)}, 2000) == "1 of 2,000 images"
+    assert evaluate.counted({"images": np.float32(2000)}, 2000) == "2,000 images"
+
+
 def test_labels_of_imagenet_by_number():
     """ReaL's list is in the order of the numbers in ImageNet's file names."""
     names = ["val/n1/ILSVRC2012_val_00000002.JPEG", "val/n2/ILSVRC2012_val_00000001_n2.JPEG"]

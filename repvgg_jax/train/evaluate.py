@@ -180,7 +180,7 @@ def counted(means: Means, total: int) -> str:
       total: number of images, including those that cannot be decoded.
     """
     images = int(means["images"])
-    return f"{images:,} images" if images == total else f"{images:,} of {total:,} images"
+    return ("" if images == total else f"{images:,} of ") + plural(total, "image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +329,7 @@ def _evaluated(
     if sets is not None:
         predicted = of_trained["predicted"], images["predicted"]
         shares, count = sets.accuracy(dataset.evaluation, predicted, images["mask"])
-        logger.info("%s has labels of %s", sets.path, counted({"images": np.asarray(count)}, count))
+        logger.info("%s has labels of %s", sets.path, plural(count, "image"))
         for means, share in zip((trained, fused), shares, strict=True):
             means["real_accuracy"] = np.asarray(share)
     draw = None
