@@ -315,6 +315,16 @@ class TestEarlierConversion:
         assert "removed: model.stablehlo, with another preprocessing" in done.table()
         assert (output.path / "model.safetensors").exists()
 
+    def test_formats_that_are_unknown_go(self, deploy, tmp_path):
+        path = tmp_path / "deploy"
+        shutil.copytree(deploy, path)
+        content = json.loads((path / "proof.json").read_text())
+        (entry,) = (e for e in content["artefacts"] if e["format"] == "orbax")
+        entry["format"] = "of tomorrow"
+        (path / "proof.json").write_text(json.dumps(content))
+        done = convert(nets.source(), Output(path), targets=parse_targets(["safetensors"]))
+        assert "removed: orbax, of an unknown format, of tomorrow" in done.table()
+
     def test_damaged_formats_go(self, deploy, tmp_path):
         path = tmp_path / "deploy"
         shutil.copytree(deploy, path)

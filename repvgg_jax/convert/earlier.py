@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from repvgg_jax import files
 from repvgg_jax.export import FORMATS, Artifact
-from repvgg_jax.text import first_few, named_leaves
+from repvgg_jax.text import first_few, named_leaves, one_line
 from repvgg_jax.typed import typed
 from repvgg_jax.variants import Variant
 
@@ -142,8 +142,10 @@ def _why_not(
     ):
         return "of another network"
     known = FORMATS.get(str(entry.get("format")))
+    if known is None:
+        return f"of an unknown format, {one_line(entry.get('format'), 40)}"
     same_input = before.get("with_preprocessing", False) == now["with_preprocessing"]
-    if known is None or (known.holds_graph and not same_input):
+    if known.holds_graph and not same_input:
         return "with another preprocessing"
     damaged = [
         part
