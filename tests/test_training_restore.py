@@ -15,11 +15,13 @@ import pytest
 from repvgg_jax import create_model, fuse_params, save_weights, to_state_dict
 from repvgg_jax.data.dataset import load
 from repvgg_jax.data.sources import photo_crops
+from repvgg_jax.export import export
 from repvgg_jax.train import loop, resume
 from repvgg_jax.train.experiment import Experiment
 from repvgg_jax.train.proof_images import validation_images
-from repvgg_jax.train.restore import load_run, starting_state
+from repvgg_jax.train.restore import load_run, load_source, starting_state
 from repvgg_jax.train.workdir import Workdir
+from tests.helpers import export_networks as nets
 from tests.helpers.runs import SMALL, final_state, small_config, small_settings
 from tests.helpers.trees import random_variables
 
@@ -95,6 +97,13 @@ class TestLoadRun:
 
 
 class TestInitFrom:
+    def test_a_file_of_ours_names_its_network(self, tmp_path):
+        """The recipe is not the right one, or was not given."""
+        path = tmp_path / "model.safetensors"
+        export("safetensors", nets.network("plain"), path)
+        with pytest.raises(ValueError, match=r"is of tiny, but .*variant is small; .*--config"):
+            load_source(str(path), small_settings())
+
     """Fine-tuning starts from whatever somebody trained, and says from what."""
 
     def start(self, source):
@@ -161,7 +170,7 @@ class TestInitFrom:
         assert "from images of 3 channels to 1" in caplog.text
 
     def test_a_run_on_gray_images_for_four_channels(self, small_run, rng):
-        digits = load(small_config().data)
+        digits = load(small_settings().data)
         wide = [
             dataclasses.replace(source, images=source.images.repeat(4, axis=-1))
             for source in (digits.train, digits.evaluation)

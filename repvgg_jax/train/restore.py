@@ -21,7 +21,7 @@ from repvgg_jax.quantization.qat import measure_norms, split_ranges, with_ranges
 from repvgg_jax.segmentation.network import Segmenter
 from repvgg_jax.segmentation.resnet import ResNetVariant
 from repvgg_jax.segmentation.weights import Started, load_resnet, start_from_classifier
-from repvgg_jax.text import first_few
+from repvgg_jax.text import first_few, one_line
 from repvgg_jax.train.checkpoint import Checkpoints
 from repvgg_jax.train.classes import fit_head
 from repvgg_jax.train.experiment import Experiment, Model, build_model
@@ -322,8 +322,17 @@ def load_source(source: str, settings: Settings) -> Loaded:
     if isinstance(variant, ResNetVariant):
         return Loaded(load_resnet(source, variant=variant.name), ())
     file = path / "model.safetensors" if path.is_dir() else path
-    weights = load_file_or_pretrained(str(file), variant=variant, entry=entry)
     description = read_description(file)
+    own = None if description is None else description.variant
+    try:
+        weights = load_file_or_pretrained(str(file), variant=variant, entry=entry)
+    except ValueError as error:
+        if own is None or own == variant:
+            raise
+        raise ValueError(
+            f"{file} is of {own.name}, but config.model.variant is {variant.name}; give its recipe "
+            f"with --config ({one_line(error)})"
+        ) from error
     return Loaded(weights, () if description is None else description.labels)
 
 
