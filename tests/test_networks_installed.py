@@ -281,6 +281,7 @@ class TestSaved:
 
     def test_a_run_without_a_checkpoint_begins_anew(self, installed, tmp_path):
         settings = Settings.from_config(small_config(variant("crossed")))
+        assert settings.as_saved() == json.loads(json.dumps(settings.as_saved()))  # no tuples
         workdir = Workdir(tmp_path / "run")
         workdir.claim(settings)
         workdir.claim(settings)

@@ -416,7 +416,7 @@ class Settings(Section, path="config"):
         """
         found, variant = self.as_json(), self.model.variant
         if isinstance(variant, Variant) and isinstance(found["model"]["variant"], dict):
-            found["model"]["variant"] = variant.as_saved("train")
+            found["model"]["variant"] = as_json(variant.as_saved("train"))
         return found
 
     @property
