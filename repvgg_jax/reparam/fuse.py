@@ -127,7 +127,7 @@ def fuse_block(
     leaves = jax.tree.leaves((own, stats))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         fold = functools.partial(jax.eval_shape, fold)
-    elif _can_be_compiled(leaves, spec.train, epsilon):
+    elif dtype != np.float16 and _can_be_compiled(leaves, spec.train, epsilon):
         # One program per shape of a block; otherwise each operation would be compiled.
         same = geometry.has_same_shape
         fold = functools.partial(
