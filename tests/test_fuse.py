@@ -276,6 +276,7 @@ class TestTrees:
             expected = fuse_params(tree, epsilon=float(epsilon))
             got = fuse_params(arrays, epsilon=epsilon)
             chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=1e-6)
+            assert list(got["params"]["stem"]["reparam"]) == ["kernel", "bias"]
 
         def total(epsilon):
             fused = fuse_params(arrays, epsilon=epsilon)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repvgg_jax.reparam.algebra import EPSILON, affine
+from repvgg_jax.reparam.algebra import EPSILON, Affine, affine
 from repvgg_jax.reparam.blocks import BUILT_IN, BlockSpec
 from repvgg_jax.reparam.containers import (
     Tree,
@@ -127,7 +127,7 @@ def fuse_block(
     leaves = jax.tree.leaves((own, stats))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         fold = functools.partial(jax.eval_shape, fold)
-    elif dtype != np.float16 and _can_be_compiled(leaves, spec.train, epsilon):
+    elif _can_be_compiled(leaves, spec.train, epsilon):
         # One program per shape of a block; otherwise each operation would be compiled.
         same = geometry.has_same_shape
         fold = functools.partial(
@@ -137,7 +137,7 @@ def fuse_block(
             epsilon=epsilon,
             dtype=dtype,
         )
-    fused = fold(own, stats or {})
+    fused = fold(own, stats or {})._asdict()
     if dtype == np.float16:
         _check_range(path_name((*path, spec.deploy)), fused)
     kept = {key: child for key, child in boxes.items() if key in spec.keep}
@@ -146,11 +146,11 @@ def fuse_block(
 
 def _fold(
     own: Any, moments: Any, *, train: Linear, geometry: Geometry, epsilon: float, dtype: np.dtype
-) -> dict[str, Any]:
+) -> Affine:
     """The kernel and bias of an expression, from its parameters and running statistics."""
     kernel, bias = affine(train, geometry, own, moments, epsilon=epsilon)
     with np.errstate(over="ignore"):  # `fuse_block` checks it
-        return {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}
+        return Affine(kernel.astype(dtype), bias.astype(dtype))
 
 
 _fold_compiled = jax.jit(_fold, static_argnames=("train", "geometry", "epsilon", "dtype"))
