@@ -90,8 +90,7 @@ class SavedBlock:
     @classmethod
     def of(cls, name: str, layers: Iterable[Any], form: Form) -> Self:
         """What to record of the block of that name, which made these layers."""
-        package, version = _owner(name) or ("", "")
-        return cls(name, package, version, layers_digest(layers, form), form)
+        return cls(name, *(_owner(name) or ("", "")), layers_digest(layers, form), form)
 
     def check_installed(self) -> None:
         """Checks that some package names the block.
@@ -112,19 +111,19 @@ class SavedBlock:
           ValueError: it makes other ones.
         """
         if layers_digest(layers, self.form) != self.layers:
-            package, version = _owner(self.name) or ("", "")
+            now = _owner(self.name) or ("", "")
+            before = "the package as it was" if now[1] == self.version else self._saved_with
             raise ValueError(
-                f"block {self.name!r} of {package} {version} gives other layers than that of "
-                f"{self._saved_with}, with which this was saved; install "
-                f"{self._saved_with if version != self.version else 'the package as it was'}"
+                f"block {self.name!r} of {' '.join(now)} gives other layers than that of "
+                f"{self._saved_with}, with which this was saved; install {before}"
             )
 
     def other_version(self) -> str:
         """A remark for messages if another version of the package is installed, else empty."""
-        package, version = _owner(self.name) or ("", "")
-        if (package, version) == (self.package, self.version):
+        now = _owner(self.name) or ("", "")
+        if now == (self.package, self.version):
             return ""
-        return f"; this was saved with {self._saved_with}, and {package} {version} is installed"
+        return f"; this was saved with {self._saved_with}, and {' '.join(now)} is installed"
 
     @property
     def _saved_with(self) -> str:

@@ -128,11 +128,11 @@ def check_layers(layers: Sequence[Layer], *, features: int, total_stride: int) -
     given = None
     for position, layer in enumerate(layers):
         if layer.in_channels != given:
-            takes = "those of the images (None)" if given is None else str(given)
+            why = "is the first layer: those of the images (None)"
+            if given is not None:
+                why = f"{layers[position - 1].name} gives {given}"
             raise ValueError(
-                f"{layer.name} takes {layer.in_channels} channels (in_channels), but "
-                f"{'is the first layer' if given is None else layers[position - 1].name + ' gives'}"
-                f"{': ' if given is None else ' '}{takes}"
+                f"{layer.name} takes {layer.in_channels} channels (in_channels), but {why}"
             )
         given = layer.features
         _check_alone(layer)
@@ -161,16 +161,13 @@ def _check_alone(layer: Layer) -> None:
             f"{layer.name} has dilation={layer.dilation}, but dilations follow from the output "
             "stride; leave it at 1, or give the convolutions of its block a dilation"
         )
-    if layer.in_channels is None:  # those of the images, which may be any number
-        if layer.groups > 1:
-            raise ValueError(
-                f"{layer.name}, the first layer, has {layer.groups} groups; it must have 1, since "
-                "images have any number of channels"
-            )
-        channels_differ = False
-    else:
-        channels_differ = layer.in_channels != layer.features
-    if layer.identity and (layer.stride > 1 or channels_differ):
+    if layer.in_channels is None and layer.groups > 1:
+        raise ValueError(
+            f"{layer.name}, the first layer, has {layer.groups} groups; it must have 1, since "
+            "images have any number of channels"
+        )
+    same = layer.in_channels in (None, layer.features)  # None: images may have as many
+    if layer.identity and (layer.stride > 1 or not same):
         raise ValueError(
             f"{layer.name} has identity=True, but {layer.in_channels} channels in, "
             f"{layer.features} out, and stride {layer.stride}; these have to be equal, and 1"

@@ -305,16 +305,15 @@ class _Fusing(Walk):
                 f"{path_name(self.stray)} is a block outside any 'params': give the whole "
                 "variables, {'params': …, 'batch_stats': …}, not the parameters alone"
             )
+        known = ", ".join(spec.name for spec in self.blocks)
         if expect is not None and self.count != expect:
-            looked = ", ".join(spec.name for spec in self.blocks)
             raise ValueError(
                 f"found {plural(self.count, 'block')} of the {expect} that were expected"
-                + ("".join(f"; {text}" for text in self.near_misses[:3]))
-                + f"; looked for {looked}, and others have to be given, e.g. "
+                + "".join(f"; {text}" for text in self.near_misses[:3])
+                + f"; these blocks were looked for: {known}; give others as "
                 "blocks=(*BUILT_IN, spec)"
             )
         if not self.count:
-            known = ", ".join(spec.name for spec in self.blocks)
             near = f"; {self.near_misses[0]}" if self.near_misses else ""
             raise ValueError(
                 "there is no block to fuse in this tree: expected {'params': …, 'batch_stats': …} "
